@@ -1,0 +1,37 @@
+"""Names of attacks: natural, fgsm, pgd-K, pgd-K-R."""
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Attack:
+    """A parsed name. `steps` is 0 for natural accuracy."""
+
+    name: str
+    kind: Literal["natural", "fgsm", "pgd"]
+    steps: int
+    restarts: int
+
+
+def parse_attack(name: str) -> Attack:
+    """`pgd-20` is 20 steps from one random start, `pgd-50-10` 50 steps from each of 10.
+
+    Raises ValueError for anything else, saying what was meant.
+    """
+    if name == "natural":
+        return Attack(name, "natural", 0, 1)
+    if name == "fgsm":
+        return Attack(name, "fgsm", 1, 1)
+    match = re.fullmatch(r"pgd-(\d{1,6})(?:-(\d{1,6}))?", name)
+    if match is None:
+        known = ["natural", "fgsm", "pgd-10", "pgd-20", "pgd-50", "pgd-50-10"]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+        raise ValueError(f"{name!r} is no attack (pgd-STEPS or pgd-STEPS-RESTARTS); {hint}")
+    steps, restarts = int(match[1]), int(match[2] or 1)
+    if steps == 0 or restarts == 0:
+        raise ValueError(f"{name!r} needs at least 1 step and 1 restart, for example 'pgd-10'")
+    return Attack(name, "pgd", steps, restarts)

@@ -1,0 +1,127 @@
+"""Checkpoints: safetensors and JSON only, complete or absent, checked before they are used.
+
+A checkpoint is a folder `step-NNNNNNNNN/` whose `manifest.json` holds the size and SHA-256 of
+every file. It is written under a temporary name, synced, and renamed: a reader never sees half
+of one, and an interrupted write leaves the earlier checkpoints as they were.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dist_adv.errors import RunFailure, UserError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Groups of tensors (a file each) and a JSON-able state."""
+
+    groups: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any]
+
+
+def save(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write `folder/step-NNNNNNNNN` whole or not at all; then delete all but the newest `keep`.
+
+    Raises RunFailure where the disk refuses (full, read-only); nothing partial stays behind.
+    """
+    target = folder / f"step-{step:09d}"
+    partial = folder / f".partial-{target.name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed while writing
+        partial.mkdir()
+        for name, tensors in checkpoint.groups.items():
+            plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            save_file(plain, partial / f"{name}.safetensors")
+        _write_json(partial / "state.json", {"format": FORMAT, **checkpoint.state})
+        files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
+        _write_json(partial / "manifest.json", {"files": files})
+        for path in [*partial.iterdir(), partial]:
+            _sync(path)
+        if target.exists():  # an earlier, damaged one of the same step: never merge the two
+            shutil.rmtree(target)
+        partial.rename(target)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunFailure(
+            f"{target}: could not be written ({error}); earlier checkpoints are intact"
+        ) from error
+    for old in _all(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint after checking every file against the manifest.
+
+    Raises UserError for one that is missing, incomplete or damaged.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, expected in manifest["files"].items():
+            if _fingerprint(path / name) != expected:
+                raise UserError(f"{path}: {name} is damaged (its size or SHA-256 differs)")
+        state = json.loads((path / "state.json").read_text())
+        groups = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{path}: no complete checkpoint ({error})") from None
+    if state.get("format") != FORMAT:
+        raise UserError(f"{path}: format {state.get('format')} is not {FORMAT}; use its version")
+    return Checkpoint(groups, state)
+
+
+def load_newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, Checkpoint] | None:
+    """The newest good checkpoint, having said which ones were passed over; None if there is none.
+
+    Raises UserError where checkpoints exist but none is good: never a silent fresh start.
+    """
+    candidates = _all(folder)
+    for path in candidates:
+        try:
+            return path, load(path)
+        except UserError as error:
+            say(f"passed over: {error}")
+    if candidates:
+        raise UserError(
+            f"{folder}: none of its {len(candidates)} checkpoints is good; "
+            f"start in another folder with --run-dir, or restore one"
+        )
+    return None
+
+
+def _all(folder: Path) -> list[Path]:
+    """Newest first."""
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

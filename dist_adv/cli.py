@@ -1,0 +1,171 @@
+"""Commands: parse, call, print. Nothing heavy is imported before a command needs it."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from dist_adv import __version__
+from dist_adv.errors import RunFailure, UserError
+
+_OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Under a launcher every command is the same: torchrun --nproc-per-node 8 -m dist_adv "
+    "train CONFIG, or accelerate launch -m dist_adv train CONFIG.",
+)
+@click.version_option(__version__, prog_name="dist-adv")
+def cli() -> None:
+    """Adversarial training on one GPU or many: PGD, Free, Fast, and honest evaluation.
+
+    \b
+    dist-adv demo                              four methods compared, on a laptop, in minutes
+    dist-adv train configs/cifar10/fast.yaml   train a robust CIFAR-10 classifier
+    dist-adv eval runs/cifar10-fast --attacks pgd-50-10
+    dist-adv report runs/* --out report        tables, curves, adversarial images
+    """
+
+
+@cli.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
+def demo(out: Path) -> None:
+    """Train natural, PGD, Free and Fast on 8x8 digits, attack them, write a report.
+
+    Needs no download and no GPU. What is finished in --out already is not done again.
+    """
+    from dist_adv.demo import run_demo
+
+    run_demo(out)
+
+
+@cli.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@_OVERRIDES
+@click.option(
+    "--run-dir", type=click.Path(path_type=Path), help="[default: runs/FOLDER-NAME of the config]"
+)
+@click.option(
+    "--resume",
+    default="auto",
+    show_default=True,
+    metavar="auto|none|PATH",
+    help="auto: go on from the newest good checkpoint where the run dir exists; none: insist on "
+    "a new run dir; PATH: start from this checkpoint folder.",
+)
+def train(config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume: str) -> None:
+    """Train what CONFIG describes, then evaluate it.
+
+    \b
+    dist-adv train configs/digits/fast.yaml
+    dist-adv train configs/cifar10/free.yaml method.replays=4 --run-dir runs/free-4
+    dist-adv train configs/cifar10/fast.yaml method.alpha=16/255 method.guard=stop
+    torchrun --nproc-per-node 2 -m dist_adv train configs/digits/free.yaml
+    """
+    from dist_adv.config import load_config
+    from dist_adv.runner import train_run
+
+    checked = load_config(config, overrides)
+    folder = run_dir or Path("runs") / f"{config.resolve().parent.name}-{config.stem}"
+    train_run(checked, folder, resume)
+
+
+@cli.command(name="eval")
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@_OVERRIDES
+@click.option(
+    "--attacks",
+    help="Comma-separated: natural, fgsm, pgd-STEPS, pgd-STEPS-RESTARTS.  [default: the run's own]",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Only so many random test images.")
+def evaluate(
+    run_dir: Path, overrides: tuple[str, ...], attacks: str | None, limit: int | None
+) -> None:
+    """Attack a trained model and add what comes out to RUN_DIR/results.jsonl.
+
+    \b
+    dist-adv eval runs/cifar10-fast
+    dist-adv eval runs/cifar10-fast --attacks natural,pgd-50-10 --limit 1000
+    dist-adv eval runs/cifar10-fast eval.loss=margin data.root=/data
+    """
+    from dist_adv.runner import evaluate_run
+
+    evaluate_run(run_dir, attacks.split(",") if attacks else [], limit, overrides)
+
+
+@cli.command()
+@click.argument(
+    "run_dirs", nargs=-1, required=True, metavar="RUN_DIR...", type=click.Path(path_type=Path)
+)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("report"), show_default=True)
+def report(run_dirs: tuple[Path, ...], out: Path) -> None:
+    """Tables, curves and adversarial images of one run or many, as a page and as Markdown.
+
+    \b
+    dist-adv report runs/digits-natural runs/digits-fast --out report
+    """
+    from dist_adv.report import write_report
+
+    click.echo(f"report: {write_report(run_dirs, out)}")
+
+
+@cli.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+def export(run_dir: Path, out: Path) -> None:
+    """The model of a run as model.safetensors, config.json and a model card.
+
+    \b
+    dist-adv export runs/cifar10-fast --out exported
+    python -c "import dist_adv; model = dist_adv.load_model('exported')"
+    """
+    from dist_adv.export import export_run
+
+    export_run(run_dir, out)
+    click.echo(f"exported: {out}")
+
+
+def main() -> NoReturn:
+    """Run a command; errors become one line and an exit status."""
+    status = _run(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # gloo's threads sometimes abort the interpreter while it shuts down, after all the work
+        # is done (about one two-rank run in three). Everything is flushed: leave without it.
+        os._exit(status)
+    sys.exit(status)
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        cli.main(arguments, prog_name="dist-adv", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        if _speaks():
+            error.show()
+        return 2
+    except UserError as error:
+        _complain(error)
+        return 2
+    except RunFailure as error:
+        _complain(error)
+        return 1
+    except (KeyboardInterrupt, click.Abort):
+        _complain("interrupted; the same command goes on from the last checkpoint")
+        return 130
+    return 0
+
+
+def _speaks() -> bool:
+    """One rank complains for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _complain(message: Any) -> None:
+    if _speaks():
+        click.echo(f"dist-adv: {' '.join(str(message).split())}", err=True)

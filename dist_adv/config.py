@@ -1,0 +1,349 @@
+"""The configuration of a run: typed sections, YAML files that extend others, overrides.
+
+`load_config` is the only way in. What a user can get wrong raises UserError with one line that
+names the file or key and the remedy.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from dist_adv.attacks.spec import parse_attack
+from dist_adv.data.datasets import DataOptions
+from dist_adv.errors import UserError
+from dist_adv.methods import MethodChoice
+from dist_adv.models import ModelOptions, PreActResNet18Options
+from dist_adv.options import Options, PositiveInt, Real
+from dist_adv.schedule import Schedule
+
+_MAX_EPS = {"linf": 1.0, "l2": 8.0}
+
+
+class ThreatOptions(Options):
+    """The ball of the adversary; `eps` in pixel units of [0, 1]."""
+
+    norm: Literal["linf", "l2"] = "linf"
+    eps: Real = 8 / 255
+
+    @model_validator(mode="after")
+    def _pixel_units(self) -> "ThreatOptions":
+        if self.eps < 0:
+            raise ValueError(f"eps: {self.eps:g} is negative; a radius is 0 or more, like 8/255")
+        if self.eps >= _MAX_EPS[self.norm]:
+            raise ValueError(
+                f"eps: {self.eps:g} is too large a radius in pixel units of [0, 1]; "
+                f"did you mean {self.eps:g}/255?"
+            )
+        return self
+
+
+class OptimOptions(Options):
+    """SGD and its schedule over all optimiser steps of the run."""
+
+    lr: Annotated[Real, Field(gt=0)] = 0.2
+    momentum: Annotated[Real, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[Real, Field(ge=0)] = 5e-4
+    schedule: Schedule = "cyclic"
+    cycle_momentum: bool = False
+    """Momentum m -> m - 0.1 -> m over the run, as torch's CyclicLR does unless told otherwise."""
+
+    @model_validator(mode="after")
+    def _momentum_to_cycle(self) -> "OptimOptions":
+        if self.cycle_momentum and self.momentum < 0.1:
+            raise ValueError("cycle_momentum: needs a momentum of at least 0.1 to take 0.1 from")
+        return self
+
+
+class TrainOptions(Options):
+    """How long, how large, how precise.
+
+    epochs: passes over the data (Free's replays come on top). batch_size: the global batch.
+    max_steps: stop at the first batch boundary at or after this many optimiser steps; the
+    schedule is fitted to it. keep: how many checkpoints stay. log_every: batches between two
+    lines of metrics. threads: CPU threads of a rank (null: the cores divided by the ranks).
+    """
+
+    epochs: PositiveInt = 45
+    batch_size: PositiveInt = 128
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    seed: Annotated[int, Field(ge=0)] = 0
+    max_steps: PositiveInt | None = None
+    keep: PositiveInt = 2
+    log_every: PositiveInt = 50
+    threads: PositiveInt | None = None
+
+
+def _attack_names(names: list[str]) -> list[str]:
+    for name in names:
+        parse_attack(name)
+    return names
+
+
+class EvalOptions(Options):
+    """What is measured, always in eval mode and fp32.
+
+    attacks: of the final weights, on the whole test set (or `limit` images of it).
+    every: after every so many passes, the curve: natural, fgsm and `curve_attack` on
+    `curve_limit` test images; 0 never. step_size: of PGD, in pixel units (null: eps / 4).
+    """
+
+    attacks: list[str] = ["natural", "fgsm", "pgd-10", "pgd-20", "pgd-50"]
+    limit: PositiveInt | None = None
+    step_size: Annotated[Real, Field(gt=0)] | None = None
+    loss: Literal["ce", "margin", "dlr"] = "ce"
+    seed: Annotated[int, Field(ge=0)] = 0
+    batch_size: PositiveInt = 500
+    every: Annotated[int, Field(ge=0)] = 1
+    curve_attack: str = "pgd-10"
+    curve_limit: PositiveInt | None = 1000
+
+    @field_validator("attacks")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        return _attack_names(names)
+
+    @field_validator("curve_attack")
+    @classmethod
+    def _curve_known(cls, name: str) -> str:
+        if parse_attack(name).kind != "pgd":
+            raise ValueError(f"{name!r} has no PGD steps; use for example 'pgd-10'")
+        return name
+
+
+class WandbOptions(Options):
+    """Weights & Biases. `auto` is online where a key is known and offline elsewhere."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str = "dist-adv"
+    entity: str | None = None
+    name: str | None = None
+    group: str | None = None
+    tags: list[str] = []
+
+
+class TrackOptions(Options):
+    """Where metrics go besides metrics.jsonl and results.jsonl."""
+
+    wandb: WandbOptions = WandbOptions()
+    tensorboard: bool = False
+
+
+class Config(Options):
+    """A whole experiment."""
+
+    method: MethodChoice
+    threat: ThreatOptions = ThreatOptions()
+    model: ModelOptions = PreActResNet18Options()
+    data: DataOptions = DataOptions()
+    optim: OptimOptions = OptimOptions()
+    train: TrainOptions = TrainOptions()
+    eval: EvalOptions = EvalOptions()
+    track: TrackOptions = TrackOptions()
+
+    def dump(self) -> str:
+        """The resolved configuration as YAML, which `load_config` reads back to the same."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, default_flow_style=None)
+
+
+# Differences in these do not change what is trained, so a run goes on in spite of them. The data
+# may have moved; whether they are the same is not seen from where they lie.
+_FREE_TO_CHANGE = ("track.", "eval.", "train.log_every", "train.keep", "train.threads", "data.root")
+
+
+def training_differences(old: Config, new: Config) -> list[str]:
+    """`key: old -> new` for every key that changes what is trained."""
+    before, after = _flatten(old.model_dump()), _flatten(new.model_dump())
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not key.startswith(_FREE_TO_CHANGE)
+    ]
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key given twice is an error and not silently the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key!r} is given twice", problem_mark=node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _UniqueKeys)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{source}:{place} not valid YAML ({problem})") from None
+
+
+def _read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping of a file with everything that it extends."""
+    if path.resolve() in seen:
+        raise UserError(f"{path}: extends itself; remove the circle of 'extends'")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file; see configs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"{path}: cannot be read ({reason})") from None
+    tree = _parse_yaml(text, str(path))
+    if tree is None:
+        raise UserError(f"{path}: is empty; it needs at least 'method: {{name: fast}}'")
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: is no mapping of sections such as 'method:' and 'train:'")
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise UserError(f"{path}: extends: must be one file name, relative to this file")
+    return _merge(_read_file(path.parent / base, (*seen, path.resolve())), tree)
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`top` over `base`, section by section.
+
+    A section with another `name` (another method, model or data set) replaces the whole section:
+    the keys of a Free method mean nothing to a Fast one.
+    """
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        same_kind = (
+            isinstance(old, dict)
+            and isinstance(value, dict)
+            and value.get("name", old.get("name")) == old.get("name")
+        )
+        merged[key] = _merge(old, value) if same_kind else value  # type: ignore[arg-type]
+    return merged
+
+
+def _overrides(assignments: Sequence[str]) -> dict[str, Any]:
+    """`['train.epochs=3']` as a tree."""
+    tree: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key or not all(key.split(".")):
+            raise UserError(f"{assignment!r} is no override; write key.path=value: train.epochs=3")
+        node = tree
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{key}: {parent} is set to a single value by another override")
+        node[leaf] = _parse_yaml(text, key)
+    return tree
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a file and what it extends, apply `key.path=value` overrides, check everything.
+
+    Raises UserError naming the file and the key, with the nearest known name where there is one.
+    """
+    tree = _merge(_read_file(Path(path)), _overrides(overrides))
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: Mapping[str, Any], source: str) -> Config:
+    """Check a whole configuration; `source` is named in errors."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(detail, tree) for detail in error.errors()]
+    raise UserError(f"{source}: " + "; ".join(dict.fromkeys(problems)))
+
+
+def _explain(error: ErrorDetails, tree: Mapping[str, Any]) -> str:
+    """One problem as 'key: what is wrong; what to do'."""
+    # A section that is one of several kinds has its kind in the location: drop it.
+    names = {str(section.get("name")) for section in tree.values() if isinstance(section, dict)}
+    place = [str(part) for part in error["loc"]]
+    key = ".".join([*place[:1], *(p for i, p in enumerate(place[1:]) if i > 0 or p not in names)])
+    context = error.get("ctx", {})
+    match error["type"]:
+        case "extra_forbidden":
+            return f"{key}: unknown key{_nearest(place[-1], _known_keys(place[:-1]))}"
+        case "missing":
+            return f"{key}: missing"
+        case "union_tag_invalid":
+            kinds = [kind.strip("' ") for kind in context["expected_tags"].split(",")]
+            found = context["tag"]
+            return f"{key}.name: {found!r} is not known{_nearest(found, kinds)}"
+        case "union_tag_not_found":
+            return f"{key}.name: missing"
+        case "literal_error":
+            found = error["input"]
+            kinds = [kind.strip("' ") for kind in context["expected"].replace(" or ", ",").split(",")]
+            return f"{key}: {found!r} is not known{_nearest(str(found), kinds)}"
+        case "model_type" | "model_attributes_type":
+            return f"{key}: is a section with keys of its own, not {error['input']!r}"
+        case "value_error":
+            reason = str(context["error"])
+            return f"{key}.{reason}" if _names_a_key(reason) else f"{key}: {reason}"
+        case _:
+            return f"{key}: {error['msg'].lower()} (it is {error['input']!r})"
+
+
+def _names_a_key(reason: str) -> bool:
+    """Checks of a whole section start with the key that they are about."""
+    return reason.split(":")[0].isidentifier() and ":" in reason
+
+
+def _known_keys(place: list[str]) -> list[str]:
+    """The keys of the section at `place`, from the JSON Schema."""
+    schema = Config.model_json_schema()
+    node: dict[str, Any] = schema
+    for part in place:
+        node = node.get("properties", {}).get(part) or _kind(schema, node, part)
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+    return list(node.get("properties", {}))
+
+
+def _kind(schema: dict[str, Any], node: dict[str, Any], name: str) -> dict[str, Any]:
+    return {"$ref": node.get("discriminator", {}).get("mapping", {}).get(name, "")}
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; choose from {', '.join(known)}"
+
+
+def json_schema() -> dict[str, Any]:
+    """A JSON Schema for editors: a file may leave out whatever it extends or has a default."""
+    schema = Config.model_json_schema()
+    for section in [schema, *schema["$defs"].values()]:
+        section.pop("required", None)
+        for field in section.get("properties", {}).values():
+            field.pop("discriminator", None)
+            if "oneOf" in field:  # a file that leaves `name` to its base may fit several kinds
+                field["anyOf"] = field.pop("oneOf")
+    schema["properties"]["extends"] = {"type": "string", "description": "A file to start from."}
+    return schema
+
+
+if __name__ == "__main__":
+    print(json.dumps(json_schema(), indent=2))

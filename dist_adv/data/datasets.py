@@ -1,0 +1,189 @@
+"""Image data sets, whole, as uint8 tensors.
+
+`cifar10`, `cifar100` and `svhn` come through torchvision, which checks their MD5 sums; `digits`
+is embedded in scikit-learn; `imagefolder` is any folder with `train/<class>/` and
+`test/<class>/`. The root is `data.root`, else the environment variable DIST_ADV_DATA, else
+`data`.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dist_adv.errors import UserError
+from dist_adv.options import Options, PositiveInt
+
+
+class DataOptions(Options):
+    """Which images. `augment` means the data set's usual random crop and, but for digits, flip."""
+
+    name: Literal["cifar10", "cifar100", "svhn", "imagefolder", "digits"] = "cifar10"
+    root: str | None = None
+    augment: bool = True
+    drop_last: bool = False
+    size: PositiveInt | None = None
+    """imagefolder: resize the shorter side and crop the centre to size x size."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One split. images: uint8 (N, C, H, W); labels: int64 (N,), both on the CPU."""
+
+    name: str
+    images: Tensor
+    labels: Tensor
+    classes: list[str]
+    crop_padding: int
+    flip: bool
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation a channel, in pixel units of [0, 1]."""
+        if self.name in _STATISTICS:
+            return _STATISTICS[self.name]
+        # Exact from the 256 counts a channel; no float copy of the images.
+        values = torch.arange(256, dtype=torch.float64) / 255
+        means, stds = [], []
+        for channel in range(self.images.shape[1]):
+            counts = torch.bincount(self.images[:, channel].flatten(), minlength=256).double()
+            mean = (counts @ values) / counts.sum()
+            means.append(mean.item())
+            variance = (counts @ (values - mean) ** 2) / counts.sum()
+            stds.append(max(variance.sqrt().item(), 1 / 255))
+        return means, stds
+
+
+_STATISTICS = {
+    "cifar10": ([0.4914, 0.4822, 0.4465], [0.2471, 0.2435, 0.2616]),
+    "cifar100": ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),
+    "svhn": ([0.4377, 0.4438, 0.4728], [0.1980, 0.2010, 0.1970]),
+}
+
+
+def data_root(options: DataOptions) -> Path:
+    """Where the files are, or will be downloaded to."""
+    return Path(options.root or os.environ.get("DIST_ADV_DATA") or "data").expanduser()
+
+
+def load_dataset(
+    options: DataOptions,
+    split: Literal["train", "test"],
+    main_process_first: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Dataset:
+    """The images and labels of a split.
+
+    `main_process_first` lets one process a node download and unpack while the others wait.
+
+    Raises UserError for a folder that is missing, empty or damaged, and for a failed download.
+    """
+    if options.name == "digits":
+        return _digits(split)
+    if options.name == "imagefolder":
+        return _imagefolder(data_root(options), split, options.size)
+    with main_process_first():
+        return _torchvision(options.name, data_root(options), split)
+
+
+def _digits(split: str) -> Dataset:
+    """scikit-learn's 1,797 scanned digits, 8x8 with 17 grey levels; every fifth is for testing."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8).unsqueeze(1)
+    labels = torch.from_numpy(digits.target).long()
+    test = torch.arange(len(labels)) % 5 == 4
+    chosen = test if split == "test" else ~test
+    classes = [str(digit) for digit in range(10)]
+    return Dataset("digits", images[chosen], labels[chosen], classes, crop_padding=1, flip=False)
+
+
+def _torchvision(name: str, root: Path, split: str) -> Dataset:
+    from torchvision import datasets
+
+    train = split == "train"
+    try:
+        if name == "svhn":
+            source = datasets.SVHN(root, split=split, download=True)
+            images, labels = torch.from_numpy(source.data), source.labels
+            classes = [str(digit) for digit in range(10)]
+        else:
+            kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+            source = kind(root, train=train, download=True)
+            images = torch.from_numpy(source.data).permute(0, 3, 1, 2)
+            labels, classes = source.targets, source.classes
+    except (OSError, RuntimeError) as error:
+        # torchvision downloads again what fails its checksum, so here the download failed too.
+        present = sorted(path.name for path in root.glob("*")) if root.is_dir() else []
+        found = f"found {', '.join(present[:5])}, incomplete or damaged" if present else "no files"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"data.root: {name} in {root}: {found}, and downloading it failed ({reason}); "
+            f"put the archive there by hand or set data.root or DIST_ADV_DATA"
+        ) from None
+    return Dataset(
+        name,
+        images.contiguous(),
+        torch.as_tensor(np.asarray(labels), dtype=torch.int64),
+        classes,
+        crop_padding=4,
+        flip=name != "svhn",
+    )
+
+
+def _imagefolder(root: Path, split: str, size: int | None) -> Dataset:
+    from torchvision.datasets import ImageFolder
+
+    folder = root / split
+    if not folder.is_dir():
+        raise UserError(
+            f"data.root: {folder} is no folder; imagefolder needs train/<class>/ and test/<class>/ "
+            f"below data.root (or DIST_ADV_DATA)"
+        )
+    try:
+        source = ImageFolder(str(folder))
+    except (FileNotFoundError, OSError) as error:
+        raise UserError(f"data.root: {folder}: {str(error).splitlines()[0]}") from None
+
+    def read(sample: tuple[str, int]) -> np.ndarray | str:
+        try:
+            with Image.open(sample[0]) as file:
+                image = file.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            return sample[0]
+        return np.asarray(image if size is None else _resized(image, size))
+
+    with ThreadPoolExecutor() as pool:
+        images = list(pool.map(read, source.samples))
+    unreadable = [image for image in images if isinstance(image, str)]
+    if unreadable:
+        raise UserError(
+            f"data.root: {unreadable[0]}: not a readable image "
+            f"({len(unreadable)} of {len(images)} files under {folder}); repair or remove it"
+        )
+    shapes = {image.shape for image in images if not isinstance(image, str)}
+    if len(shapes) > 1:
+        raise UserError(
+            f"data.size: images under {folder} have {len(shapes)} different sizes; "
+            f"set data.size, for example data.size=32"
+        )
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # type: ignore[arg-type]
+    labels = torch.tensor(source.targets)
+    padding = pixels.shape[-1] // 8
+    return Dataset("imagefolder", pixels, labels, source.classes, padding, flip=True)
+
+
+def _resized(image: Image.Image, size: int) -> Image.Image:
+    from PIL import ImageOps
+
+    return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)

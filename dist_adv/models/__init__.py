@@ -1,0 +1,153 @@
+"""Networks: float NCHW images in [0, 1] to logits, normalisation inside as buffers.
+
+A model is described by a small JSON-able dictionary, its architecture, which travels in the
+metadata of every `model.safetensors`: a weights file alone is enough to rebuild the network.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, TypeAdapter, ValidationError, field_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dist_adv import rng
+from dist_adv.errors import UserError
+from dist_adv.models.layers import NormKind, Normalize
+from dist_adv.models.preact_resnet import PreActResNet18
+from dist_adv.models.resnet import ResNet50
+from dist_adv.models.wide_resnet import WideResNet
+from dist_adv.options import Options, PositiveInt
+
+
+class PreActResNet18Options(Options):
+    """PreActResNet18 as in the papers; `width` is the channels of its first stage."""
+
+    name: Literal["preact_resnet18"] = "preact_resnet18"
+    width: PositiveInt = 64
+    norm: NormKind = "batch"
+
+
+class WideResNetOptions(Options):
+    """WRN-depth-widen; depth 32 is the network of Madry et al. and of the Free paper."""
+
+    name: Literal["wide_resnet"] = "wide_resnet"
+    depth: PositiveInt = 34
+    widen: PositiveInt = 10
+    width: PositiveInt = 16
+    norm: NormKind = "batch"
+
+    @field_validator("depth")
+    @classmethod
+    def _known_depth(cls, depth: int) -> int:
+        if depth < 8 or depth % 6 not in (2, 4):
+            raise ValueError(f"{depth} is not 6n + 4 (28, 34) or 6n + 2 (32)")
+        return depth
+
+
+class ResNet50Options(Options):
+    """ResNet50; `stem: imagenet` halves the resolution twice before the first stage."""
+
+    name: Literal["resnet50"] = "resnet50"
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    width: PositiveInt = 64
+    norm: NormKind = "batch"
+
+
+ModelOptions = Annotated[
+    PreActResNet18Options | WideResNetOptions | ResNet50Options, Field(discriminator="name")
+]
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "preact_resnet18": PreActResNet18,
+    "wide_resnet": WideResNet,
+    "resnet50": ResNet50,
+}
+
+
+class Classifier(nn.Module):
+    """A network behind its normalisation; `architecture` says how to build it again."""
+
+    def __init__(self, architecture: dict[str, Any]) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.normalize = Normalize(architecture["mean"], architecture["std"])
+        options = dict(architecture["model"])
+        self.net = _BUILDERS[options.pop("name")](
+            in_channels=len(architecture["mean"]),
+            num_classes=len(architecture["classes"]),
+            **options,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.normalize(x))
+
+
+def build_model(
+    options: PreActResNet18Options | WideResNetOptions | ResNet50Options,
+    mean: list[float],
+    std: list[float],
+    classes: list[str],
+    seed: int,
+) -> Classifier:
+    """A new network whose initial weights depend on the seed alone."""
+    architecture = {
+        "model": options.model_dump(),
+        "mean": mean,
+        "std": std,
+        "classes": classes,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.stream_key(seed, "weights") & (2**63 - 1))
+        return Classifier(architecture).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def save_model(path: Path, architecture: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Weights, and the architecture as metadata, in one safetensors file, whole or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    partial = path.with_name(f".partial-{path.name}")
+    save_file(tensors, partial, metadata={"architecture": json.dumps(architecture)})
+    partial.rename(path)
+
+
+def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(architecture, tensors) of a weights file.
+
+    Raises UserError where the file is missing, damaged, or not one of this project's.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights file; has the run finished?")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+    try:
+        architecture = json.loads(metadata["architecture"])
+        TypeAdapter(ModelOptions).validate_python(architecture["model"])
+    except (KeyError, ValueError, ValidationError):
+        raise UserError(f"{path}: has no architecture of dist_adv in its metadata") from None
+    return architecture, tensors
+
+
+def load_model(path: str | Path) -> Classifier:
+    """The trained network of a run folder, an export folder or a `model.safetensors`.
+
+    Returns it in eval mode, in fp32, on the CPU: images (n, C, H, W), float in [0, 1], to
+    logits (n, classes). foolbox, torchattacks, ART, RobustBench and AutoAttack take it as it is.
+
+    Raises UserError where there is no such file, or one that is damaged or not this project's.
+    """
+    path = Path(path)
+    architecture, tensors = read_weights(path / "model.safetensors" if path.is_dir() else path)
+    model = Classifier(architecture)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(f"{path}: weights do not fit their architecture ({error})") from None
+    return model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,0 +1,39 @@
+"""What all networks share."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+NormKind = Literal["batch", "group"]
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std a channel; the constants are buffers, so they travel with the weights."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+def norm_layer(kind: NormKind, channels: int) -> nn.Module:
+    """BatchNorm2d, or GroupNorm with 8 groups (fewer where 8 does not divide the channels).
+
+    GroupNorm mixes no samples, so that a run gives the same weights at any number of ranks.
+    """
+    if kind == "group":
+        return nn.GroupNorm(math.gcd(channels, 8), channels)
+    return nn.BatchNorm2d(channels)
+
+
+def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Conv2d:
+    """A convolution without bias that keeps the size (divided by the stride)."""
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)

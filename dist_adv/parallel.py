@@ -1,0 +1,129 @@
+"""Processes and precision: the Accelerator, a method's view of the model, exact reductions."""
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from torch import Tensor, nn
+
+from dist_adv.attacks import frozen
+from dist_adv.errors import UserError
+
+T = TypeVar("T")
+
+
+def start(precision: str = "fp32", threads: int | None = None) -> Accelerator:
+    """The Accelerator of this process, on CUDA where there is any, else on the CPU with gloo.
+
+    Raises UserError for a precision that the device does not have, and where the launcher's
+    processes do not see each other (each would train alone and overwrite the others' files).
+    """
+    cpu = not torch.cuda.is_available()
+    if cpu:
+        torch.set_num_threads(threads or _threads_per_rank())
+    # Buffers: BatchNorm's statistics stay each rank's own while training and are averaged in
+    # `snapshot`. Broadcasting rank 0's at every forward would cost a collective and lose them.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    mixed = resolve_precision(precision, cpu)
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision="no" if mixed == "fp32" else mixed,
+        kwargs_handlers=[ddp],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise UserError(
+            f"the launcher started {launched} processes but this one sees "
+            f"{accelerator.num_processes}; without GPUs use ACCELERATE_USE_CPU=true "
+            f"accelerate launch --multi_gpu --num_processes N, or torchrun --nproc-per-node N"
+        )
+    return accelerator
+
+
+def _threads_per_rank() -> int:
+    """Ranks times threads never exceed the cores: two threads too many slow a run tenfold."""
+    cores = len(os.sched_getaffinity(0))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = max(1, cores // ranks)
+    return min(share, int(os.environ.get("OMP_NUM_THREADS") or share))
+
+
+def resolve_precision(wanted: str, cpu: bool) -> str:
+    """`fp32`, `bf16` or `fp16` for `auto`: what the device computes fast without emulation.
+
+    bf16 on NVIDIA GPUs from Ampere on and on CPUs with bf16 instructions; fp16 with loss scaling
+    on older GPUs (Turing emulates bf16); else fp32.
+    """
+    if cpu:
+        if wanted == "fp16":
+            raise UserError("train.precision: fp16 needs a GPU; use bf16, fp32 or auto here")
+        if wanted == "auto":
+            features = torch.cpu.get_capabilities()
+            native = features.get("avx512_bf16") or features.get("amx_bf16") or features.get("bf16")
+            return "bf16" if native else "fp32"
+        return wanted
+    ampere = torch.cuda.get_device_capability() >= (8, 0)
+    if wanted == "auto":
+        return "bf16" if ampere else "fp16"
+    if wanted == "bf16" and not ampere:
+        raise UserError(
+            f"train.precision: {torch.cuda.get_device_name()} has no native bf16; use fp16 or auto"
+        )
+    return wanted
+
+
+class TrainNet:
+    """The prepared model as methods see it (`methods.Net`)."""
+
+    def __init__(self, accelerator: Accelerator, prepared: nn.Module) -> None:
+        self.prepared = prepared
+        # keep_fp32_wrapper: the bare module stays under Accelerate's autocast, so a training
+        # attack runs in the precision of training.
+        self.bare = accelerator.unwrap_model(prepared, keep_fp32_wrapper=True)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.prepared(x)
+
+    def frozen(self) -> AbstractContextManager[nn.Module]:
+        return frozen(self.bare)
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """The main process's result on every rank; what it raises is raised on every rank."""
+    outcome: list[T | Exception | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [work()]
+        except Exception as error:
+            outcome = [error]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]  # type: ignore[return-value]
+
+
+def total(accelerator: Accelerator, value: Tensor) -> Tensor:
+    """The sum over ranks, of counts or of sums of losses."""
+    return accelerator.reduce(value, reduction="sum")
+
+
+@torch.no_grad()
+def snapshot(accelerator: Accelerator, net: TrainNet, into: nn.Module) -> None:
+    """Copy the weights into a plain fp32 model, BatchNorm's running statistics averaged.
+
+    The model in training is left alone, so that evaluating or saving at any moment does not
+    change what comes after it; and what is evaluated is what is saved.
+    """
+    state = net.bare.state_dict()
+    names = [name for name in state if name.endswith(("running_mean", "running_var"))]
+    if accelerator.num_processes > 1 and names:
+        flat = torch.cat([state[name].flatten() for name in names])
+        mean = accelerator.reduce(flat, reduction="mean")
+        parts = mean.split([state[name].numel() for name in names])
+        state |= {name: part.view_as(state[name]) for name, part in zip(names, parts, strict=True)}
+    into.load_state_dict(state)

@@ -1,0 +1,60 @@
+"""Turn run folders into a report: one HTML page, the same in Markdown, a CSV file and PNG files."""
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+from dist_adv.errors import UserError
+from dist_adv.report.csvfile import write_csv
+from dist_adv.report.figures import draw
+from dist_adv.report.runs import read_runs
+from dist_adv.report.tables import tables
+from dist_adv.report.text import headline, notices
+
+__all__ = ["write_report"]
+
+
+def write_report(runs: Sequence[Path], out: Path) -> Path:
+    """Report on the run folders `runs` in the folder `out`; return the path of report.html.
+
+    `out` is created if need be, and an earlier report in it is replaced. The page holds its images
+    itself; report.md refers to the files in figures/.
+    """
+    read = read_runs(runs)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        content = {
+            "headline": headline(read),
+            "notices": notices(read),
+            "tables": tables(read),
+            "chapters": draw(read, out / "figures"),
+        }
+        write_csv(read, out / "results.csv")
+        for name in ("report.md", "report.html"):
+            text = _templates().get_template(f"{name}.j2").render(content)
+            (out / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{out}: cannot write the report ({error}); name another folder") from error
+    return out / "report.html"
+
+
+def _templates() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(enabled_extensions=("html.j2",)),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["base64"] = lambda path: base64.b64encode(path.read_bytes()).decode()
+    environment.filters["markdown"] = _escape_markdown
+    return environment
+
+
+def _escape_markdown(text: str) -> str:
+    """Let names such as `a|b` stand for themselves in Markdown."""
+    for character in "\\`*|<":
+        text = text.replace(character, f"\\{character}")
+    return text

@@ -1,0 +1,300 @@
+"""The report's tables, and how names and numbers are written in them."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dist_adv.report.runs import Evaluation, Run
+
+# What besides its name decides what an evaluation's accuracy means: keys of results.jsonl and
+# column titles.
+SETTINGS = {
+    "norm": "Norm",
+    "eps": "eps",
+    "steps": "Steps",
+    "step_size": "Step size",
+    "restarts": "Restarts",
+    "init": "Start",
+    "loss_fn": "Loss",
+    "iterate": "Iterate",
+    "n": "Images",
+    "dataset": "Data",
+    "split": "Split",
+    "precision": "Precision",
+    "seed": "Seed",
+}
+
+# A method's options in the configuration and how each is introduced.
+_METHOD_OPTIONS = {
+    "pgd": {"steps": "K = ", "alpha": "alpha ", "init": "init "},
+    "free": {"replays": "m = ", "alpha": "alpha "},
+    "fast": {"alpha": "alpha ", "init": "init "},
+}
+_METHOD_TITLES = {"natural": "Natural", "pgd": "PGD", "free": "Free", "fast": "Fast"}
+_ATTACK_TITLES = {"natural": "Natural", "autoattack": "AutoAttack"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's title; numbers are aligned to the right."""
+
+    title: str
+    numeric: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell: its text, a smaller addition, and two marks."""
+
+    text: str
+    detail: str = ""
+    best: bool = False
+    flagged: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with a heading and a note for its reader."""
+
+    title: str
+    note: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Cell]]
+
+
+def percent(fraction: float) -> str:
+    """A fraction as a percentage without the sign: 0.4301 is 43.0."""
+    return f"{100 * fraction:.1f}"
+
+
+def percentage(fraction: float) -> str:
+    """A fraction as a percentage with its sign, for prose."""
+    return f"{percent(fraction)}\N{NO-BREAK SPACE}%"
+
+
+def interval(evaluation: Evaluation) -> str:
+    """The 95 % interval of an accuracy in percent."""
+    low, high = evaluation.interval
+    return f"{percent(low)}\N{EN DASH}{percent(high)}"
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit in which it is easiest to grasp."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 20 else f"{seconds:.0f} s"
+    if seconds < 120 * 60:
+        return f"{seconds / 60:.1f} min" if seconds < 20 * 60 else f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def pixels(value: float) -> str:
+    """A perturbation size: k/255 where that is what it is."""
+    levels = round(255 * value)
+    if value != round(value) and abs(value - levels / 255) < 1e-6:
+        return f"{levels}/255"
+    return f"{value:.3g}"
+
+
+def attack_name(attack: str) -> str:
+    """An attack as readers know it: pgd-10 is PGD-10."""
+    family = attack.split("-")[0]
+    return attack.upper() if family in ("fgsm", "pgd") else _ATTACK_TITLES.get(attack, attack)
+
+
+def attack_order(attack: str) -> tuple[int, tuple[int, ...], str]:
+    """Sort key: natural, FGSM, PGD by steps and restarts, then everything else."""
+    families = ("natural", "fgsm", "pgd")
+    family = attack.split("-")[0]
+    rank = families.index(family) if family in families else len(families)
+    return rank, tuple(map(int, re.findall(r"\d+", attack))), attack
+
+
+def threat_name(run: Run) -> str:
+    """The perturbations that a run trained against."""
+    return f"{run.config['threat']['norm']} eps {pixels(run.config['threat']['eps'])}"
+
+
+def method_title(run: Run) -> str:
+    """The training method."""
+    name: str = run.config["method"]["name"]
+    return _METHOD_TITLES.get(name, name)
+
+
+def method_options(run: Run) -> str:
+    """The options that tell two runs of one method apart."""
+    method = run.config["method"]
+    parts = []
+    for key, introduction in _METHOD_OPTIONS.get(method["name"], {}).items():
+        value = method.get(key)
+        if value is not None:
+            parts.append(introduction + (pixels(value) if key == "alpha" else str(value)))
+    if method.get("guard") == "stop":
+        parts.append("guard stop")
+    return ", ".join(parts)
+
+
+def method_name(run: Run) -> str:
+    """The training method with its options, for prose."""
+    return ", ".join(filter(None, (method_title(run), method_options(run))))
+
+
+def passes(run: Run) -> str:
+    """Passes over the data, of those planned where the run has not finished."""
+    done = f"{round(run.passes, 1):g}"
+    return done if run.finished else f"{done} of {run.config['train']['epochs']}"
+
+
+def tables(runs: Sequence[Run]) -> list[Table]:
+    """All tables, in the order in which they should be read."""
+    return [_results(runs), _settings(runs), _environments(runs)]
+
+
+def _results(runs: Sequence[Run]) -> Table:
+    attacks = sorted({attack for run in runs for attack in run.evaluations}, key=attack_order)
+    rows = []
+    for run in runs:
+        train, model = run.config["train"], run.config["model"]
+        rows.append(
+            [
+                Cell(run.label, detail="" if run.finished else "unfinished"),
+                Cell(method_title(run), detail=method_options(run)),
+                Cell(model["name"], detail=f"width {model['width']}" if "width" in model else ""),
+                *(_accuracy(run, attack, runs) for attack in attacks),
+                Cell(passes(run)),
+                Cell(f"{run.steps:,}"),
+                Cell(_or_dash(run.seconds, duration)),
+                Cell(_or_dash(run.epoch_seconds, duration)),
+                Cell(str(train["batch_size"])),
+                Cell(str(run.env.get("world_size", "-"))),
+                Cell(str(train["precision"])),
+                Cell(str(train["seed"])),
+            ]
+        )
+    return Table(
+        "Results",
+        "Accuracy on test images in percent, with its 95 % Wilson interval; the best under each "
+        "attack is bold. A pass shows every training image once; Free takes m optimiser steps on "
+        "each minibatch of it. Times are of training alone, without the evaluation of curves.",
+        [
+            Column("Run"),
+            Column("Method"),
+            Column("Model"),
+            *(Column(attack_name(attack), numeric=True) for attack in attacks),
+            Column("Passes", numeric=True),
+            Column("Optimiser steps", numeric=True),
+            Column("Training time", numeric=True),
+            Column("Mean epoch time", numeric=True),
+            Column("Batch size", numeric=True),
+            Column("Ranks", numeric=True),
+            Column("Precision"),
+            Column("Seed", numeric=True),
+        ],
+        rows,
+    )
+
+
+def _accuracy(run: Run, attack: str, runs: Sequence[Run]) -> Cell:
+    evaluation = run.evaluations.get(attack)
+    if evaluation is None:
+        return Cell("-")
+    rivals = [other.evaluations[attack].accuracy for other in runs if attack in other.evaluations]
+    return Cell(
+        percent(evaluation.accuracy),
+        detail=interval(evaluation),
+        best=attack != "natural" and len(rivals) > 1 and evaluation.accuracy == max(rivals),
+        flagged=bool(evaluation.flags),
+    )
+
+
+def _settings(runs: Sequence[Run]) -> Table:
+    """One row for each way in which an attack was run, naming the runs where ways differ."""
+    evaluated = [run for run in runs if run.evaluations]
+    users: dict[tuple[Cell, ...], list[str]] = {}
+    for run in evaluated:
+        for evaluation in run.evaluations.values():
+            settings = (_setting(key, evaluation.record.get(key)) for key in SETTINGS)
+            users.setdefault((Cell(evaluation.attack), *settings), []).append(run.label)
+    rows = [
+        [
+            Cell(attack_name(attack.text)),
+            *settings,
+            Cell("all" if len(labels) == len(evaluated) else ", ".join(labels)),
+        ]
+        for (attack, *settings), labels in sorted(
+            users.items(), key=lambda item: attack_order(item[0][0].text)
+        )
+    ]
+    numeric = {"eps", "steps", "step_size", "restarts", "n", "seed"}
+    return Table(
+        "Attack settings",
+        "A robust accuracy means something only together with the attack that it was measured by: "
+        "more steps, more restarts or a larger eps make a stronger attack and a lower number.",
+        [
+            Column("Attack"),
+            *(Column(title, numeric=key in numeric) for key, title in SETTINGS.items()),
+            Column("Runs"),
+        ],
+        rows,
+    )
+
+
+def _setting(key: str, value: Any) -> Cell:
+    if value is None:
+        return Cell("-")
+    if key in ("eps", "step_size"):
+        return Cell(pixels(value))
+    return Cell(f"{value:,}" if key == "n" else str(value))
+
+
+def _environments(runs: Sequence[Run]) -> Table:
+    rows = []
+    for run in runs:
+        env = run.env
+        hardware, dataset = env.get("hardware", {}), env.get("dataset", {})
+        values = (
+            hardware.get("device"),
+            hardware.get("name"),
+            hardware.get("cores"),
+            hardware.get("threads"),
+            dataset.get("name", run.config["data"]["name"]),
+            dataset.get("train"),
+            dataset.get("test"),
+            env.get("python"),
+            env.get("torch"),
+            env.get("accelerate"),
+            env.get("dist_adv"),
+            env["git_commit"][:10] if env.get("git_commit") else None,
+            str(env["started"])[:16].replace("T", " ") if env.get("started") else None,
+        )
+        rows.append([Cell(run.label), *(Cell(_or_dash(value, _plain)) for value in values)])
+    return Table(
+        "Hardware, data and versions",
+        "What each run recorded about itself when it started. Training times of different "
+        "hardware do not compare.",
+        [
+            Column("Run"),
+            Column("Device"),
+            Column("Name"),
+            Column("Cores", numeric=True),
+            Column("Threads", numeric=True),
+            Column("Data"),
+            Column("Train", numeric=True),
+            Column("Test", numeric=True),
+            Column("Python"),
+            Column("torch"),
+            Column("accelerate"),
+            Column("dist_adv"),
+            Column("Commit"),
+            Column("Started"),
+        ],
+        rows,
+    )
+
+
+def _plain(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _or_dash(value: Any, write: Callable[[Any], str]) -> str:
+    return "-" if value is None else write(value)

@@ -1,0 +1,135 @@
+"""What the report says in sentences: a headline, and what a reader must know before the numbers."""
+
+import json
+from collections.abc import Sequence
+
+from dist_adv.report.runs import Run, strongest_attack
+from dist_adv.report.tables import (
+    SETTINGS,
+    attack_name,
+    duration,
+    interval,
+    method_name,
+    passes,
+    percentage,
+    threat_name,
+)
+
+
+def headline(runs: Sequence[Run]) -> list[str]:
+    """What the tables say, in one or two sentences."""
+    attack = strongest_attack(runs)
+    if attack is None:
+        return ["None of these runs has been evaluated under an attack yet."]
+    sentences = [_robustness(runs, attack)]
+    timed = sorted((run.seconds, run.label) for run in runs if run.finished and run.seconds)
+    if len(timed) == 1:
+        sentences.append(f"Training took {duration(timed[0][0])}.")
+    elif timed:
+        (least, quickest), (most, slowest) = timed[0], timed[-1]
+        sentences.append(
+            f"Training took from {duration(least)} ({quickest}) to {duration(most)} ({slowest})."
+        )
+    return sentences
+
+
+def _robustness(runs: Sequence[Run], attack: str) -> str:
+    rated = sorted(
+        (run for run in runs if attack in run.evaluations),
+        key=lambda run: -run.evaluations[attack].accuracy,
+    )
+    best, evaluation = rated[0], rated[0].evaluations[attack]
+    name = f"{attack_name(attack)} ({evaluation.n:,} images)"
+    result = f"{percentage(evaluation.accuracy)} ({interval(evaluation)})"
+    who = f"{best.label} ({method_name(best)})"
+    if len(rated) == 1:
+        natural = best.evaluations.get("natural")
+        start = f"{who} classifies "
+        if natural:
+            start += f"{percentage(natural.accuracy)} of the natural test images and "
+        return f"{start}{result} of the test images under {name}."
+    count = len([run for run in runs if run.evaluations])
+    share = "all" if len(rated) == count else f"{len(rated)} of {count}"
+    sentence = (
+        f"Under {name}, the strongest attack that {share} evaluated runs share, {who} has the best "
+        f"accuracy: {result}"
+    )
+    others = [run for run in rated[1:] if run.config["method"]["name"] == "natural"]
+    if others:
+        kept = percentage(others[0].evaluations[attack].accuracy)
+        sentence += f"; natural training ({others[0].label}) has {kept}"
+    close = [
+        run.label
+        for run in rated[1:]
+        if run.evaluations[attack].interval[1] >= evaluation.interval[0]
+    ]
+    if close:
+        sentence += f". Its interval overlaps with that of {_join(close)}, so their order is open"
+    return sentence + "."
+
+
+def notices(runs: Sequence[Run]) -> list[str]:
+    """Everything that limits what the numbers mean."""
+    return [
+        line for run in runs for line in (*_progress(run), *_guard(run), *_flags(run))
+    ] + _differences(runs)
+
+
+def _progress(run: Run) -> list[str]:
+    if not run.finished:
+        return [f"{run.label} is unfinished: {passes(run)} passes are logged."]
+    if not run.evaluations:
+        return [f"{run.label} has finished but its final weights have not been evaluated."]
+    return []
+
+
+def _guard(run: Run) -> list[str]:
+    tripped = [record["epoch"] for record in run.epochs if record.get("guard_tripped")]
+    if not tripped:
+        return []
+    line = f"{run.label}: the guard against catastrophic overfitting tripped in pass {tripped[0]}"
+    if run.config["method"].get("guard") == "stop":
+        line += "; training stopped there with the last weights from before"
+    return [line + "."]
+
+
+def _flags(run: Run) -> list[str]:
+    attacks: dict[str, list[str]] = {}
+    for evaluation in run.evaluations.values():
+        for flag in evaluation.flags:
+            attacks.setdefault(flag, []).append(attack_name(evaluation.attack))
+    return [f"{run.label}, {_join(names)}: {flag}" for flag, names in attacks.items()]
+
+
+def _differences(runs: Sequence[Run]) -> list[str]:
+    """What the runs of one report should have in common and do not."""
+    lines = []
+    for title, values in (
+        ("data sets", {run.config["data"]["name"] for run in runs}),
+        ("threat models", {threat_name(run) for run in runs}),
+    ):
+        if len(values) > 1:
+            lines.append(
+                f"The runs have different {title} ({_join(sorted(values))}): "
+                "their accuracies do not compare."
+            )
+    for attack in dict.fromkeys(name for run in runs for name in run.evaluations):
+        records = [run.evaluations[attack].record for run in runs if attack in run.evaluations]
+        differing = [
+            title.lower()
+            for key, title in SETTINGS.items()
+            if key not in ("dataset", "seed")  # said above; another seed is the same attack
+            and len({json.dumps(record.get(key)) for record in records}) > 1
+        ]
+        if differing:
+            lines.append(
+                f"{attack_name(attack)} was not run alike on all runs (differing: "
+                f"{_join(differing)}): see the attack settings before comparing."
+            )
+    if len({json.dumps(run.env.get("hardware"), sort_keys=True) for run in runs}) > 1:
+        lines.append("The runs used different hardware: their training times do not compare.")
+    return lines
+
+
+def _join(items: Sequence[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

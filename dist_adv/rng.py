@@ -1,0 +1,81 @@
+"""Counter-based random numbers: (seed, stream, step, sample) -> bits, the same on every device.
+
+Nothing here has a state. A number depends on what it is for, never on which rank asks or on what
+was drawn before, so a run gives the same numbers at any world size and after any resume. The
+generator is SplitMix64 (Steele, Lea, Flood 2014): one 64-bit finaliser over a Weyl sequence. It
+is exact integer arithmetic, hence bit for bit the same on CPU and GPU.
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+def _signed(value: int) -> int:
+    """The int64 with the bits of `value` modulo 2**64."""
+    value &= _MASK
+    return value - (1 << 64) if value >> 63 else value
+
+
+_MULTIPLY_1 = _signed(0xBF58476D1CE4E5B9)
+_MULTIPLY_2 = _signed(0x94D049BB133111EB)
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift; torch's >> on int64 copies the sign bit."""
+    return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def _mix(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser: a bijection of 64-bit integers with full avalanche."""
+    z = (z ^ _shifted(z, 30)).mul_(_MULTIPLY_1)
+    z = z.bitwise_xor_(_shifted(z, 27)).mul_(_MULTIPLY_2)
+    return z.bitwise_xor_(_shifted(z, 31))
+
+
+def stream_key(*parts: int | str) -> int:
+    """A 64-bit key (as int64) from the seed, the name of a stream, the step: whatever tells it."""
+    text = "\x1f".join(map(str, parts)).encode()
+    return _signed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
+
+
+def sample_keys(key: int, samples: Tensor) -> Tensor:
+    """One 64-bit key a sample: int64 (n,) -> int64 (n,)."""
+    return _mix(samples * _signed(_GOLDEN) + key)
+
+
+def substream(keys: Tensor, name: str) -> Tensor:
+    """Independent keys for another use of the same samples, such as a second restart."""
+    return _mix(keys ^ stream_key(name))
+
+
+def bits(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """64 random bits an element: int64 (n, *shape) from keys (n,)."""
+    counter = torch.arange(1, math.prod(shape) + 1, device=keys.device).mul_(_signed(_GOLDEN))
+    return _mix(keys[:, None] + counter).view(len(keys), *shape)
+
+
+def uniform(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Float32 (n, *shape), uniform on the 2**24 multiples of 2**-24 in [0, 1)."""
+    return _shifted(bits(keys, shape), 40).float().mul_(2.0**-24)
+
+
+def normal(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Float32 (n, *shape), standard normal by the inverse of the distribution function."""
+    centred = uniform(keys, shape).double().add_(2.0**-25)  # never 0 or 1
+    return centred.mul_(2).sub_(1).erfinv_().mul_(math.sqrt(2)).float()
+
+
+def integers(keys: Tensor, upper: int) -> Tensor:
+    """Int64 (n,), uniform on 0 .. upper - 1 (bias below upper / 2**32)."""
+    return (_shifted(bits(keys, (1,)), 32).squeeze(1) * upper) >> 32
+
+
+def permutation(key: int, n: int) -> Tensor:
+    """A random order of 0 .. n - 1 on the CPU: the samples sorted by their keys."""
+    return sample_keys(key, torch.arange(n)).argsort(stable=True)

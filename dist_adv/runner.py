@@ -1,0 +1,166 @@
+"""From a configuration to a finished run folder, and from a run folder to more results."""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from dist_adv import checkpoint, parallel, rundir
+from dist_adv.checkpoint import Checkpoint
+from dist_adv.config import Config, load_config, parse_config
+from dist_adv.data import Dataset, load_dataset
+from dist_adv.errors import UserError
+from dist_adv.evaluate import Result, evaluate
+from dist_adv.models import load_model, save_model
+from dist_adv.progress import bar, log_file, results_table, start_logging
+from dist_adv.threat import build as build_threat
+from dist_adv.track import Tracker, write_results
+from dist_adv.train import Trainer
+
+log = logging.getLogger("dist_adv")
+
+
+def train_run(config: Config, run_dir: Path, resume: str) -> None:
+    """Train `config` in `run_dir` to the end and evaluate the final weights.
+
+    resume: `auto` goes on from the newest good checkpoint of `run_dir` where it exists; `none`
+    insists on a new folder; anything else is a checkpoint folder to start from. What is finished
+    already is not done again. Every rank calls this.
+
+    Raises UserError before anything is written where the pieces do not fit.
+    """
+    accelerator = parallel.start(config.train.precision, config.train.threads)
+    start_logging(accelerator.is_main_process)
+    parallel.on_main(accelerator, lambda: rundir.check(run_dir, config, resume != "none"))
+    if (run_dir / "model.safetensors").exists():
+        log.info("%s is trained already", run_dir)
+        _evaluate(config, run_dir, accelerator, _missing(run_dir, config), config.eval.limit)
+        return
+    trainer = Trainer(config, accelerator)
+    start = parallel.on_main(accelerator, lambda: _starting_point(run_dir, config, resume))
+    if start:
+        path, saved = start
+        trainer.restore(saved, path)
+        log.info("going on from %s (pass %g)", path, trainer.passes)
+    about = {
+        "precision": accelerator.mixed_precision.replace("no", "fp32"),
+        "dataset": {
+            "name": config.data.name,
+            "train": len(trainer.train_data),
+            "test": len(trainer.test_data),
+            "classes": trainer.train_data.classes,
+        },
+    }
+    parallel.on_main(accelerator, lambda: rundir.create(run_dir, config, accelerator, about))
+    with log_file(run_dir / "log.txt", accelerator.is_main_process):
+        wandb_id = start[1].state["wandb_id"] if start else None
+        tracker = Tracker(run_dir, config, wandb_id) if accelerator.is_main_process else None
+        log.info(
+            "%s: %s on %s, %d images, %d steps, %s, %s with %d rank(s)",
+            run_dir,
+            config.method.name,
+            config.data.name,
+            len(trainer.train_data),
+            trainer.total_steps,
+            about["precision"],
+            accelerator.device.type,
+            accelerator.num_processes,
+        )
+        with bar(accelerator.is_main_process) as progress:
+            trainer.fit(run_dir, tracker, progress)
+        parallel.on_main(accelerator, lambda: _save_final(run_dir, trainer))
+        _evaluate(
+            config,
+            run_dir,
+            accelerator,
+            config.eval.attacks,
+            config.eval.limit,
+            trainer.test_data,
+            tracker,
+        )
+        if tracker:
+            tracker.finish()
+
+
+def evaluate_run(
+    run_dir: Path, attacks: Sequence[str], limit: int | None, overrides: Sequence[str]
+) -> None:
+    """Measure the final weights of a run; its own attacks and settings unless told otherwise."""
+    config = load_config(run_dir / "config.yaml", overrides)
+    if attacks:
+        tree = config.model_dump()
+        tree["eval"]["attacks"] = list(attacks)
+        config = parse_config(tree, "--attacks")
+    accelerator = parallel.start("fp32", config.train.threads)
+    start_logging(accelerator.is_main_process)
+    _evaluate(config, run_dir, accelerator, config.eval.attacks, limit or config.eval.limit)
+
+
+def _evaluate(
+    config: Config,
+    run_dir: Path,
+    accelerator: Accelerator,
+    attacks: Sequence[str],
+    limit: int | None,
+    data: Dataset | None = None,
+    tracker: Tracker | None = None,
+) -> None:
+    """Measure `model.safetensors`, the file that is handed on, and record what came out."""
+    if not attacks:
+        return
+    model = load_model(run_dir).to(accelerator.device)
+    data = data or load_dataset(config.data, "test", accelerator.local_main_process_first)
+    threat = build_threat(config.threat.norm, config.threat.eps)
+    with bar(accelerator.is_main_process) as progress:
+        task = progress.add_task("evaluating", total=None, status="")
+
+        def show(attack: str, done: int, of: int) -> None:
+            progress.update(task, description=attack, completed=done, total=of)
+
+        results, examples = evaluate(
+            model, data, threat, config.eval, accelerator, attacks, limit, show
+        )
+    if accelerator.is_main_process:
+        trained = model.architecture["trained"]
+        about = {"dataset": config.data.name, "split": "test", **trained}
+        write_results(run_dir, results, examples, about)
+        if tracker:
+            tracker.results(results, examples)
+        results_table(results)
+
+
+def _save_final(run_dir: Path, trainer: Trainer) -> None:
+    """The weights with how they came about, whole or not at all: the file marks the run's end."""
+    trained = {"epoch": trainer.kept_passes, "step": trainer.clock.step}
+    config = trainer.config
+    architecture = {
+        **trainer.copy.architecture,
+        "trained": {**trained, "method": config.method.name, "data": config.data.name},
+        "threat": config.threat.model_dump(),
+    }
+    save_model(run_dir / "model.safetensors", architecture, trainer.copy.state_dict())
+
+
+def _missing(run_dir: Path, config: Config) -> list[str]:
+    """The configured attacks of which results.jsonl has no line."""
+    path = run_dir / "results.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    done = {json.loads(line)["attack"] for line in lines}
+    return [attack for attack in config.eval.attacks if attack not in done]
+
+
+def _starting_point(run_dir: Path, config: Config, resume: str) -> tuple[Path, Checkpoint] | None:
+    """The checkpoint to go on from, or None for the beginning."""
+    if resume not in ("auto", "none"):
+        path = Path(resume)
+        saved = checkpoint.load(path)
+        rundir.check_same_experiment(parse_config(saved.state["config"], str(path)), config, path)
+        return path, saved
+    folder = run_dir / "checkpoints"
+    found = checkpoint.load_newest(folder, log.warning)
+    if found is None and run_dir.exists() and resume == "auto" and (run_dir / "config.yaml").exists():
+        log.info("%s has no checkpoint yet: starting from the beginning", run_dir)
+    return found

@@ -1,0 +1,89 @@
+"""What the adversary may do: L-inf and L2 balls in pixel units of [0, 1].
+
+Three pure tensor functions each, which are all that an attack needs to know of the geometry.
+Shapes: x, delta and gradients are (n, C, H, W); keys are (n,) from `rng.sample_keys`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from dist_adv import rng
+
+
+class Threat(Protocol):
+    """A ball of radius `eps` around an image, cut with the valid pixels."""
+
+    @property
+    def norm(self) -> str: ...
+    @property
+    def eps(self) -> float: ...
+
+    def random(self, keys: Tensor, shape: torch.Size) -> Tensor:
+        """A perturbation of `shape`, uniform in the ball; one key a sample."""
+
+    def ascend(self, delta: Tensor, grad: Tensor, step_size: float) -> Tensor:
+        """One step of steepest ascent of length `step_size` in this norm.
+
+        A gradient that overflowed in half precision counts as 0 (NaN) or as very large (inf).
+        """
+
+    def project(self, delta: Tensor, x: Tensor) -> Tensor:
+        """The perturbation brought back into the ball, then so that x + delta is in [0, 1]."""
+
+
+def _to_pixels(delta: Tensor, x: Tensor) -> Tensor:
+    """Shrinks components only (x itself is valid), so a delta in the ball stays in the ball."""
+    return torch.clamp(delta, min=-x, max=1 - x)
+
+
+@dataclass(frozen=True)
+class Linf:
+    """max |delta_i| <= eps; the steepest step is eps * sign(gradient) (Goodfellow et al. 2015)."""
+
+    eps: float
+    norm: str = "linf"
+
+    def random(self, keys: Tensor, shape: torch.Size) -> Tensor:
+        return rng.uniform(keys, tuple(shape[1:])).mul_(2).sub_(1).mul_(self.eps)
+
+    def ascend(self, delta: Tensor, grad: Tensor, step_size: float) -> Tensor:
+        return delta + step_size * torch.nan_to_num(grad).sign()
+
+    def project(self, delta: Tensor, x: Tensor) -> Tensor:
+        return _to_pixels(delta.clamp(-self.eps, self.eps), x)
+
+
+@dataclass(frozen=True)
+class L2:
+    """sqrt(sum delta_i^2) <= eps; the steepest step is along the normalised gradient."""
+
+    eps: float
+    norm: str = "l2"
+
+    def random(self, keys: Tensor, shape: torch.Size) -> Tensor:
+        # A uniform point of a d-ball: a uniform direction times radius * u^(1/d).
+        direction = rng.normal(keys, tuple(shape[1:]))
+        u = rng.uniform(rng.substream(keys, "radius"), (1,) * (len(shape) - 1))
+        radius = self.eps * u ** (1 / math.prod(shape[1:]))
+        return direction * (radius / _norm(direction))
+
+    def ascend(self, delta: Tensor, grad: Tensor, step_size: float) -> Tensor:
+        grad = torch.nan_to_num(grad)
+        return delta + step_size * grad / _norm(grad)
+
+    def project(self, delta: Tensor, x: Tensor) -> Tensor:
+        return _to_pixels(delta * (self.eps / _norm(delta)).clamp(max=1), x)
+
+
+def _norm(v: Tensor) -> Tensor:
+    """L2 norm a sample, (n, 1, 1, 1), never 0 so that it can divide."""
+    return v.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (v.dim() - 1))
+
+
+def build(norm: Literal["linf", "l2"], eps: float) -> Threat:
+    """The threat of a configuration."""
+    return Linf(eps) if norm == "linf" else L2(eps)

@@ -1,0 +1,147 @@
+"""Where a run's numbers go: metrics.jsonl and results.jsonl always, W&B and TensorBoard as views.
+
+Main process only. The files in the run folder are the record; nothing that goes wrong with a
+dashboard stops a run.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from dist_adv.config import Config
+from dist_adv.errors import RunFailure, UserError
+from dist_adv.evaluate import Examples, Result
+
+log = logging.getLogger("dist_adv")
+
+
+class Tracker:
+    """Records of one run. `wandb_id` of an earlier part of the run goes on as the same run."""
+
+    def __init__(self, run_dir: Path, config: Config, wandb_id: str | None = None) -> None:
+        self.run_dir = run_dir
+        self.wandb = _start_wandb(run_dir, config, wandb_id)
+        self.tensorboard = _start_tensorboard(run_dir) if config.track.tensorboard else None
+
+    @property
+    def wandb_id(self) -> str | None:
+        return self.wandb.id if self.wandb else None
+
+    def metrics(self, record: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl; `kind` is `train` (a logged step) or `epoch`."""
+        _append(self.run_dir / "metrics.jsonl", record)
+        numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
+        named = {f"{record['kind']}/{key}": value for key, value in numbers.items()}
+        if self.wandb:
+            self.wandb.log({**named, "step": record["step"], "epoch": record["epoch"]})
+        if self.tensorboard:
+            for name, value in named.items():
+                self.tensorboard.add_scalar(name, value, record["step"])
+
+    def results(self, results: Sequence[Result], examples: Examples | None) -> None:
+        """The final figures on the dashboards; `write_results` keeps the record."""
+        for result in results:
+            if self.wandb:
+                self.wandb.summary[f"final/{result.attack}"] = result.accuracy
+            if self.tensorboard:
+                self.tensorboard.add_scalar(f"final/{result.attack}", result.accuracy)
+        if self.wandb and examples:
+            self.wandb.log({f"examples/{examples.attack}": _table(examples)})
+
+    def finish(self) -> None:
+        """Flush everything; the run may not be used afterwards."""
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def write_results(
+    run_dir: Path, results: Sequence[Result], examples: Examples | None, about: Mapping[str, Any]
+) -> None:
+    """Lines of results.jsonl, and the pictures in examples.safetensors."""
+    for result in results:
+        _append(run_dir / "results.jsonl", {**result.record(), **about})
+    if examples:
+        names = ("clean", "adversarial", "label", "clean_prediction", "adversarial_prediction")
+        save_file(
+            {name: getattr(examples, name).contiguous() for name in names},
+            run_dir / "examples.safetensors",
+            metadata={"attack": examples.attack, "classes": json.dumps(examples.classes)},
+        )
+
+
+def _table(examples: Examples) -> Any:
+    """A W&B table of images before and after the attack, with the predictions."""
+    import wandb
+
+    table = wandb.Table(columns=["image", "adversarial", "label", "predicted", "attacked"])
+    answers = (examples.label, examples.clean_prediction, examples.adversarial_prediction)
+    for i in range(len(examples.label)):
+        pictures = [
+            wandb.Image((images[i] * 255).byte().permute(1, 2, 0).numpy().squeeze())
+            for images in (examples.clean, examples.adversarial)
+        ]
+        table.add_data(*pictures, *(examples.classes[int(answer[i])] for answer in answers))
+    return table
+
+
+def _append(path: Path, record: Mapping[str, Any]) -> None:
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise RunFailure(f"{path}: could not be written ({error.strerror})") from error
+
+
+def _start_wandb(run_dir: Path, config: Config, wandb_id: str | None) -> Any:
+    """A W&B run, offline where nobody is logged in or the server is out of reach; or None."""
+    options = config.track.wandb
+    mode = os.environ.get("WANDB_MODE", options.mode)
+    if mode == "disabled":
+        return None
+    import wandb
+
+    if mode == "auto":
+        mode = "online" if wandb.api.api_key else "offline"
+
+    def start(mode: str) -> Any:
+        run = wandb.init(
+            dir=run_dir,
+            project=options.project,
+            entity=options.entity,
+            name=options.name or run_dir.name,
+            group=options.group,
+            tags=options.tags or [config.method.name, config.data.name, config.model.name],
+            config=config.model_dump(),
+            id=wandb_id,
+            resume="allow" if wandb_id else None,
+            mode=mode,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        # Points are placed by these and not by W&B's own counter, which drops what a resumed
+        # run logs again.
+        run.define_metric("train/*", step_metric="step")
+        run.define_metric("epoch/*", step_metric="epoch")
+        return run
+
+    try:
+        return start(mode)
+    except (wandb.Error, OSError) as error:
+        log.warning("W&B is out of reach (%s): recording offline in %s/wandb", error, run_dir)
+        return start("offline")
+
+
+def _start_tensorboard(run_dir: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "track.tensorboard: tensorboard is not installed; pip install 'dist-adv[tensorboard]'"
+        ) from None
+    return SummaryWriter(run_dir / "tensorboard")
