@@ -1,6 +1,7 @@
 """Processes and precision: the Accelerator, a method's view of the model, exact reductions."""
 
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TypeVar
@@ -28,6 +29,8 @@ def start(precision: str = "fp32", threads: int | None = None) -> Accelerator:
     # Buffers: BatchNorm's statistics stay each rank's own while training and are averaged in
     # `snapshot`. Broadcasting rank 0's at every forward would cost a collective and lose them.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    # torch 2.14 renames the option, Accelerate does not pass the new name yet.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     mixed = resolve_precision(precision, cpu)
     accelerator = Accelerator(
         cpu=cpu,
@@ -46,7 +49,8 @@ def start(precision: str = "fp32", threads: int | None = None) -> Accelerator:
 
 def _threads_per_rank() -> int:
     """Ranks times threads never exceed the cores: two threads too many slow a run tenfold."""
-    cores = len(os.sched_getaffinity(0))
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     share = max(1, cores // ranks)
     return min(share, int(os.environ.get("OMP_NUM_THREADS") or share))

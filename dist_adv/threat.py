@@ -48,7 +48,7 @@ class Linf:
     norm: str = "linf"
 
     def random(self, keys: Tensor, shape: torch.Size) -> Tensor:
-        return rng.uniform(keys, tuple(shape[1:])).mul_(2).sub_(1).mul_(self.eps)
+        return rng.uniform(keys, tuple(shape[1:])).mul_(2 * self.eps).sub_(self.eps)
 
     def ascend(self, delta: Tensor, grad: Tensor, step_size: float) -> Tensor:
         return delta + step_size * torch.nan_to_num(grad).sign()

@@ -32,8 +32,9 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
             "chapters": draw(read, out / "figures"),
         }
         write_csv(read, out / "results.csv")
+        templates = _templates()
         for name in ("report.md", "report.html"):
-            text = _templates().get_template(f"{name}.j2").render(content)
+            text = templates.get_template(f"{name}.j2").render(content)
             (out / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out}: cannot write the report ({error}); name another folder") from error

@@ -21,7 +21,7 @@ _RUN_COLUMNS: dict[str, Callable[[Run], Any]] = {
     "model": lambda run: run.config["model"]["name"],
     "dataset": lambda run: run.config["data"]["name"],
     "batch_size": lambda run: run.config["train"]["batch_size"],
-    "precision": lambda run: run.config["train"]["precision"],
+    "precision": lambda run: run.precision,
     "seed": lambda run: run.config["train"]["seed"],
     "ranks": lambda run: run.env.get("world_size"),
     "finished": lambda run: run.finished,

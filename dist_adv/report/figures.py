@@ -65,7 +65,10 @@ class Chapter:
 
 
 @dataclass(frozen=True)
-class _Look:
+class _Drawn:
+    """A run and its looks."""
+
+    run: Run
     colour: str
     marker: str
 
@@ -73,19 +76,21 @@ class _Look:
 def draw(runs: Sequence[Run], folder: Path) -> list[Chapter]:
     """Draw every figure for which the runs hold data into `folder`, in place of earlier ones."""
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("[0-9][0-9]-*.png"):
+    for old in folder.glob("[0-9][0-9][0-9]-*.png"):
         old.unlink()
-    looks = [
-        _Look(_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]) for i in range(len(runs))
+    drawn = [
+        _Drawn(run, _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)])
+        for i, run in enumerate(runs)
     ]
     album = _Album(folder)
     with rc_context(_STYLE):
-        _trade_off(album, runs, looks)
-        _overlay(album, runs, looks, over_time=False)
-        _overlay(album, runs, looks, over_time=True)
+        _trade_off(album, drawn)
+        _overlay(album, drawn, over_time=False)
+        _overlay(album, drawn, over_time=True)
         chapters = [Chapter("The runs together", album.take())]
-        for run, look in zip(runs, looks, strict=True):
-            _curves(album, run, look)
+        for each in drawn:
+            run = each.run
+            _curves(album, each)
             _examples(album, run)
             state = "" if run.finished else ", unfinished"
             title = f"{run.label} ({method_name(run)}){state}"
@@ -104,7 +109,7 @@ class _Album:
     def add(self, figure: Figure, name: str, title: str, caption: str) -> None:
         self._count += 1
         slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
-        path = self._folder / f"{self._count:02d}-{slug}.png"
+        path = self._folder / f"{self._count:03d}-{slug}.png"
         figure.savefig(path, dpi=_DPI)
         width = round(100 * figure.get_figwidth())
         self._illustrations.append(Illustration(path, width, title, caption))
@@ -115,21 +120,18 @@ class _Album:
         return taken
 
 
-def _trade_off(album: _Album, runs: Sequence[Run], looks: Sequence[_Look]) -> None:
-    attack = strongest_attack(runs)
-    shown = [
-        (run, look)
-        for run, look in zip(runs, looks, strict=True)
-        if {"natural", attack} <= run.evaluations.keys()
-    ]
+def _trade_off(album: _Album, drawn: Sequence[_Drawn]) -> None:
+    attack = strongest_attack([each.run for each in drawn])
+    shown = [each for each in drawn if {"natural", attack} <= each.run.evaluations.keys()]
     if attack is None or not shown:
         return
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.add_subplot()
-    times = [run.seconds for run, _ in shown if run.seconds]
+    times = [each.run.seconds for each in shown if each.run.seconds]
     longest = max(times, default=1.0)
     points = []
-    for run, look in shown:
+    for each in shown:
+        run = each.run
         pair = [run.evaluations["natural"], run.evaluations[attack]]
         x, y = (100 * evaluation.accuracy for evaluation in pair)
         (x_low, x_high), (y_low, y_high) = (
@@ -140,10 +142,10 @@ def _trade_off(album: _Album, runs: Sequence[Run], looks: Sequence[_Look]) -> No
             y,
             xerr=[[x - x_low], [x_high - x]],
             yerr=[[y - y_low], [y_high - y]],
-            fmt=look.marker,
-            color=look.colour,
+            fmt=each.marker,
+            color=each.colour,
             markersize=_marker_size(run.seconds or 0, longest),
-            markerfacecolor=(look.colour, 0.35),
+            markerfacecolor=(each.colour, 0.35),
             elinewidth=1.4,
         )
         points.append((x, y))
@@ -172,7 +174,8 @@ def _trade_off(album: _Album, runs: Sequence[Run], looks: Sequence[_Look]) -> No
             bbox_to_anchor=(1.0, 0.5),
             labelspacing=1.2,
         )
-    _label_points(figure, axes, points, [run.label for run, _ in shown])
+    _label_points(figure, axes, points, [each.run.label for each in shown])
+    missing = [each.run.label for each in drawn if each not in shown]
     album.add(
         figure,
         "trade-off",
@@ -182,7 +185,8 @@ def _trade_off(album: _Album, runs: Sequence[Run], looks: Sequence[_Look]) -> No
         "strongest attack that the runs share. Robustness is usually paid for in natural accuracy, "
         "so one run beats another outright only if it lies above it and to its right. The bars are "
         "95 % intervals for the finite number of test images; they do not cover how much a "
-        "result varies between training seeds. A larger marker took longer to train.",
+        "result varies between training seeds. A larger marker took longer to train."
+        + (f" Not evaluated under it: {', '.join(missing)}." if missing else ""),
     )
 
 
@@ -226,31 +230,27 @@ def _label_points(
         taken.append(note.get_window_extent())
 
 
-def _overlay(
-    album: _Album, runs: Sequence[Run], looks: Sequence[_Look], *, over_time: bool
-) -> None:
-    shown = [
-        (run, look) for run, look in zip(runs, looks, strict=True) if run.curve("test_accuracy")
-    ]
+def _overlay(album: _Album, drawn: Sequence[_Drawn], *, over_time: bool) -> None:
+    shown = [each for each in drawn if each.run.curve("test_accuracy")]
     if not shown:
         return
     divisor, unit = 1.0, "passes over the data"
     if over_time:
-        divisor, unit = _time_unit(max(run.epochs[-1]["seconds"] for run, _ in shown))
-    attack, sample = _curve_attack([run for run, _ in shown])
+        divisor, unit = _time_unit(max(each.run.epochs[-1]["seconds"] for each in shown))
+    attack, sample = _curve_attack([each.run for each in shown])
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, key, name in zip(
         figure.subplots(1, 2), ("test_accuracy", "pgd_accuracy"), ("natural", attack), strict=True
     ):
-        for run, look in shown:
-            records = run.curve(key)
+        for each in shown:
+            records = each.run.curve(key)
             axes.plot(
                 [record["seconds" if over_time else "epoch"] / divisor for record in records],
                 [100 * record[key] for record in records],
-                color=look.colour,
-                marker=look.marker,
+                color=each.colour,
+                marker=each.marker,
                 markevery=_marker_spacing(records),
-                label=run.label,
+                label=each.run.label,
             )
         axes.set_xlabel(f"training time ({unit})" if over_time else unit)
         axes.set_ylabel(f"{name} test accuracy (%)")
@@ -311,7 +311,8 @@ def _marker_spacing(records: Sequence[Record]) -> int:
     return max(1, len(records) // 15)
 
 
-def _curves(album: _Album, run: Run, look: _Look) -> None:
+def _curves(album: _Album, drawn: _Drawn) -> None:
+    run = drawn.run
     if not run.epochs:
         return
     attack, sample = _curve_attack([run])
@@ -319,8 +320,8 @@ def _curves(album: _Album, run: Run, look: _Look) -> None:
     loss, accuracy, error = figure.subplots(1, 3)
     for key, label, colour, line, fill in (
         ("train", "training inputs", _GREY, ":", _GREY),
-        ("test", "natural test images", look.colour, "-", look.colour),
-        ("pgd", f"test images under {attack}", look.colour, "--", "white"),
+        ("test", "natural test images", drawn.colour, "-", drawn.colour),
+        ("pgd", f"test images under {attack}", drawn.colour, "--", "white"),
     ):
         records = run.curve(f"{key}_accuracy")
         passes = [record["epoch"] for record in records]
@@ -335,7 +336,7 @@ def _curves(album: _Album, run: Run, look: _Look) -> None:
                 values,
                 color=colour,
                 linestyle=line,
-                marker=look.marker,
+                marker=drawn.marker,
                 markersize=4,
                 markerfacecolor=fill,
                 markevery=_marker_spacing(records),
@@ -395,7 +396,8 @@ def _examples(album: _Album, run: Run) -> None:
         np.moveaxis(images[:count], 1, -1) for images in (examples.clean, examples.adversarial)
     )
     change = adversarial - clean
-    gain = max(1, int(0.5 / max(np.abs(change).max(), 1e-6)))
+    peak = float(np.abs(change).max())
+    gain = max(1, int(0.5 / peak)) if peak else 1
     figure = Figure(figsize=(1.17 * count + 0.6, 4.8), layout="constrained")
     grid = figure.subplots(3, count, squeeze=False)
     rows = (

@@ -29,7 +29,7 @@ _CONFIG_KEYS = {
 }
 _METRIC_KEYS = {
     "train": ("epoch", "step", "seconds"),
-    "epoch": ("epoch", "step", "seconds", "epoch_seconds", "train_loss", "train_accuracy"),
+    "epoch": ("epoch", "step", "seconds", "train_loss", "train_accuracy"),
 }
 _RESULT_KEYS = ("attack", "accuracy", "ci95", "n")
 
@@ -46,7 +46,7 @@ class Evaluation:
     record: Mapping[str, Any]  # the whole line, with the attack's settings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Examples:
     """A few test images before and after an attack, with the model's answers."""
 
@@ -59,7 +59,7 @@ class Examples:
     adversarial_prediction: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """One run folder. `label` names it uniquely within the report."""
 
@@ -98,9 +98,13 @@ class Run:
 
     @property
     def epoch_seconds(self) -> float | None:
-        """Mean training time of the epochs that were completed."""
-        times = [record["epoch_seconds"] for record in self.epochs]
-        return sum(times) / len(times) if times else None
+        """Mean training time of a pass: right also for passes cut short by a stop or a resume."""
+        return self.seconds / self.passes if self.seconds and self.passes else None
+
+    @property
+    def precision(self) -> str:
+        """What `auto` came to, where the run recorded it."""
+        return str(self.env.get("precision", self.config["train"]["precision"]))
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

@@ -112,7 +112,7 @@ def attack_order(attack: str) -> tuple[int, tuple[int, ...], str]:
 
 def threat_name(run: Run) -> str:
     """The perturbations that a run trained against."""
-    return f"{run.config['threat']['norm']} eps {pixels(run.config['threat']['eps'])}"
+    return f"eps {pixels(run.config['threat']['eps'])} ({run.config['threat']['norm']})"
 
 
 def method_title(run: Run) -> str:
@@ -140,9 +140,9 @@ def method_name(run: Run) -> str:
 
 
 def passes(run: Run) -> str:
-    """Passes over the data, of those planned where the run has not finished."""
-    done = f"{round(run.passes, 1):g}"
-    return done if run.finished else f"{done} of {run.config['train']['epochs']}"
+    """Passes over the data, of those planned where it stopped earlier."""
+    done, planned = round(run.passes, 1), run.config["train"]["epochs"]
+    return f"{done:g} of {planned}" if done < planned else f"{done:g}"
 
 
 def tables(runs: Sequence[Run]) -> list[Table]:
@@ -167,7 +167,7 @@ def _results(runs: Sequence[Run]) -> Table:
                 Cell(_or_dash(run.epoch_seconds, duration)),
                 Cell(str(train["batch_size"])),
                 Cell(str(run.env.get("world_size", "-"))),
-                Cell(str(train["precision"])),
+                Cell(run.precision),
                 Cell(str(train["seed"])),
             ]
         )
@@ -264,7 +264,7 @@ def _environments(runs: Sequence[Run]) -> Table:
             env.get("torch"),
             env.get("accelerate"),
             env.get("dist_adv"),
-            env["git_commit"][:10] if env.get("git_commit") else None,
+            env.get("git_commit"),
             str(env["started"])[:16].replace("T", " ") if env.get("started") else None,
         )
         rows.append([Cell(run.label), *(Cell(_or_dash(value, _plain)) for value in values)])

@@ -54,10 +54,10 @@ def _robustness(runs: Sequence[Run], attack: str) -> str:
         f"Under {name}, the strongest attack that {share} evaluated runs share, {who} has the best "
         f"accuracy: {result}"
     )
-    others = [run for run in rated[1:] if run.config["method"]["name"] == "natural"]
-    if others:
-        kept = percentage(others[0].evaluations[attack].accuracy)
-        sentence += f"; natural training ({others[0].label}) has {kept}"
+    natural_runs = [run for run in rated[1:] if run.config["method"]["name"] == "natural"]
+    if natural_runs:
+        kept = percentage(natural_runs[0].evaluations[attack].accuracy)
+        sentence += f"; natural training ({natural_runs[0].label}) has {kept}"
     close = [
         run.label
         for run in rated[1:]
@@ -110,7 +110,7 @@ def _differences(runs: Sequence[Run]) -> list[str]:
     ):
         if len(values) > 1:
             lines.append(
-                f"The runs have different {title} ({_join(sorted(values))}): "
+                f"The runs have different {title}, {_join(sorted(values))}: "
                 "their accuracies do not compare."
             )
     for attack in dict.fromkeys(name for run in runs for name in run.evaluations):

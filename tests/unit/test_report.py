@@ -1,0 +1,492 @@
+"""The report, from run folders made up here: what it shows, what it refuses, what it writes."""
+
+import csv
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from safetensors.numpy import save_file
+
+from dist_adv.errors import UserError
+from dist_adv.report import write_report
+from dist_adv.report.runs import read_runs, strongest_attack
+from dist_adv.report.tables import attack_order, duration, pixels
+from dist_adv.report.text import headline, notices
+
+PLANNED = 4
+FLAG = "FGSM leaves 61.0% and pgd-10 0.4%: the sign of catastrophic overfitting"
+
+
+def evaluation(attack: str, accuracy: float, n: int = 1000, **settings: Any) -> dict[str, Any]:
+    """A line of results.jsonl."""
+    correct, z = round(accuracy * n), 1.96
+    middle = (correct / n + z * z / (2 * n)) / (1 + z * z / n)
+    half = (
+        z * math.sqrt(correct / n * (1 - correct / n) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    )
+    record = {
+        "attack": attack,
+        "accuracy": correct / n,
+        "correct": correct,
+        "n": n,
+        "ci95": [middle - half, middle + half],
+        "loss": 1.25,
+        "flags": [],
+        "dataset": "digits",
+        "split": "test",
+    }
+    if attack != "natural":
+        _, steps, *restarts = (*attack.split("-"), "1")
+        record |= {
+            "steps": int(steps),
+            "restarts": int(restarts[0]),
+            "step_size": 2 / 255,
+            "norm": "linf",
+            "eps": 8 / 255,
+            "init": "random",
+            "loss_fn": "ce",
+            "seed": 0,
+            "iterate": "last",
+            "precision": "fp32",
+        }
+    return record | settings
+
+
+def epoch(number: int, seconds: float, **more: Any) -> dict[str, Any]:
+    """An epoch's line of metrics.jsonl, of 10 steps."""
+    done = number / PLANNED
+    return {
+        "kind": "epoch",
+        "epoch": number,
+        "step": 10 * number,
+        "seconds": seconds,
+        "epoch_seconds": seconds / number,
+        "train_loss": 2.3 - done,
+        "train_accuracy": 0.1 + 0.5 * done,
+        "test_loss": 2.2 - done,
+        "test_accuracy": 0.2 + 0.6 * done,
+        "pgd_loss": 2.4 - done,
+        "pgd_accuracy": 0.1 + 0.3 * done,
+        "curve_attack": "pgd-10",
+        "curve_n": 100,
+    } | more
+
+
+def make_run(
+    folder: Path,
+    method: dict[str, Any] | None = None,
+    metrics: list[dict[str, Any]] | None = None,
+    results: list[dict[str, Any]] | None = None,
+    finished: bool = True,
+    eps: float = 8 / 255,
+) -> Path:
+    """A run folder; without arguments, one that finished four passes and was never evaluated."""
+    folder.mkdir(parents=True)
+    config = {
+        "method": method or {"name": "natural"},
+        "threat": {"norm": "linf", "eps": eps},
+        "model": {"name": "preact_resnet18", "width": 16},
+        "data": {"name": "digits"},
+        "train": {"epochs": PLANNED, "batch_size": 128, "precision": "auto", "seed": 7},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    env = {
+        "torch": "2.14.1",
+        "git_commit": "0123456789ab-dirty",
+        "hardware": {"device": "cpu", "name": "Some CPU", "cores": 2, "threads": 2},
+        "world_size": 2,
+        "precision": "bf16",
+        "started": "2026-05-04T10:11:12+00:00",
+        "dataset": {"name": "digits", "train": 1437, "test": 360},
+    }
+    (folder / "env.json").write_text(json.dumps(env))
+    if metrics is None:
+        metrics = [epoch(number, 30.0 * number) for number in range(1, PLANNED + 1)]
+    write_lines(folder / "metrics.jsonl", metrics)
+    write_lines(folder / "results.jsonl", results or [])
+    if finished:
+        (folder / "model.safetensors").touch()
+    return folder
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def add_examples(folder: Path, channels: int, size: int) -> None:
+    """Three images, of which the attack fools the first."""
+    rng = np.random.default_rng(0)
+    clean = rng.random((3, channels, size, size), dtype=np.float32)
+    change = 8 / 255 * rng.choice(np.array([-1, 1], dtype=np.float32), clean.shape)
+    label = np.array([0, 1, 2])
+    tensors = {
+        "clean": clean,
+        "adversarial": np.clip(clean + change, 0, 1).astype(np.float32),
+        "label": label,
+        "clean_prediction": label,
+        "adversarial_prediction": np.array([1, 1, 2]),
+    }
+    metadata = {"attack": "pgd-20", "classes": json.dumps(["cat", "dog", "a rather long name"])}
+    save_file(tensors, folder / "examples.safetensors", metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Report:
+    out: Path
+    html: str
+    markdown: str
+    rows: list[dict[str, str]]
+
+    def row(self, run: str, attack: str) -> dict[str, str]:
+        (found,) = (row for row in self.rows if (row["run"], row["attack"]) == (run, attack))
+        return found
+
+
+def report_on(runs: list[Path], out: Path) -> Report:
+    page = write_report(runs, out)
+    with (out / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return Report(out, page.read_text(), (out / "report.md").read_text(), rows)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """Four runs: natural; two named `fast`, one of them collapsed; Free, unfinished."""
+    root = tmp_path_factory.mktemp("runs")
+    natural = make_run(
+        root / "natural", results=[evaluation("natural", 0.95), evaluation("pgd-10", 0.0)]
+    )
+    add_examples(natural, channels=1, size=8)
+    good = make_run(
+        root / "a" / "fast",
+        {"name": "fast", "alpha": 10 / 255, "init": "random", "guard": "warn"},
+        results=[
+            evaluation("natural", 0.847),
+            evaluation("pgd-10", 0.9),  # superseded by the last line
+            evaluation("pgd-50-10", 0.41),
+            evaluation("pgd-10", 0.43),
+        ],
+    )
+    add_examples(good, channels=3, size=32)
+    collapsed = make_run(
+        root / "b" / "fast",
+        {"name": "fast", "alpha": 0.0123, "init": "zero", "guard": "stop"},
+        metrics=[epoch(1, 30.0), epoch(2, 60.0), epoch(3, 90.0, guard_tripped=True)],
+        results=[evaluation("natural", 0.87), evaluation("pgd-10", 0.004, flags=[FLAG])],
+    )
+    unfinished = make_run(
+        root / "free",
+        {"name": "free", "replays": 8},
+        metrics=[
+            epoch(1, 30.0),
+            epoch(2, 61.0),
+            epoch(3, 92.0),
+            # Killed, and resumed from the checkpoint of the first pass.
+            epoch(2, 50.0),
+            {"kind": "train", "epoch": 2.5, "step": 25, "seconds": 62.5},
+        ],
+        finished=False,
+    )
+    return report_on([natural, good, collapsed, unfinished], tmp_path_factory.mktemp("out"))
+
+
+def test_csv_holds_the_recorded_numbers(report: Report) -> None:
+    assert len(report.rows) == 7
+    row = report.row("a/fast", "pgd-10")
+    assert float(row["accuracy"]) == 0.43
+    assert float(row["ci95_low"]) == pytest.approx(0.3997, abs=1e-4)
+    assert (row["method"], float(row["method_alpha"])) == ("fast", 10 / 255)
+    assert (row["attack_steps"], row["attack_restarts"], row["n"]) == ("10", "1", "1000")
+    assert (row["passes"], row["optimiser_steps"]) == ("4.0", "40")
+    assert (float(row["training_seconds"]), float(row["epoch_seconds"])) == (120.0, 30.0)
+    assert (row["ranks"], row["precision"], row["seed"]) == ("2", "bf16", "7")
+    assert report.row("b/fast", "pgd-10")["flags"] == FLAG
+    assert report.row("natural", "natural")["attack_steps"] == ""
+
+
+def test_main_table(report: Report) -> None:
+    header, _, natural, good, collapsed, unfinished = markdown_table(report, "Results")
+    assert header[:7] == ["Run", "Method", "Model", "Natural", "PGD-10", "PGD-50-10", "Passes"]
+    assert natural[:6] == [
+        "natural",
+        "Natural",
+        "preact_resnet18 (width 16)",
+        "95.0 (93.5\N{EN DASH}96.2)",
+        "0.0 (0.0\N{EN DASH}0.4)",
+        "-",
+    ]
+    assert good[:2] == ["a/fast", "Fast (alpha 10/255, init random)"]
+    assert good[4] == "**43.0** (40.0\N{EN DASH}46.1)"
+    assert good[5].startswith("41.0")  # nothing to be better than
+    assert good[6:] == ["4", "40", "2.0 min", "30 s", "128", "2", "bf16", "7"]
+    assert collapsed[:2] == ["b/fast", "Fast (alpha 0.0123, init zero, guard stop)"]
+    assert collapsed[4].endswith("(warning)")
+    assert collapsed[6] == "3 of 4"
+    assert unfinished[:2] == ["free (unfinished)", "Free (m = 8)"]
+    assert unfinished[6:10] == ["2.5 of 4", "25", "62 s", "25 s"]
+
+
+def test_page_shows_what_the_markdown_shows(report: Report) -> None:
+    assert "<strong>43.0</strong><small>40.0\N{EN DASH}46.1</small>" in report.html
+    assert "<small>unfinished</small>" in report.html
+    assert report.html.count("This evaluation carries a warning") == 1
+    for row in markdown_table(report, "Attack settings")[2:]:
+        assert f"<td>{row[0]}</td>" in report.html.replace("\n", "")
+
+
+def test_warnings_come_before_the_numbers(report: Report) -> None:
+    for text in (report.html, report.markdown):
+        above = text[: text.index("Attack settings")].split("Results")[0]
+        assert f"b/fast, PGD-10: {FLAG}" in above
+        assert "free is unfinished: 2.5 of 4 passes are logged." in above
+        assert "b/fast: the guard against catastrophic overfitting tripped in pass 3" in above
+
+
+def test_headline(report: Report) -> None:
+    said = report.markdown.splitlines()[2].replace("\N{NO-BREAK SPACE}", " ")
+    assert said == (
+        "Under PGD-10 (1,000 images), the strongest attack that all evaluated runs share, a/fast "
+        "(Fast, alpha 10/255, init random) has the best accuracy: 43.0 % (40.0\N{EN DASH}46.1); "
+        "natural training (natural) has 0.0 %. Training took from 90 s (b/fast) to 2.0 min "
+        "(natural)."
+    )
+
+
+def test_attack_settings_are_stated(report: Report) -> None:
+    rows = markdown_table(report, "Attack settings")
+    assert [row[0] for row in rows[2:]] == ["Natural", "PGD-10", "PGD-50-10"]
+    assert rows[3][1:10] == ["linf", "8/255", "10", "2/255", "1", "random", "ce", "last", "1,000"]
+    assert (rows[3][-1], rows[4][-1]) == ("all", "a/fast")
+
+
+def test_environment_is_stated(report: Report) -> None:
+    rows = markdown_table(report, "Hardware, data and versions")
+    assert "0123456789ab-dirty" in rows[2]
+    assert rows[2][1:8] == ["cpu", "Some CPU", "2", "2", "digits", "1,437", "360"]
+
+
+def test_figures_are_there_and_not_blank(report: Report) -> None:
+    linked = re.findall(r"\]\((figures/[^)]+)\)", report.markdown)
+    on_disk = sorted(f"figures/{path.name}" for path in (report.out / "figures").iterdir())
+    # Three of all runs, curves of each run, examples of two.
+    assert len(linked) == 3 + 4 + 2
+    assert sorted(linked) == on_disk
+    assert report.html.count("data:image/png;base64,") == len(linked)
+    for name in linked:
+        with Image.open(report.out / name) as image:
+            pixels_of = np.asarray(image.convert("RGB"), dtype=float)
+        height, width, _ = pixels_of.shape
+        assert 600 <= height <= 1200, name
+        assert 700 <= width <= 2000, name
+        assert pixels_of.std() > 10, name
+
+
+def test_examples_mark_right_and_wrong(report: Report) -> None:
+    (path,) = (report.out / "figures").glob("*examples-natural.png")
+    with Image.open(path) as image:
+        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 24) or []}
+    assert {(0x00, 0x70, 0x4F), (0xB8, 0x43, 0x00)} <= colours
+
+
+def test_page_needs_nothing_from_outside(report: Report) -> None:
+    sources = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]{0,30})""", report.html)
+    assert sources
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not re.search(r"<script|<link|@import|url\(", report.html)
+
+
+def test_torn_last_line_is_ignored(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", finished=False)
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"kind": "train", "epoch": 4.5, "note": "\xc3')
+    (read,) = read_runs([run])
+    assert read.passes == 4
+
+
+def test_damage_elsewhere_is_reported(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join([lines[0], lines[1][:20], *lines[2:]]))
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is not valid JSON"):
+        read_runs([run])
+
+
+def test_resumed_run_counts_no_stretch_twice(tmp_path: Path) -> None:
+    before = [epoch(1, 30.0), epoch(2, 60.0), epoch(3, 90.0)]
+    run = make_run(tmp_path / "run", metrics=[*before, epoch(2, 70.0)])
+    (read,) = read_runs([run])
+    assert [record["seconds"] for record in read.epochs] == [30.0, 70.0]
+    assert (read.passes, read.seconds) == (2, 70.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.yaml", None, "missing, so this is not a run folder"),
+        ("config.yaml", "method: [", "not valid YAML"),
+        ("config.yaml", "method: {name: fast}", "threat.norm is missing"),
+        ("config.yaml", "", "method.name is missing"),
+        ("env.json", "{", "not valid JSON"),
+        ("env.json", "[]", "not a JSON object"),
+        ("metrics.jsonl", '{"kind": "epoch", "epoch": 1}', "line 1 lacks step, seconds"),
+        ("metrics.jsonl", '{"epoch": 1}', "line 1 is of unknown kind None"),
+        ("results.jsonl", '{"attack": "pgd-10"}', "line 1 lacks accuracy, ci95, n"),
+        ("results.jsonl", "3", "line 1 is not a JSON object"),
+        ("examples.safetensors", "nonsense", "not readable as example images"),
+    ],
+)
+def test_bad_file_is_named(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+    run = make_run(tmp_path / "run")
+    if content is None:
+        (run / name).unlink()
+    else:
+        (run / name).write_text(content)
+    with pytest.raises(UserError) as caught:
+        write_report([run], tmp_path / "out")
+    text = str(caught.value)
+    assert text.startswith(f"{run.resolve() / name}: ")
+    assert message in text
+    assert "\n" not in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_folder_and_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no such run folder"):
+        write_report([tmp_path / "nothing"], tmp_path / "out")
+    with pytest.raises(UserError, match="no runs given"):
+        write_report([], tmp_path / "out")
+
+
+def test_out_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(UserError, match="cannot write the report"):
+        write_report([make_run(tmp_path / "run")], tmp_path / "out")
+
+
+def test_bare_run_and_replaced_report(tmp_path: Path) -> None:
+    """A run that has logged nothing yet is reported, and nothing of an earlier report stays."""
+    out = tmp_path / "out"
+    (out / "figures").mkdir(parents=True)
+    (out / "figures" / "007-curves-gone.png").touch()
+    (out / "figures" / "mine.png").touch()
+    run = make_run(tmp_path / "run", metrics=[], finished=False)
+    (run / "metrics.jsonl").unlink()
+    (run / "results.jsonl").unlink()
+    report = report_on([run], out)
+    assert "None of these runs has been evaluated" in report.html
+    assert "run is unfinished: 0 of 4 passes are logged." in report.html
+    assert "Neither curves nor example images are recorded." in report.html
+    assert report.rows == []
+    assert [path.name for path in (out / "figures").iterdir()] == ["mine.png"]
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "<b>$x$|y", results=[evaluation("natural", 0.9)])
+    report = report_on([run], tmp_path / "out")
+    assert "<td>&lt;b&gt;$x$|y</td>" in report.html.replace("\n", "")
+    assert markdown_table(report, "Results")[2][0] == r"\<b>$x$\|y"
+
+
+def test_same_folder_twice_is_one_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert [each.label for each in read_runs([run, run / ".." / "run"])] == ["run"]
+
+
+def test_strongest_attack_is_the_most_shared(tmp_path: Path) -> None:
+    shared = [evaluation("natural", 0.9), evaluation("pgd-10", 0.5), evaluation("pgd-20", 0.4)]
+    runs = read_runs(
+        [
+            make_run(tmp_path / "a", results=shared),
+            make_run(tmp_path / "b", results=[*shared, evaluation("pgd-50", 0.1)]),
+        ]
+    )
+    assert strongest_attack(runs) == "pgd-20"
+
+
+def test_headline_claims_no_order_within_the_intervals(tmp_path: Path) -> None:
+    runs = read_runs(
+        [
+            make_run(tmp_path / name, {"name": "pgd"}, results=[evaluation("pgd-10", accuracy)])
+            for name, accuracy in (("a", 0.43), ("b", 0.44), ("c", 0.30))
+        ]
+    )
+    said = headline(runs)[0]
+    assert "b (PGD) has the best accuracy" in said
+    assert said.endswith("Its interval overlaps with that of a, so their order is open.")
+
+
+def test_headline_of_one_run(tmp_path: Path) -> None:
+    results = [evaluation("natural", 0.8), evaluation("pgd-10", 0.5)]
+    (sentence, time) = headline(read_runs([make_run(tmp_path / "a", results=results)]))
+    assert sentence.replace("\N{NO-BREAK SPACE}", " ") == (
+        "a (Natural) classifies 80.0 % of the natural test images and 50.0 % "
+        "(46.9\N{EN DASH}53.1) of the test images under PGD-10 (1,000 images)."
+    )
+    assert time == "Training took 2.0 min."
+
+
+def test_what_does_not_compare_is_said(tmp_path: Path) -> None:
+    runs = read_runs(
+        [
+            make_run(tmp_path / "a", results=[evaluation("pgd-10", 0.5, seed=0)]),
+            make_run(tmp_path / "b", results=[evaluation("pgd-10", 0.5, n=500, seed=1)]),
+            make_run(tmp_path / "c", eps=4 / 255, results=[evaluation("natural", 0.5)]),
+        ]
+    )
+    assert notices(runs) == [
+        "The runs have different threat models, eps 4/255 (linf) and eps 8/255 (linf): "
+        "their accuracies do not compare.",
+        "PGD-10 was not run alike on all runs (differing: images): see the attack settings "
+        "before comparing.",
+    ]
+    assert notices(runs[:1]) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(8 / 255, "8/255"), (0.0313725, "8/255"), (0.3, "0.3"), (0.012345, "0.0123"), (1.0, "1")],
+)
+def test_pixels(value: float, text: str) -> None:
+    assert pixels(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(4.21, "4.2 s"), (95, "95 s"), (130, "2.2 min"), (5280, "88 min"), (7300, "2.0 h")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_attacks_are_in_a_readable_order() -> None:
+    names = ["autoattack", "pgd-50-10", "pgd-100", "pgd-50", "fgsm", "pgd-10", "natural"]
+    assert sorted(names, key=attack_order) == [
+        "natural",
+        "fgsm",
+        "pgd-10",
+        "pgd-50",
+        "pgd-50-10",
+        "pgd-100",
+        "autoattack",
+    ]
+
+
+def test_needs_no_torch() -> None:
+    code = "import sys, dist_adv.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def markdown_table(report: Report, title: str) -> list[list[str]]:
+    """The cells of a table in report.md: header, rule, rows."""
+    after = report.markdown.split(f"## {title}\n")[1]
+    lines = after[after.index("|") :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
