@@ -191,7 +191,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 def _parse_yaml(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, _UniqueKeys)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}" if mark else ""
@@ -296,7 +296,9 @@ def _explain(error: ErrorDetails, tree: Mapping[str, Any]) -> str:
             return f"{key}.name: missing"
         case "literal_error":
             found = error["input"]
-            kinds = [kind.strip("' ") for kind in context["expected"].replace(" or ", ",").split(",")]
+            kinds = [
+                kind.strip("' ") for kind in context["expected"].replace(" or ", ",").split(",")
+            ]
             return f"{key}: {found!r} is not known{_nearest(str(found), kinds)}"
         case "model_type" | "model_attributes_type":
             return f"{key}: is a section with keys of its own, not {error['input']!r}"

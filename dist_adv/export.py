@@ -34,7 +34,9 @@ def _card(architecture: dict, run_dir: Path) -> str:
         f"| {name} | {r['accuracy']:.2%} | {r['ci95'][0]:.2%} to {r['ci95'][1]:.2%} | {r['n']} |"
         for name, r in latest.items()
     ]
-    table = "\n".join(["| attack | accuracy | 95 % interval | images |", "|---|---|---|---|", *rows])
+    table = "\n".join(
+        ["| attack | accuracy | 95 % interval | images |", "|---|---|---|---|", *rows]
+    )
     return f"""# {model["name"]}, {trained["method"]} training on {trained["data"]}
 
 Threat: {threat["norm"]}, radius {threat["eps"]:.6g} in pixel units of [0, 1].

@@ -21,7 +21,9 @@ def parse_number(value: object) -> object:
     try:
         number = float(numerator) / (float(denominator) if slash else 1.0)
     except (ValueError, ZeroDivisionError):
-        raise ValueError(f"{value!r} is not a number; write 0.03 or a fraction like 8/255") from None
+        raise ValueError(
+            f"{value!r} is not a number; write 0.03 or a fraction like 8/255"
+        ) from None
     return number
 
 
@@ -51,8 +53,7 @@ def _pixel_units(value: float) -> float:
         raise ValueError("must be above 0, in pixel units of [0, 1]; for example 2/255")
     if value >= 1:
         raise ValueError(
-            f"is in pixel units of [0, 1], and {value:g} is too large; "
-            f"did you mean {value:g}/255?"
+            f"is in pixel units of [0, 1], and {value:g} is too large; did you mean {value:g}/255?"
         )
     return value
 

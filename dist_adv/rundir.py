@@ -38,9 +38,7 @@ def check(run_dir: Path, config: Config, resume: bool) -> None:
         check_same_experiment(load_config(saved), config, run_dir)
 
 
-def create(
-    run_dir: Path, config: Config, accelerator: Accelerator, about: dict[str, Any]
-) -> None:
+def create(run_dir: Path, config: Config, accelerator: Accelerator, about: dict[str, Any]) -> None:
     """Make the folder with config.yaml and env.json; of a run that goes on, only env.json is new."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
@@ -12,8 +11,7 @@ from dist_adv import checkpoint, parallel, rundir
 from dist_adv.checkpoint import Checkpoint
 from dist_adv.config import Config, load_config, parse_config
 from dist_adv.data import Dataset, load_dataset
-from dist_adv.errors import UserError
-from dist_adv.evaluate import Result, evaluate
+from dist_adv.evaluate import evaluate
 from dist_adv.models import load_model, save_model
 from dist_adv.progress import bar, log_file, results_table, start_logging
 from dist_adv.threat import build as build_threat
@@ -161,6 +159,11 @@ def _starting_point(run_dir: Path, config: Config, resume: str) -> tuple[Path, C
         return path, saved
     folder = run_dir / "checkpoints"
     found = checkpoint.load_newest(folder, log.warning)
-    if found is None and run_dir.exists() and resume == "auto" and (run_dir / "config.yaml").exists():
+    if (
+        found is None
+        and run_dir.exists()
+        and resume == "auto"
+        and (run_dir / "config.yaml").exists()
+    ):
         log.info("%s has no checkpoint yet: starting from the beginning", run_dir)
     return found

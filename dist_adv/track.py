@@ -25,6 +25,8 @@ class Tracker:
 
     def __init__(self, run_dir: Path, config: Config, wandb_id: str | None = None) -> None:
         self.run_dir = run_dir
+        for name in ("metrics.jsonl", "results.jsonl"):
+            _drop_torn_line(run_dir / name)
         self.wandb = _start_wandb(run_dir, config, wandb_id)
         self.tensorboard = _start_tensorboard(run_dir) if config.track.tensorboard else None
 
@@ -99,6 +101,14 @@ def _append(path: Path, record: Mapping[str, Any]) -> None:
         raise RunFailure(f"{path}: could not be written ({error.strerror})") from error
 
 
+def _drop_torn_line(path: Path) -> None:
+    """Cut the half line that a killed process may have left, or the next one would join it."""
+    if path.exists():
+        text = path.read_bytes()
+        if not text.endswith(b"\n"):
+            os.truncate(path, text.rfind(b"\n") + 1)
+
+
 def _start_wandb(run_dir: Path, config: Config, wandb_id: str | None) -> Any:
     """A W&B run, offline where nobody is logged in or the server is out of reach; or None."""
     options = config.track.wandb
@@ -106,9 +116,6 @@ def _start_wandb(run_dir: Path, config: Config, wandb_id: str | None) -> Any:
     if mode == "disabled":
         return None
     import wandb
-
-    if mode == "auto":
-        mode = "online" if wandb.api.api_key else "offline"
 
     def start(mode: str) -> Any:
         run = wandb.init(
@@ -131,6 +138,8 @@ def _start_wandb(run_dir: Path, config: Config, wandb_id: str | None) -> Any:
         return run
 
     try:
+        if mode == "auto":
+            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
         return start(mode)
     except (wandb.Error, OSError) as error:
         log.warning("W&B is out of reach (%s): recording offline in %s/wandb", error, run_dir)

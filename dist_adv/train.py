@@ -57,7 +57,9 @@ class Meter:
         """Count one step; waits for nothing."""
         n = len(y)
         correct = (out.logits.detach().argmax(1) == y).sum()
-        self.sums += torch.stack([out.loss.detach().double() * n, correct, torch.full_like(correct, n)])
+        self.sums += torch.stack(
+            [out.loss.detach().double() * n, correct, torch.full_like(correct, n)]
+        )
 
     def take(self, accelerator: Accelerator) -> Tensor:
         """The sums of all ranks since the last call, on the CPU. Waits for the device."""
@@ -328,9 +330,9 @@ class Trainer:
         self._restore_optimizer(saved.groups["optimizer"])
         self.method.load_state_dict(
             {
-                key: tensor[rank::ranks].to(self.accelerator.device).contiguous(
-                    memory_format=torch.channels_last
-                )
+                key: tensor[rank::ranks]
+                .to(self.accelerator.device)
+                .contiguous(memory_format=torch.channels_last)
                 for key, tensor in saved.groups["method"].items()
             }
         )

@@ -113,4 +113,3 @@ class Loader:
         pixels = self.pixels.index_select(0, index.flatten())
         shape = (len(samples), self.height, self.width, self.channels)
         return pixels.view(shape).permute(0, 3, 1, 2)
-

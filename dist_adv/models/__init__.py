@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dist_adv import rng
 from dist_adv.errors import UserError
-from dist_adv.models.layers import NormKind, Normalize
+from dist_adv.models.layers import Normalize, NormKind
 from dist_adv.models.preact_resnet import PreActResNet18
 from dist_adv.models.resnet import ResNet50
 from dist_adv.models.wide_resnet import WideResNet
