@@ -6,6 +6,7 @@ names the file or key and the remedy.
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -180,7 +181,7 @@ class _UniqueKeys(yaml.SafeLoader):
     """YAML in which a key given twice is an error and not silently the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(
@@ -289,16 +290,14 @@ def _explain(error: ErrorDetails, tree: Mapping[str, Any]) -> str:
         case "missing":
             return f"{key}: missing"
         case "union_tag_invalid":
-            kinds = [kind.strip("' ") for kind in context["expected_tags"].split(",")]
+            kinds = re.findall("'(.*?)'", context["expected_tags"])
             found = context["tag"]
             return f"{key}.name: {found!r} is not known{_nearest(found, kinds)}"
         case "union_tag_not_found":
             return f"{key}.name: missing"
         case "literal_error":
             found = error["input"]
-            kinds = [
-                kind.strip("' ") for kind in context["expected"].replace(" or ", ",").split(",")
-            ]
+            kinds = re.findall("'(.*?)'", context["expected"])
             return f"{key}: {found!r} is not known{_nearest(str(found), kinds)}"
         case "model_type" | "model_attributes_type":
             return f"{key}: is a section with keys of its own, not {error['input']!r}"

@@ -61,7 +61,7 @@ def _pixel_units(value: float) -> float:
 StepSize = Annotated[Real, AfterValidator(_pixel_units)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Guard = Literal["none", "warn", "stop"]
-"""What to do about catastrophic overfitting: nothing, say so, or stop with the last good weights."""
+"""Against catastrophic overfitting: do nothing, say so, or stop with the last good weights."""
 
 
 class MethodOptions(Options):

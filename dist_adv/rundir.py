@@ -18,7 +18,7 @@ from dist_adv.errors import UserError
 
 
 def check(run_dir: Path, config: Config, resume: bool) -> None:
-    """Is this a place for this experiment: absent, empty, or a run of the very same? Writes nothing.
+    """Is this a place for this experiment: absent, empty, or a run of it? Writes nothing.
 
     Raises UserError for a folder that belongs to something else, or that exists although the
     caller wants a new one.
@@ -39,7 +39,7 @@ def check(run_dir: Path, config: Config, resume: bool) -> None:
 
 
 def create(run_dir: Path, config: Config, accelerator: Accelerator, about: dict[str, Any]) -> None:
-    """Make the folder with config.yaml and env.json; of a run that goes on, only env.json is new."""
+    """Make the folder with config.yaml and env.json; a run that goes on gets a new env.json."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if not (run_dir / "config.yaml").exists():

@@ -117,7 +117,7 @@ def _start_wandb(run_dir: Path, config: Config, wandb_id: str | None) -> Any:
         return None
     import wandb
 
-    def start(mode: str) -> Any:
+    def start(mode: Any) -> Any:
         run = wandb.init(
             dir=run_dir,
             project=options.project,

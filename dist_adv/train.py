@@ -241,19 +241,18 @@ class Trainer:
         tripped = before is not None and before - accuracy > FALL
         if tripped:
             log.warning(
-                "catastrophic overfitting in pass %g: PGD-5 accuracy on training images fell "
-                "from %.1f %% to %.1f %%",
+                "catastrophic overfitting in pass %g: PGD-5 accuracy on training images fell by "
+                "more than %g to %.1f %%",
                 self.passes,
-                100 * before,
+                FALL,
                 100 * accuracy,
             )
         if mode == "stop":
             if tripped:
                 assert self.good is not None
-                passes, weights = self.good
-                self.copy.load_state_dict(weights)
+                self.copy.load_state_dict(self.good[1])
                 self.stopped = True
-                log.warning("stopped; the weights of pass %g are kept", passes)
+                log.warning("stopped; the weights of pass %g are kept", self.good[0])
             else:
                 self.good = self.passes, _clone(self.copy.state_dict())
         return {"guard_accuracy": accuracy, "guard_tripped": tripped}

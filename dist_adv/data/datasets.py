@@ -177,7 +177,7 @@ def _imagefolder(root: Path, split: str, size: int | None) -> Dataset:
             f"data.size: images under {folder} have {len(shapes)} different sizes; "
             f"set data.size, for example data.size=32"
         )
-    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # type: ignore[arg-type]
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     labels = torch.tensor(source.targets)
     padding = pixels.shape[-1] // 8
     return Dataset("imagefolder", pixels, labels, source.classes, padding, flip=True)

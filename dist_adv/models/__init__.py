@@ -103,7 +103,7 @@ def build_model(
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.stream_key(seed, "weights") & (2**63 - 1))
-        return Classifier(architecture).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return Classifier(architecture).to(memory_format=torch.channels_last)
 
 
 def save_model(path: Path, architecture: dict[str, Any], state: dict[str, Tensor]) -> None:
@@ -150,4 +150,4 @@ def load_model(path: str | Path) -> Classifier:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise UserError(f"{path}: weights do not fit their architecture ({error})") from None
-    return model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.eval().to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Train every case with the framework; run under torchrun or alone. Arguments: folder, norm, images."""
+"""Train every case with the framework, alone or under torchrun. Arguments: out, norm, images."""
 
 import os
 import sys
