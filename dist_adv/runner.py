@@ -132,11 +132,10 @@ def _evaluate(
 
 def _save_final(run_dir: Path, trainer: Trainer) -> None:
     """The weights with how they came about, whole or not at all: the file marks the run's end."""
-    trained = {"epoch": trainer.kept_passes, "step": trainer.clock.step}
     config = trainer.config
     architecture = {
         **trainer.copy.architecture,
-        "trained": {**trained, "method": config.method.name, "data": config.data.name},
+        "trained": {**trainer.trained(), "method": config.method.name, "data": config.data.name},
         "threat": config.threat.model_dump(),
     }
     save_model(run_dir / "model.safetensors", architecture, trainer.copy.state_dict())

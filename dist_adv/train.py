@@ -7,7 +7,7 @@ the end of each pass the guard, the curve's evaluation and a checkpoint.
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ class Trainer:
         self.net = parallel.TrainNet(accelerator, prepared)
         self.clock = Clock()
         self.guard_accuracy: float | None = None
-        self.good: tuple[float, dict[str, Tensor]] | None = None
+        self.good: tuple[Clock, dict[str, Tensor]] | None = None
         self.stopped = False
 
     @property
@@ -133,7 +133,10 @@ class Trainer:
     @property
     def passes(self) -> float:
         """Passes over the data so far, replays not counted."""
-        return self.clock.epoch + self.clock.batch / self.loader.batches
+        return self._passes(self.clock)
+
+    def _passes(self, clock: Clock) -> float:
+        return clock.epoch + clock.batch / self.loader.batches
 
     def fit(self, run_dir: Path, tracker: Tracker | None, progress: Progress) -> None:
         """Train until the schedule ends or the guard stops; `copy` then has the final weights."""
@@ -252,15 +255,15 @@ class Trainer:
                 assert self.good is not None
                 self.copy.load_state_dict(self.good[1])
                 self.stopped = True
-                log.warning("stopped; the weights of pass %g are kept", self.good[0])
+                log.warning("stopped; the weights of pass %g are kept", self._passes(self.good[0]))
             else:
-                self.good = self.passes, _clone(self.copy.state_dict())
+                self.good = replace(self.clock), _clone(self.copy.state_dict())
         return {"guard_accuracy": accuracy, "guard_tripped": tripped}
 
-    @property
-    def kept_passes(self) -> float:
-        """How many passes made the weights in `copy`."""
-        return self.good[0] if self.stopped and self.good else self.passes
+    def trained(self) -> dict[str, float]:
+        """How many passes and optimiser steps made the weights in `copy`."""
+        kept = self.good[0] if self.stopped and self.good else self.clock
+        return {"epoch": self._passes(kept), "step": kept.step}
 
     def save(self, run_dir: Path, tracker: Tracker | None) -> None:
         """A checkpoint from which training goes on bit for bit. Every rank calls this."""
@@ -339,7 +342,7 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(saved.state["scaler"])
         self.clock = Clock(**saved.state["clock"])
         self.guard_accuracy = saved.state["guard_accuracy"]
-        self.good = self.passes, _clone(self.copy.state_dict())
+        self.good = replace(self.clock), _clone(self.copy.state_dict())
 
     def _restore_optimizer(self, tensors: Any) -> None:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
