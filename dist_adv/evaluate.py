@@ -106,7 +106,7 @@ class _Images:
         for samples in self.mine.split(self.chunk_size):
             if len(samples) == 0:  # more ranks than images
                 continue
-            x = self.dataset.images[samples].to(self.device).float().div_(255)
+            x = self.dataset.images[samples].to(self.device).to(torch.get_default_dtype()).div_(255)
             y = self.dataset.labels[samples].to(self.device)
             keys = rng.sample_keys(self.key, samples.to(self.device))
             yield x.contiguous(memory_format=torch.channels_last), y, keys

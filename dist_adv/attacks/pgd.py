@@ -74,7 +74,7 @@ def _forward(
     delta = delta.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(x + delta)
-        total = _LOSSES[loss](logits.float(), y).sum() * _LOSS_SCALE
+        total = _LOSSES[loss](logits, y).sum() * _LOSS_SCALE
     return logits.detach(), torch.autograd.grad(total, delta)[0]
 
 

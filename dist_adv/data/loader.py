@@ -91,7 +91,7 @@ class Loader:
     def _batch(self, whole: Tensor, key: int) -> Batch:
         mine = whole[self.rank :: self.world_size]
         keys = rng.sample_keys(key, mine)
-        x = self._gather(mine, keys).float().div_(255)
+        x = self._gather(mine, keys).to(torch.get_default_dtype()).div_(255)
         weight = len(mine) * self.world_size / len(whole)
         return Batch(x, self.labels[mine], keys, weight)
 
