@@ -78,7 +78,8 @@ def train(config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume
 @_OVERRIDES
 @click.option(
     "--attacks",
-    help="Comma-separated: natural, fgsm, pgd-STEPS, pgd-STEPS-RESTARTS.  [default: the run's own]",
+    help="Comma-separated: natural, fgsm, pgd-STEPS, pgd-STEPS-RESTARTS, autoattack.  "
+    "[default: the run's own]",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only so many random test images.")
 def evaluate(

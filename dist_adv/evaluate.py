@@ -14,10 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from dist_adv import rng
 from dist_adv.attacks import PGD, Attack, parse_attack
+from dist_adv.attacks.autoattack import AutoAttack
 from dist_adv.config import EvalOptions
 from dist_adv.data import Dataset
 from dist_adv.errors import UserError
@@ -143,6 +145,10 @@ def evaluate(
             model, images, threat, options, accelerator, leader, members, progress
         )
         found |= {result.attack: result for result in results}
+    if "autoattack" in attacks:
+        found["autoattack"], examples = _autoattacked(
+            model, images, threat, options, accelerator, progress
+        )
     results = [found[attack.name] for attack in wanted]
     _flag_contradictions(results)
     return results, examples
@@ -249,6 +255,55 @@ def _attacked(
         for member, survivors in zip(members, correct, strict=True)
     ]
     return results, examples
+
+
+def _autoattacked(
+    model: nn.Module,
+    images: _Images,
+    threat: Threat,
+    options: EvalOptions,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> tuple[Result, Examples | None]:
+    """AutoAttack standard on images that are right without it (it drops the others itself)."""
+    began = time.perf_counter()
+    attack = AutoAttack(model, threat, options.seed, accelerator.device)
+    counts = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    examples, done = None, 0
+    for x, y, _ in images:
+        adversarial = attack(x, y)
+        with torch.inference_mode():
+            logits = model(adversarial)
+        loss = F.cross_entropy(logits, y, reduction="sum")
+        counts += torch.stack([(logits.argmax(1) == y).sum(), loss])
+        if examples is None:
+            shown = x[:8], (adversarial - x)[:8], y[:8]
+            examples = _examples(model, "autoattack", images.dataset.classes, *shown)
+        done += len(x)
+        progress("autoattack", done, len(images.mine))
+    correct, loss = total(accelerator, counts).tolist()
+    settings = {
+        "norm": threat.norm,
+        "eps": threat.eps,
+        "version": "standard",
+        "seed": options.seed,
+        "precision": "fp32",
+    }
+    seconds = time.perf_counter() - began
+    flags = [f"AutoAttack: {message}" for message in gather_object(attack.warnings.messages)]
+    return (
+        Result(
+            "autoattack",
+            int(correct),
+            images.n,
+            loss / images.n,
+            seconds,
+            "autoattack",
+            settings,
+            sorted(set(flags)),
+        ),
+        examples,
+    )
 
 
 def _examples(

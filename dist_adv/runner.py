@@ -123,7 +123,12 @@ def _evaluate(
         )
     if accelerator.is_main_process:
         trained = model.architecture["trained"]
-        about = {"dataset": config.data.name, "split": "test", **trained}
+        about = {
+            "epoch": trained["epoch"],
+            "step": trained["step"],
+            "dataset": config.data.name,
+            "split": "test",
+        }
         write_results(run_dir, results, examples, about)
         if tracker:
             tracker.results(results, examples)

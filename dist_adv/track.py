@@ -60,7 +60,10 @@ class Tracker:
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:
+            import wandb
+
             self.wandb.finish()
+            wandb.teardown()  # `finish` returns before the last records are in the file
 
 
 def write_results(
@@ -129,7 +132,12 @@ def _start_wandb(run_dir: Path, config: Config, wandb_id: str | None) -> Any:
             id=wandb_id,
             resume="allow" if wandb_id else None,
             mode=mode,
-            settings=wandb.Settings(silent=True, console="off"),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                # Long enough for a slow network; W&B's own 90 s are long for a run that waits.
+                init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", "30")),
+            ),
         )
         # Points are placed by these and not by W&B's own counter, which drops what a resumed
         # run logs again.

@@ -1,4 +1,4 @@
-"""Names of attacks: natural, fgsm, pgd-K, pgd-K-R."""
+"""Names of attacks: natural, fgsm, pgd-K, pgd-K-R, autoattack."""
 
 import difflib
 import re
@@ -8,10 +8,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Attack:
-    """A parsed name. `steps` is 0 for natural accuracy."""
+    """A parsed name. `steps` counts for FGSM and PGD alone."""
 
     name: str
-    kind: Literal["natural", "fgsm", "pgd"]
+    kind: Literal["natural", "fgsm", "pgd", "autoattack"]
     steps: int
     restarts: int
 
@@ -25,9 +25,11 @@ def parse_attack(name: str) -> Attack:
         return Attack(name, "natural", 0, 1)
     if name == "fgsm":
         return Attack(name, "fgsm", 1, 1)
+    if name == "autoattack":
+        return Attack(name, "autoattack", 0, 1)
     match = re.fullmatch(r"pgd-(\d{1,6})(?:-(\d{1,6}))?", name)
     if match is None:
-        known = ["natural", "fgsm", "pgd-10", "pgd-20", "pgd-50", "pgd-50-10"]
+        known = ["natural", "fgsm", "pgd-10", "pgd-20", "pgd-50", "pgd-50-10", "autoattack"]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
         raise ValueError(f"{name!r} is no attack (pgd-STEPS or pgd-STEPS-RESTARTS); {hint}")

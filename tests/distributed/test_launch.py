@@ -1,0 +1,141 @@
+"""Real launchers, two real processes with gloo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import config
+
+from dist_adv import load_model
+
+pytestmark = pytest.mark.slow
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = [
+    *(sys.executable, "-m", "accelerate.commands.launch"),
+    *("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
+]
+QUICK = ["model.width=4", "train.epochs=2", "eval.attacks=[natural,pgd-3]", "eval.curve_limit=50"]
+
+
+def launch(launcher: list[str], *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "0"}
+    command = [*launcher, "-m", "dist_adv", *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize("method", ["fast", "free"])
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_launchers_train_on_two_ranks(method, launcher, tmp_path):
+    config = str(CONFIGS / "digits" / f"{method}.yaml")
+    done = launch(launcher, "train", config, *QUICK, "--run-dir", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "env.json").read_text())["world_size"] == 2
+    assert done.stderr.count("pass 2/2") == 1  # one process speaks
+    results = (tmp_path / "run" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["n"] for line in results] == [359, 359]
+
+    def accuracies() -> list[int]:
+        lines = (tmp_path / "run" / "results.jsonl").read_text().splitlines()
+        return [json.loads(line)["correct"] for line in lines]
+
+    # One process finds in the saved file what two found in theirs: n is exact, each image is
+    # attacked once, from the same start.
+    alone = launch([sys.executable], "eval", "run", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    assert accuracies()[:2] == accuracies()[2:]
+
+
+KILL_AFTER_FIRST_CHECKPOINT = """
+import os, signal, sys, torch.distributed
+from dist_adv import checkpoint
+save = checkpoint.save
+def save_and_die(*arguments):
+    save(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.save = save_and_die
+from dist_adv.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("method", ["fast-previous", "free"])
+def test_killed_on_two_ranks_and_resumed_bit_for_bit(method, tmp_path, images):
+    """SIGKILL of the main process after the first pass; BatchNorm and delta are each rank's own."""
+    import yaml
+
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config(method, "batch", images)))
+    (tmp_path / "die.py").write_text(KILL_AFTER_FIRST_CHECKPOINT)
+
+    def train(run_dir: str, script: list[str]) -> subprocess.CompletedProcess[str]:
+        command = [*TORCHRUN, *script, "train", "config.yaml", "--run-dir", run_dir]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    whole = train("whole", ["-m", "dist_adv"])
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    killed = train("parts", ["die.py"])
+    assert killed.returncode != 0
+    assert len(list((tmp_path / "parts" / "checkpoints").iterdir())) == 1
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    resumed = train("parts", ["-m", "dist_adv"])
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "going on from" in resumed.stderr
+    expected = load_model(tmp_path / "whole").state_dict()
+    found = load_model(tmp_path / "parts").state_dict()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+COUNT = """
+import os, sys
+from pathlib import Path
+import torch, torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from cases import CASES, config
+from dist_adv import parallel
+from dist_adv.config import parse_config
+from dist_adv.train import Trainer
+
+for case in CASES:
+    settings = parse_config(config(case, "batch", Path(sys.argv[1])), case)
+    trainer = Trainer(settings, parallel.start("fp32", 1))
+    reduced = []
+    def hook(state, bucket):
+        reduced.append(bucket.buffer().numel())
+        return allreduce_hook(state, bucket)
+    trainer.net.prepared.register_comm_hook(None, hook)
+    parameters = sum(p.numel() for p in trainer.net.bare.parameters())
+    steps = 0
+    for batch in trainer.loader.epoch(0):
+        for out in trainer.method.steps(trainer.net, batch):
+            trainer.accelerator.backward(out.loss * batch.weight)
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+            steps += 1
+    assert sum(reduced) == steps * parameters, (case, sum(reduced), steps, parameters)
+    if dist.get_rank() == 0:
+        print(case, "ok", flush=True)
+os._exit(0)
+"""
+
+
+def test_gradients_are_communicated_once_a_step_and_nothing_by_attacks(tmp_path, images):
+    """Counted with DDP's communication hook: bytes, not time."""
+    (tmp_path / "count.py").write_text(COUNT)
+    support = str(Path(__file__).parents[1] / "support")
+    done = subprocess.run(
+        [*TORCHRUN, "count.py", str(images)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": support},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(" ok") == 7
