@@ -208,10 +208,13 @@ def _read_metrics(path: Path) -> list[Record]:
 
 
 def _read_evaluations(path: Path) -> dict[str, Evaluation]:
-    """The last evaluation by each attack."""
-    evaluations = {}
+    """The evaluation by each attack on the most images, and among those the last."""
+    evaluations: dict[str, Evaluation] = {}
     for number, record in _read_lines(path):
         _require(record, _RESULT_KEYS, path, number)
+        earlier = evaluations.get(record["attack"])
+        if earlier and earlier.n > record["n"]:
+            continue  # a quick look at some images does not replace a figure on all of them
         low, high = record["ci95"]
         evaluations[record["attack"]] = Evaluation(
             attack=record["attack"],

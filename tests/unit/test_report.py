@@ -490,3 +490,14 @@ def markdown_table(report: Report, title: str) -> list[list[str]]:
     after = report.markdown.split(f"## {title}\n")[1]
     lines = after[after.index("|") :].split("\n\n")[0].splitlines()
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def test_a_quick_look_does_not_replace_a_figure_on_more_images(tmp_path: Path) -> None:
+    """`eval --limit` after a full evaluation; of two on as many images the last one counts."""
+    results = [
+        evaluation("pgd-10", 0.3, n=1000),
+        evaluation("pgd-10", 0.5, n=1000),
+        evaluation("pgd-10", 0.9, n=100),
+    ]
+    (run,) = read_runs([make_run(tmp_path / "run", results=results)])
+    assert (run.evaluations["pgd-10"].n, run.evaluations["pgd-10"].accuracy) == (1000, 0.5)
