@@ -26,12 +26,12 @@ from dist_adv.evaluate import evaluate
 from dist_adv.guard import FALL, robust_accuracy
 from dist_adv.methods import Step, build_method
 from dist_adv.models import build_model
+from dist_adv.progress import TrainingDisplay
 from dist_adv.schedule import lr_at, momentum_at
 from dist_adv.threat import build as build_threat
 from dist_adv.track import Tracker
 
 log = logging.getLogger("dist_adv")
-_SECONDS_BETWEEN_LINES = 60.0
 
 
 @dataclass
@@ -48,24 +48,30 @@ class Clock:
 
 
 class Meter:
-    """Loss, correct answers and samples of this rank, summed on the device."""
+    """Loss, correct answers and samples of this rank, summed on the device; and wall time."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self.start()
+
+    def start(self) -> None:
+        """Count time from now."""
+        self.began = time.perf_counter()
 
     def add(self, out: Step, y: Tensor) -> None:
         """Count one step; waits for nothing."""
         n = len(y)
         correct = (out.logits.detach().argmax(1) == y).sum()
-        self.sums += torch.stack(
-            [out.loss.detach().double() * n, correct, torch.full_like(correct, n)]
-        )
+        loss = out.loss.detach().double() * n
+        self.sums += torch.stack([loss, correct, torch.full_like(correct, n)])
 
     def take(self, accelerator: Accelerator) -> Tensor:
-        """The sums of all ranks since the last call, on the CPU. Waits for the device."""
+        """[loss, correct, samples] of all ranks and seconds since the last call; waits for them."""
         sums = parallel.total(accelerator, self.sums).cpu()
-        self.sums = torch.zeros_like(self.sums)
-        return sums
+        seconds = time.perf_counter() - self.began
+        self.sums.zero_()
+        self.start()
+        return torch.cat([sums, torch.tensor([seconds], dtype=sums.dtype)])
 
 
 class Trainer:
@@ -141,9 +147,10 @@ class Trainer:
     def fit(self, run_dir: Path, tracker: Tracker | None, progress: Progress) -> None:
         """Train until the schedule ends or the guard stops; `copy` then has the final weights."""
         clock, meter = self.clock, Meter(self.accelerator.device)
-        display = _Display(progress, self.total_steps, clock.step)
+        display = TrainingDisplay(progress, self.total_steps, clock.step)
         while not self.finished:
-            sums, seconds, lap = torch.zeros(3), clock.seconds, time.perf_counter()
+            sums = torch.zeros(4)
+            meter.start()
             for batch in self.loader.epoch(clock.epoch, start=clock.batch):
                 for out in self.method.steps(self.net, batch):
                     self._set_rates()
@@ -153,21 +160,20 @@ class Trainer:
                     clock.step += 1
                     meter.add(out, batch.y)
                 clock.batch += 1
-                cut = clock.step >= self.total_steps
-                ends = cut or clock.batch == self.loader.batches
+                ends = self.finished or clock.batch == self.loader.batches
                 if ends or clock.batch % self.config.train.log_every == 0:
                     latest = meter.take(self.accelerator)
-                    sums, spent, lap = sums + latest, time.perf_counter() - lap, time.perf_counter()
-                    clock.seconds += spent
-                    record = self._record("train", latest, spent)
-                    display.update(clock.step, record)
+                    sums += latest
+                    clock.seconds += latest[3].item()
+                    record = self._record("train", latest)
+                    display.update(record)
                     if tracker:
                         tracker.metrics(record)
-                if cut:
+                if ends:
                     break
             if clock.batch == self.loader.batches:
                 clock.epoch, clock.batch = clock.epoch + 1, 0
-            record = self._end_of_pass(self._record("epoch", sums, clock.seconds - seconds))
+            record = self._record("epoch", sums) | self._curve() | self._guard()
             display.passed(record, self.config.train.epochs)
             if tracker:
                 tracker.metrics(record)
@@ -182,9 +188,9 @@ class Trainer:
             group["lr"] = lr_at(optim.schedule, optim.lr, step, total)
             group["momentum"] = momentum_at(optim.momentum, optim.cycle_momentum, step, total)
 
-    def _record(self, kind: str, sums: Tensor, seconds: float) -> dict[str, Any]:
+    def _record(self, kind: str, sums: Tensor) -> dict[str, Any]:
         """A line of metrics.jsonl. Raises RunFailure where the loss is no longer a number."""
-        loss, correct, n = sums.tolist()
+        loss, correct, n, seconds = sums.tolist()
         if not math.isfinite(loss):
             raise RunFailure(
                 f"the loss is {loss} at optimiser step {self.clock.step} (pass {self.passes:.2f}); "
@@ -205,33 +211,30 @@ class Trainer:
             "seconds": self.clock.seconds,
         }
 
-    def _end_of_pass(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Copy the weights, watch for collapse, measure the curve."""
+    def _curve(self) -> dict[str, Any]:
+        """Copy the weights and measure the copy on some test images."""
         parallel.snapshot(self.accelerator, self.net, self.copy)
-        record |= self._guard()
         options = self.config.eval
-        if options.every and (self.finished or self.clock.epoch % options.every == 0):
-            names = ["natural", "fgsm", options.curve_attack]
-            results, _ = evaluate(
-                self.copy,
-                self.test_data,
-                self.threat,
-                options,
-                self.accelerator,
-                names,
-                options.curve_limit,
-            )
-            natural, fgsm, pgd = results
-            record |= {
-                "test_loss": natural.loss,
-                "test_accuracy": natural.accuracy,
-                "fgsm_accuracy": fgsm.accuracy,
-                "pgd_loss": pgd.loss,
-                "pgd_accuracy": pgd.accuracy,
-                "curve_attack": pgd.attack,
-                "curve_n": pgd.n,
-            }
-        return record
+        if not options.every or (self.clock.epoch % options.every and not self.finished):
+            return {}
+        (natural, fgsm, pgd), _ = evaluate(
+            self.copy,
+            self.test_data,
+            self.threat,
+            options,
+            self.accelerator,
+            ["natural", "fgsm", options.curve_attack],
+            options.curve_limit,
+        )
+        return {
+            "test_loss": natural.loss,
+            "test_accuracy": natural.accuracy,
+            "fgsm_accuracy": fgsm.accuracy,
+            "pgd_loss": pgd.loss,
+            "pgd_accuracy": pgd.accuracy,
+            "curve_attack": pgd.attack,
+            "curve_n": pgd.n,
+        }
 
     def _guard(self) -> dict[str, Any]:
         """The rule of `guard.py`; `stop` puts the weights of the pass before into `copy`."""
@@ -354,38 +357,6 @@ class Trainer:
             state.setdefault(int(index), {})[key] = like.copy_(tensor)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-class _Display:
-    """What a person sees while training: a bar on a terminal, a line a minute elsewhere."""
-
-    def __init__(self, progress: Progress, total: int, done: int) -> None:
-        self.progress, self.total = progress, total
-        self.task = progress.add_task("training", total=total, completed=done, status="")
-        self.said = time.monotonic()
-
-    def update(self, step: int, record: dict[str, Any]) -> None:
-        status = (
-            f"loss {record['loss']:.3f}  accuracy {record['accuracy']:.1%}  "
-            f"{record['images_per_s']:,.0f} images/s"
-        )
-        self.progress.update(self.task, completed=step, status=status)
-        if self.progress.disable and time.monotonic() - self.said > _SECONDS_BETWEEN_LINES:
-            self.said = time.monotonic()
-            log.info("pass %.2f  step %d of %d  %s", record["epoch"], step, self.total, status)
-
-    def passed(self, record: dict[str, Any], passes: int) -> None:
-        self.said = time.monotonic()
-        line = (
-            f"pass {record['epoch']:g}/{passes}  loss {record['train_loss']:.3f}  "
-            f"train {record['train_accuracy']:.1%}"
-        )
-        if "test_accuracy" in record:
-            line += (
-                f"  test {record['test_accuracy']:.1%}  "
-                f"{record['curve_attack']} {record['pgd_accuracy']:.1%}"
-            )
-        log.info("%s  %.1f s of training", line, record["seconds"])
 
 
 def _is_statistic(name: str) -> bool:

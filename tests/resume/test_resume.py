@@ -134,15 +134,14 @@ def test_the_guard_stops_with_the_last_good_weights(mode, passes, images, tmp_pa
     tree = settings("fast-random", images, epochs=4).model_dump()
     tree["method"]["guard"] = mode
     kept: dict[float, dict[str, torch.Tensor]] = {}
-    snapshot = Trainer._end_of_pass
+    curve = Trainer._curve
 
-    def remember(self: Trainer, record: dict) -> dict:
-        record = snapshot(self, record)
-        if not self.stopped:
-            kept[record["epoch"]] = {k: v.clone() for k, v in self.copy.state_dict().items()}
+    def remember(self: Trainer) -> dict:
+        record = curve(self)
+        kept[self.passes] = {k: v.clone() for k, v in self.copy.state_dict().items()}
         return record
 
-    monkeypatch.setattr(Trainer, "_end_of_pass", remember)
+    monkeypatch.setattr(Trainer, "_curve", remember)
     train_run(parse_config(tree, mode), tmp_path / "run", "none")
     model = load_model(tmp_path / "run")
     assert model.architecture["trained"]["epoch"] == passes
