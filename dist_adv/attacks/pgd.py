@@ -18,9 +18,10 @@ from dist_adv.threat import Threat
 
 Loss = Literal["ce", "margin", "dlr"]
 
-# Gradients are those of 512 times the sum of the losses. Only their direction counts, a power of
-# two is exact in fp32 and bf16, and in fp16 it keeps small input gradients from underflowing.
-# (GradScaler starts at 65536 times the mean, which is the same for a batch of 128.)
+# Gradients are those of 512 times the sum of the losses. Only their direction counts. A sum, so
+# that a sample's gradient does not depend on how many share the batch: the same at any number of
+# ranks and after compaction. 512, which is exact in fp32 and bf16 and in fp16 keeps small input
+# gradients from underflowing: GradScaler's first 65536 times the mean over a batch of 128.
 _LOSS_SCALE = 512.0
 
 

@@ -22,15 +22,28 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def reference(case: str, norm: str, images: Path) -> dict[str, torch.Tensor]:
+class Autocast(torch.nn.Module):
+    """A forward in bf16 with fp32 weights and logits, as mixed precision is documented."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model(x).float()
+
+
+def reference(case: str, norm: str, images: Path, precision: str = "fp32") -> dict[str, torch.Tensor]:
     """The weights after the published loop, in one process, on whole global batches."""
-    settings = parse_config(config(case, norm, images), case)
+    settings = parse_config(config(case, norm, images, precision), case)
     data = load_dataset(settings.data, "train")
-    loader = Loader(data, TRAIN["batch_size"], TRAIN["seed"], torch.device("cpu"))
+    loader = Loader(data, settings.train.batch_size, TRAIN["seed"], torch.device("cpu"))
     method, loop = CASES[case]
     model = build_model(settings.model, *data.statistics(), data.classes, TRAIN["seed"])
     total = TRAIN["epochs"] * loader.batches * method.get("replays", 1)
-    run = Recipe(model, ROOT_CONFIG["threat"]["eps"], ROOT_CONFIG["optim"]["lr"], total)
+    seen = Autocast(model) if precision == "bf16" else model
+    run = Recipe(seen, ROOT_CONFIG["threat"]["eps"], ROOT_CONFIG["optim"]["lr"], total)
 
     def batches():
         for epoch in range(TRAIN["epochs"]):
@@ -44,22 +57,22 @@ def reference(case: str, norm: str, images: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, images: Path):
-    """Folders of the framework's runs for (ranks, norm, dtype), each trained once."""
+    """Folders of the framework's runs for (ranks, norm, numbers), each trained once."""
     made: dict[tuple[int, str, str], Path] = {}
 
-    def train(ranks: int, norm: str, dtype: str) -> Path:
-        if (ranks, norm, dtype) not in made:
+    def train(ranks: int, norm: str, numbers: str) -> Path:
+        if (ranks, norm, numbers) not in made:
             folder = tmp_path_factory.mktemp(f"{ranks}-{norm}")
             script = str(Path(__file__).parents[1] / "support" / "train_all.py")
             launcher = [sys.executable]
             if ranks > 1:
                 launcher += ["-m", "torch.distributed.run", "--standalone"]
                 launcher += ["--nproc-per-node", str(ranks)]
-            command = [*launcher, script, str(folder), norm, str(images), dtype]
+            command = [*launcher, script, str(folder), norm, str(images), numbers]
             done = subprocess.run(command, capture_output=True, text=True, timeout=600)
             assert done.returncode == 0, done.stderr[-3000:]
-            made[ranks, norm, dtype] = folder
-        return made[ranks, norm, dtype]
+            made[ranks, norm, numbers] = folder
+        return made[ranks, norm, numbers]
 
     return train
 
@@ -67,9 +80,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory, images: Path):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_one_rank_takes_the_published_updates_bit_for_bit(case, norm, trained, images):
-    ours = load_model(trained(1, norm, "float32") / case).state_dict()
+    ours = load_model(trained(1, norm, "fp32") / case).state_dict()
     theirs = reference(case, norm, images)
     assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mixed_precision_takes_the_published_updates_bit_for_bit(case, trained, images):
+    ours = load_model(trained(1, "batch", "bf16") / case).state_dict()
+    theirs = reference(case, "batch", images, "bf16")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -84,7 +104,7 @@ def test_any_number_of_ranks_takes_the_published_updates(case, ranks, trained, i
     That is the function's, not the ranks': one process that sums in two halves does it too. In
     double precision it does not happen, and a real difference could not hide.
     """
-    ours = load_model(trained(ranks, "group", "float64") / case).state_dict()
+    ours = load_model(trained(ranks, "group", "fp64") / case).state_dict()
     theirs = reference(case, "group", images)
     difference = max((ours[name] - theirs[name]).abs().max().item() for name in ours)
     assert difference < 1e-10
