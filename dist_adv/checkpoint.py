@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from dist_adv.errors import RunFailure, UserError
@@ -44,7 +45,7 @@ def save(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
         partial.mkdir()
         for name, tensors in checkpoint.groups.items():
             plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-            save_file(plain, partial / f"{name}.safetensors")
+            (partial / f"{name}.safetensors").write_bytes(serialize(plain))
         _write_json(partial / "state.json", {"format": FORMAT, **checkpoint.state})
         files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
         _write_json(partial / "manifest.json", {"files": files})
@@ -54,7 +55,7 @@ def save(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
             shutil.rmtree(target)
         partial.rename(target)
         _sync(folder)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise RunFailure(
             f"{target}: could not be written ({error}); earlier checkpoints are intact"

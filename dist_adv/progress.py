@@ -106,6 +106,21 @@ class TrainingDisplay:
         log.info("%s  %.1f s of training", line, record["seconds"])
 
 
+class EvaluationDisplay:
+    """The same for an evaluation; counts are those of the main process."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.task = progress.add_task("evaluating", total=None, status="")
+        self.said = time.monotonic()
+
+    def update(self, attack: str, done: int, of: int) -> None:
+        self.progress.update(self.task, description=attack, completed=done, total=of)
+        if self.progress.disable and time.monotonic() - self.said > _SECONDS_BETWEEN_LINES:
+            self.said = time.monotonic()
+            log.info("%s: %d of %d images", attack, done, of)
+
+
 def results_table(results: "Sequence[Result]") -> None:
     """The final figures, on standard output."""
     table = Table("attack", "accuracy", "95 % interval", "n", "seconds")

@@ -13,7 +13,7 @@ from dist_adv.config import Config, load_config, parse_config
 from dist_adv.data import Dataset, load_dataset
 from dist_adv.evaluate import evaluate
 from dist_adv.models import load_model, save_model
-from dist_adv.progress import bar, log_file, results_table, start_logging
+from dist_adv.progress import EvaluationDisplay, bar, log_file, results_table, start_logging
 from dist_adv.threat import build as build_threat
 from dist_adv.track import Tracker, write_results
 from dist_adv.train import Trainer
@@ -113,13 +113,9 @@ def _evaluate(
     data = data or load_dataset(config.data, "test", accelerator.local_main_process_first)
     threat = build_threat(config.threat.norm, config.threat.eps)
     with bar(accelerator.is_main_process) as progress:
-        task = progress.add_task("evaluating", total=None, status="")
-
-        def show(attack: str, done: int, of: int) -> None:
-            progress.update(task, description=attack, completed=done, total=of)
-
+        display = EvaluationDisplay(progress)
         results, examples = evaluate(
-            model, data, threat, config.eval, accelerator, attacks, limit, show
+            model, data, threat, config.eval, accelerator, attacks, limit, display.update
         )
     if accelerator.is_main_process:
         trained = model.architecture["trained"]

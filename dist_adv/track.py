@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from dist_adv.config import Config
 from dist_adv.errors import RunFailure, UserError
@@ -74,11 +74,9 @@ def write_results(
         _append(run_dir / "results.jsonl", {**result.record(), **about})
     if examples:
         names = ("clean", "adversarial", "label", "clean_prediction", "adversarial_prediction")
-        save_file(
-            {name: getattr(examples, name).contiguous() for name in names},
-            run_dir / "examples.safetensors",
-            metadata={"attack": examples.attack, "classes": json.dumps(examples.classes)},
-        )
+        tensors = {name: getattr(examples, name).contiguous() for name in names}
+        metadata = {"attack": examples.attack, "classes": json.dumps(examples.classes)}
+        (run_dir / "examples.safetensors").write_bytes(save(tensors, metadata))
 
 
 def _table(examples: Examples) -> Any:

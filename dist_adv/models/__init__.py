@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, TypeAdapter, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from dist_adv import rng
@@ -110,7 +110,8 @@ def save_model(path: Path, architecture: dict[str, Any], state: dict[str, Tensor
     """Weights, and the architecture as metadata, in one safetensors file, whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     partial = path.with_name(f".partial-{path.name}")
-    save_file(tensors, partial, metadata={"architecture": json.dumps(architecture)})
+    # Not save_file, whose files only their owner may read.
+    partial.write_bytes(save(tensors, {"architecture": json.dumps(architecture)}))
     partial.rename(path)
 
 
