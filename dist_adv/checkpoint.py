@@ -22,6 +22,7 @@ from torch import Tensor
 from dist_adv.errors import RunFailure, UserError
 
 FORMAT = 1
+_STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def save(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
         for name, tensors in checkpoint.groups.items():
             plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
             (partial / f"{name}.safetensors").write_bytes(serialize(plain))
-        _write_json(partial / "state.json", {"format": FORMAT, **checkpoint.state})
+        _write_json(partial / _STATE, {"format": FORMAT, **checkpoint.state})
         files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
         _write_json(partial / "manifest.json", {"files": files})
         for path in [*partial.iterdir(), partial]:
@@ -72,11 +73,15 @@ def load(path: Path) -> Checkpoint:
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        for name, expected in manifest["files"].items():
+        files = manifest["files"]
+        for name, expected in files.items():
             if _fingerprint(path / name) != expected:
                 raise UserError(f"{path}: {name} is damaged (its size or SHA-256 differs)")
-        state = json.loads((path / "state.json").read_text())
-        groups = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+        tensors = [path / name for name in files if name != _STATE]
+        groups = {file.stem: load_file(file) for file in tensors}
+        if _STATE not in files:
+            raise UserError(f"{path}: its manifest has no {_STATE}")
+        state = json.loads((path / _STATE).read_text())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{path}: no complete checkpoint ({error})") from None
     if state.get("format") != FORMAT:

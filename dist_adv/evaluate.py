@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from dist_adv import rng
-from dist_adv.attacks import PGD, Attack, parse_attack
+from dist_adv.attacks import PGD, Attack, correct, parse_attack
 from dist_adv.attacks.autoattack import AutoAttack
 from dist_adv.config import EvalOptions
 from dist_adv.data import Dataset
@@ -179,9 +179,9 @@ def _natural(model: nn.Module, images: _Images, accelerator: Accelerator) -> Res
             logits = model(x)
             if number == 0:
                 jitter = (model(x) - logits).abs().max().item()
-            correct = (logits.argmax(1) == y).sum()
-            counts += torch.stack([correct, F.cross_entropy(logits, y, reduction="sum")])
-    correct, loss = total(accelerator, counts).tolist()
+            loss = F.cross_entropy(logits, y, reduction="sum")
+            counts += torch.stack([correct(logits, y).sum(), loss])
+    survivors, loss_sum = total(accelerator, counts).tolist()
     flags = []
     if jitter > 1e-3:
         flags.append(
@@ -189,7 +189,8 @@ def _natural(model: nn.Module, images: _Images, accelerator: Accelerator) -> Res
             f"gradient attacks underestimate its weakness"
         )
     seconds = time.perf_counter() - began
-    return Result("natural", int(correct), images.n, loss / images.n, seconds, "natural", {}, flags)
+    mean = _mean(loss_sum, images.n)
+    return Result("natural", int(survivors), images.n, mean, seconds, "natural", {}, flags)
 
 
 def _attacked(
@@ -224,7 +225,7 @@ def _attacked(
             examples = _examples(model, leader.name, images.dataset.classes, *shown)
         done += len(x)
         progress(leader.name, done, len(images.mine))
-    *correct, attacked, zero_gradients, loss_sum = total(accelerator, counts).tolist()
+    *all_survivors, attacked, zero_gradients, loss_sum = total(accelerator, counts).tolist()
     flags = []
     if attacked and zero_gradients / attacked > 0.05:
         flags.append(
@@ -246,13 +247,13 @@ def _attacked(
             member.name,
             int(survivors),
             images.n,
-            loss_sum / images.n if member is leader else None,
+            _mean(loss_sum, images.n) if member is leader else None,
             time.perf_counter() - began,
             leader.name,
             {**settings, "steps": member.steps, "restarts": member.restarts},
             list(flags),
         )
-        for member, survivors in zip(members, correct, strict=True)
+        for member, survivors in zip(members, all_survivors, strict=True)
     ]
     return results, examples
 
@@ -275,13 +276,13 @@ def _autoattacked(
         with torch.inference_mode():
             logits = model(adversarial)
         loss = F.cross_entropy(logits, y, reduction="sum")
-        counts += torch.stack([(logits.argmax(1) == y).sum(), loss])
+        counts += torch.stack([correct(logits, y).sum(), loss])
         if examples is None:
             shown = x[:8], (adversarial - x)[:8], y[:8]
             examples = _examples(model, "autoattack", images.dataset.classes, *shown)
         done += len(x)
         progress("autoattack", done, len(images.mine))
-    correct, loss = total(accelerator, counts).tolist()
+    survivors, loss_sum = total(accelerator, counts).tolist()
     settings = {
         "norm": threat.norm,
         "eps": threat.eps,
@@ -294,9 +295,9 @@ def _autoattacked(
     return (
         Result(
             "autoattack",
-            int(correct),
+            int(survivors),
             images.n,
-            loss / images.n,
+            _mean(loss_sum, images.n),
             seconds,
             "autoattack",
             settings,
@@ -304,6 +305,11 @@ def _autoattacked(
         ),
         examples,
     )
+
+
+def _mean(loss_sum: float, n: int) -> float | None:
+    """None where a loss was not finite: JSON has no other word for it."""
+    return loss_sum / n if math.isfinite(loss_sum) else None
 
 
 def _examples(

@@ -73,6 +73,10 @@ class L2:
 
     def ascend(self, delta: Tensor, grad: Tensor, step_size: float) -> Tensor:
         grad = torch.nan_to_num(grad)
+        # Brought to a largest component of 1 first: the squares of a nearly saturated loss's
+        # gradient underflow, those of one that overflowed are infinite.
+        largest = grad.flatten(1).abs().amax(1).view(-1, *[1] * (grad.dim() - 1))
+        grad = grad / largest.clamp_min(torch.finfo(grad.dtype).tiny)
         return delta + step_size * grad / _norm(grad)
 
     def project(self, delta: Tensor, x: Tensor) -> Tensor:

@@ -38,6 +38,11 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(True)
 
 
+def correct(logits: Tensor, y: Tensor) -> Tensor:
+    """bool (n,): the answer is right. NaN is no answer, though argmax would call it one."""
+    return (logits.argmax(1) == y) & ~logits.isnan().any(1)
+
+
 def _others(logits: Tensor, y: Tensor) -> Tensor:
     """Logits with the true class's at -inf."""
     return logits.scatter(1, y[:, None], -torch.inf)
@@ -155,7 +160,7 @@ class PGD:
     ) -> Outcome:
         never = self.steps + 1
         with torch.no_grad():
-            fell_at = torch.where(model(x).argmax(1) == y, never, -1)
+            fell_at = torch.where(correct(model(x), y), never, -1)
         fell_in = torch.zeros_like(fell_at)
         worst = torch.zeros_like(x)
         attacked = zero_gradients = 0
@@ -177,9 +182,9 @@ class PGD:
                     attacked = len(active)
                     zero_gradients = int((gradient.flatten(1) == 0).all(1).sum())
                 worst[active] = delta
-                correct = logits.argmax(1) == y[active]
-                fell_at[active[~correct]], fell_in[active[~correct]] = step, restart
-                active, delta, gradient = active[correct], delta[correct], gradient[correct]
+                right = correct(logits, y[active])
+                fell_at[active[~right]], fell_in[active[~right]] = step, restart
+                active, delta, gradient = active[right], delta[right], gradient[right]
                 if step < self.steps:
                     moved = threat.ascend(delta, gradient, self.step_size)
                     delta = threat.project(moved, x[active])

@@ -27,7 +27,7 @@ def parse_attack(name: str) -> Attack:
         return Attack(name, "fgsm", 1, 1)
     if name == "autoattack":
         return Attack(name, "autoattack", 0, 1)
-    match = re.fullmatch(r"pgd-(\d{1,6})(?:-(\d{1,6}))?", name)
+    match = re.fullmatch(r"pgd-([0-9]{1,6})(?:-([0-9]{1,6}))?", name)
     if match is None:
         known = ["natural", "fgsm", "pgd-10", "pgd-20", "pgd-50", "pgd-50-10", "autoattack"]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, Field, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -87,6 +87,15 @@ class Classifier(nn.Module):
         return self.net(self.normalize(x))
 
 
+class _Architecture(BaseModel):
+    """What the metadata of a weights file must say, at least."""
+
+    model: ModelOptions
+    mean: list[float]
+    std: list[float]
+    classes: list[str]
+
+
 def build_model(
     options: PreActResNet18Options | WideResNetOptions | ResNet50Options,
     mean: list[float],
@@ -130,8 +139,8 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
     try:
         architecture = json.loads(metadata["architecture"])
-        TypeAdapter(ModelOptions).validate_python(architecture["model"])
-    except (KeyError, ValueError, ValidationError):
+        _Architecture.model_validate(architecture)
+    except (KeyError, ValueError):  # pydantic's errors are ValueErrors
         raise UserError(f"{path}: has no architecture of dist_adv in its metadata") from None
     return architecture, tensors
 

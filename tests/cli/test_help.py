@@ -61,7 +61,9 @@ def test_help_of_a_command_has_an_example(name: str) -> None:
     assert re.search(rf"^\s+(dist-adv|torchrun .*-m dist_adv) {name}\b", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["train", "--help"]], ids=" ".join
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "dist_adv", *arguments],

@@ -1,0 +1,89 @@
+"""What several unit tests share: this process's Accelerator, the digits, a small robust network."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dist_adv import parallel
+from dist_adv.data import DataOptions, Dataset, load_dataset
+
+
+@pytest.fixture(scope="session")
+def accelerator() -> Accelerator:
+    """One process on the CPU, wherever the tests run, and one thread of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        return parallel.start(threads=1)
+
+
+@pytest.fixture(scope="session")
+def digits() -> Dataset:
+    """The 359 digits for testing."""
+    return load_dataset(DataOptions(name="digits"), "test")
+
+
+@pytest.fixture(scope="session")
+def pixels(digits: Dataset) -> tuple[Tensor, Tensor]:
+    """The same digits as float images in [0, 1], and their labels."""
+    return digits.images.float() / 255, digits.labels
+
+
+class InDouble(nn.Module):
+    """Computes in double, so that no rounding of a sum depends on the size of the batch."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.double()).float()
+
+
+@pytest.fixture(scope="session")
+def digits_net() -> nn.Module:
+    """A small network trained here, without dist_adv, on digits with noise and FGSM of 0.2.
+
+    Its accuracy falls by degrees with an attack's strength, so attacks can be compared on it.
+    """
+    data = load_dataset(DataOptions(name="digits"), "train")
+    x, y = data.images.float() / 255, data.labels
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 10))
+        adam = torch.optim.Adam(net.parameters(), 0.01)
+        for _ in range(250):
+            some = torch.randint(len(x), (128,))
+            delta = torch.empty_like(x[some]).uniform_(-0.2, 0.2).requires_grad_()
+            loss = F.cross_entropy(net(x[some] + delta), y[some])
+            moved = delta + 0.25 * torch.autograd.grad(loss, delta)[0].sign()
+            attacked = (x[some] + moved.detach().clamp(-0.2, 0.2)).clamp(0, 1)
+            adam.zero_grad()
+            F.cross_entropy(net(attacked), y[some]).backward()
+            adam.step()
+    return InDouble(net).eval()
+
+
+Watch = Callable[[nn.Module, Callable[[Tensor], object]], AbstractContextManager[None]]
+
+
+@pytest.fixture(scope="session")
+def watching() -> Watch:
+    """`with watching(model, see):` calls `see` with everything that the model is given."""
+
+    @contextmanager
+    def watch(model: nn.Module, see: Callable[[Tensor], object]) -> Iterator[None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
+            see(inputs[0].detach())
+
+        handle = model.register_forward_pre_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    return watch

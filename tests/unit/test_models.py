@@ -1,0 +1,293 @@
+"""Networks: the published ones, rebuilt from their file alone, and files that are refused."""
+
+import io
+import json
+import pickle
+from pathlib import Path
+
+import foolbox
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+
+import dist_adv
+from dist_adv.errors import UserError
+from dist_adv.models import (
+    PreActResNet18Options,
+    ResNet50Options,
+    WideResNetOptions,
+    build_model,
+    load_model,
+    save_model,
+)
+
+MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2471, 0.2435, 0.2616]
+CLASSES = [str(k) for k in range(10)]
+SMALL = [
+    PreActResNet18Options(width=4),
+    PreActResNet18Options(width=8, norm="group"),
+    WideResNetOptions(depth=10, widen=2, width=4),
+    WideResNetOptions(depth=8, widen=2, width=4, norm="group"),
+    ResNet50Options(width=4),
+    ResNet50Options(width=8, norm="group", stem="imagenet"),
+]
+
+
+def build(options, seed: int = 0):
+    return build_model(options, MEAN, STD, CLASSES, seed)
+
+
+def images(n: int = 4, size: int = 16) -> torch.Tensor:
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def scrambled(model: nn.Module) -> nn.Module:
+    """With statistics and scales that are not the initial zeros and ones."""
+    draw = torch.Generator().manual_seed(1)
+    for name, tensor in model.state_dict().items():
+        if tensor.dim() == 1 and tensor.is_floating_point():
+            noise = torch.rand(tensor.shape, generator=draw)
+            tensor.copy_(noise * 0.2 if name.endswith(("bias", "mean")) else 0.5 + noise)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("options", "parameters"),
+    [
+        (PreActResNet18Options(), 11_172_170),
+        (WideResNetOptions(depth=28), 36_479_194),
+        (WideResNetOptions(depth=32), 45_901_914),
+        (WideResNetOptions(depth=34), 46_160_474),
+        (ResNet50Options(stem="imagenet"), 23_528_522),
+        (ResNet50Options(stem="cifar"), 23_520_842),
+    ],
+)
+def test_number_of_parameters(options, parameters):
+    """The published networks have so many (three channels, ten classes)."""
+    with torch.device("meta"):
+        model = build(options)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_resnet50_is_torchvision_s():
+    """Same names and shapes, and with the same weights the same logits."""
+    theirs = scrambled(torchvision.models.resnet50(num_classes=10)).eval()
+    ours = build(ResNet50Options(stem="imagenet", width=64)).eval()
+    ours.net.load_state_dict(theirs.state_dict())
+    x = images(2, 64)
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
+    with torch.inference_mode():
+        expected = theirs((x - mean) / std)
+        torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+
+
+class PublishedPreActBlock(nn.Module):
+    """As in the code of Wong et al. (and kuangliu's pytorch-cifar)."""
+
+    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_planes)
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        if stride != 1 or in_planes != planes:
+            self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False))
+
+    def forward(self, x):
+        out = torch.relu(self.bn1(x))
+        shortcut = self.shortcut(out) if hasattr(self, "shortcut") else x
+        return self.conv2(torch.relu(self.bn2(self.conv1(out)))) + shortcut
+
+
+def test_preact_resnet18_is_the_papers():
+    """With the same weights, in the order in which both networks have them, the same logits."""
+    width = 4
+    planes = [width, width, *(width * 2**stage for stage in range(4) for _ in range(2))]
+    blocks = [
+        PublishedPreActBlock(planes[i + 1], planes[i + 2], 2 if i in (2, 4, 6) else 1)
+        for i in range(8)
+    ]
+    theirs = nn.Sequential(
+        nn.Conv2d(3, width, 3, 1, 1, bias=False),
+        *blocks,
+        nn.BatchNorm2d(8 * width),
+        nn.ReLU(),
+        nn.AvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(8 * width, 10),
+    )
+    theirs = scrambled(theirs).eval()
+    ours = build(PreActResNet18Options(width=width)).eval()
+    names, tensors = list(ours.net.state_dict()), list(theirs.state_dict().values())
+    ours.net.load_state_dict(dict(zip(names, tensors, strict=True)))
+    x = images(3, 32)
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(x), theirs((x - mean) / std), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", SMALL, ids=repr)
+@pytest.mark.parametrize("size", [8, 32])
+def test_any_image_size_and_both_norms(options, size):
+    model = build(options).eval()
+    logits = model(images(2, size))
+    assert logits.shape == (2, 10)
+    assert logits.isfinite().all()
+    kinds = {type(module) for module in model.modules()}
+    assert (nn.BatchNorm2d in kinds) == (options.norm == "batch")
+    assert (nn.GroupNorm in kinds) == (options.norm == "group")
+
+
+@pytest.mark.parametrize("options", [each for each in SMALL if each.norm == "group"], ids=repr)
+def test_group_norm_mixes_no_samples(options):
+    """In train mode too: what makes the weights the same at any number of ranks."""
+    model, x = build(options).double().train(), images().double()
+    torch.testing.assert_close(model(x)[1:2], model(x[1:2]))
+
+
+def test_width_sets_the_channels():
+    for width in (4, 6, 16):
+        model = build(PreActResNet18Options(width=width))
+        assert model.net.stem.out_channels == width
+        assert model.net.linear.in_features == 8 * width
+
+
+def test_wrn_depths_have_their_shortcuts():
+    """Depth 6n + 2 is the network of Madry et al., whose shortcuts have no parameters."""
+    for depth, projections in ((10, 3), (8, 0), (34, 3), (32, 0)):
+        model = build(WideResNetOptions(depth=depth, widen=2, width=2))
+        kernels = [m.kernel_size for m in model.modules() if isinstance(m, nn.Conv2d)]
+        assert kernels.count((1, 1)) == projections
+
+
+@pytest.mark.parametrize("depth", [1, 4, 7, 9, 29, 31])
+def test_wrn_of_no_depth(depth):
+    with pytest.raises(ValueError, match="is not 6n"):
+        WideResNetOptions(depth=depth)
+
+
+def test_normalisation_is_inside():
+    """Users hand over images in [0, 1]; the constants travel as buffers, not as parameters."""
+    model, x = build(SMALL[0]).eval(), images()
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
+    torch.testing.assert_close(model(x), model.net((x - mean) / std))
+    state = model.state_dict()
+    assert state["normalize.mean"].flatten().tolist() == pytest.approx(MEAN)
+    assert state["normalize.std"].flatten().tolist() == pytest.approx(STD)
+    assert not [name for name, _ in model.named_parameters() if "normalize" in name]
+
+
+@pytest.mark.parametrize("options", SMALL[:4:2], ids=repr)
+def test_weights_depend_on_the_seed_alone(options):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = build(options, 3).state_dict()
+    assert torch.get_rng_state().equal(before)
+    torch.manual_seed(2)
+    second, other = build(options, 3).state_dict(), build(options, 4).state_dict()
+    assert all(first[name].equal(second[name]) for name in first)
+    assert not all(first[name].equal(other[name]) for name in first)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def saved(path: Path, options=SMALL[0]):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = scrambled(build(options)).eval()
+    save_model(path, model.architecture, model.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("options", SMALL, ids=repr)
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_round_trip_is_bit_for_bit(options, as_folder, tmp_path):
+    model = saved(tmp_path / "model.safetensors", options).train()
+    again = dist_adv.load_model(tmp_path if as_folder else tmp_path / "model.safetensors")
+    assert again.architecture == model.architecture
+    state = model.state_dict()
+    assert state.keys() == again.state_dict().keys()
+    assert all(state[name].equal(tensor) for name, tensor in again.state_dict().items())
+    assert not any(module.training for module in again.modules())
+    assert again(images()).equal(model.eval()(images()))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_foolbox_takes_the_loaded_model(tmp_path):
+    model = saved(tmp_path / "model.safetensors")
+    judge = foolbox.PyTorchModel(load_model(tmp_path), bounds=(0, 1))
+    x = images()
+    torch.testing.assert_close(judge(x), model(x))
+    _, adversarial, _ = foolbox.attacks.FGSM()(judge, x, model(x).argmax(1), epsilons=8 / 255)
+    assert (adversarial - x).abs().max() == pytest.approx(8 / 255, abs=1e-6)
+
+
+class Payload:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self):
+        return Path.write_text, (self.canary, "executed")
+
+
+def pickled(path: Path) -> bytes:
+    return pickle.dumps({"weights": Payload(path.parent / "canary")})
+
+
+def torch_saved(path: Path) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"weights": Payload(path.parent / "canary")}, buffer)
+    return buffer.getvalue()
+
+
+def with_metadata(path: Path, metadata: dict[str, str] | None) -> bytes:
+    save_file({"weight": torch.zeros(3)}, path, metadata)
+    return path.read_bytes()
+
+
+def architecture(**changes: object) -> dict[str, str]:
+    model = {"name": "preact_resnet18", "width": 4, "norm": "batch"}
+    whole = {"model": model, "mean": MEAN, "std": STD, "classes": CLASSES} | changes
+    kept = {key: value for key, value in whole.items() if value is not None}
+    return {"architecture": json.dumps(kept)}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (lambda path: None, "no such weights file; has the run finished"),
+        (lambda path: b"", "not a readable safetensors file"),
+        (lambda path: b"garbage" * 100, "not a readable safetensors file"),
+        (lambda path: path.read_bytes()[:100], "not a readable safetensors file"),
+        (lambda path: path.read_bytes()[: path.stat().st_size // 2], "not a readable safetensors"),
+        (lambda path: path.read_bytes()[:-1], "not a readable safetensors file"),
+        (pickled, "not a readable safetensors file"),
+        (torch_saved, "not a readable safetensors file"),
+        (lambda path: with_metadata(path, None), "has no architecture of dist_adv"),
+        (lambda path: with_metadata(path, {"format": "pt"}), "has no architecture of dist_adv"),
+        (lambda path: with_metadata(path, {"architecture": "vit"}), "has no architecture"),
+        (lambda path: with_metadata(path, {"architecture": '"vit"'}), "has no architecture"),
+        (lambda path: with_metadata(path, {"architecture": "[]"}), "has no architecture"),
+        (lambda path: with_metadata(path, architecture(model={"name": "vit"})), "no architecture"),
+        (lambda path: with_metadata(path, architecture(classes=None)), "has no architecture"),
+        (lambda path: with_metadata(path, architecture(mean=None)), "has no architecture"),
+        (lambda path: with_metadata(path, architecture()), "weights do not fit"),
+    ],
+)
+def test_file_that_is_no_model(content, said, tmp_path):
+    """One line that names the file; nothing in it is ever executed."""
+    path = tmp_path / "model.safetensors"
+    saved(path)
+    replacement = content(path)
+    path.unlink()
+    if replacement is not None:
+        path.write_bytes(replacement)
+    for given in (path, tmp_path):
+        with pytest.raises(UserError, match=said) as raised:
+            load_model(given)
+        assert str(tmp_path) in str(raised.value)
+    assert not (tmp_path / "canary").exists()

@@ -1,0 +1,70 @@
+"""Learning rate and momentum of every step are those of torch's schedulers."""
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from dist_adv.schedule import lr_at, momentum_at
+
+PEAK = 0.2
+
+
+def rates(schedule, total: int) -> list[tuple[float, float]]:
+    """(learning rate, momentum) of each step, as torch sets them."""
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], PEAK, momentum=0.9)
+    scheduler = schedule(sgd, total)
+    found = []
+    for _ in range(total):
+        found.append((sgd.param_groups[0]["lr"], sgd.param_groups[0]["momentum"]))
+        sgd.step()
+        scheduler.step()
+    return found
+
+
+def cyclic(sgd, total):
+    return lr_scheduler.CyclicLR(
+        sgd,
+        base_lr=0,
+        max_lr=PEAK,
+        step_size_up=total // 2,
+        cycle_momentum=True,
+        base_momentum=0.8,
+        max_momentum=0.9,
+    )
+
+
+TORCH = {
+    "cyclic": cyclic,
+    "multistep": lambda sgd, total: lr_scheduler.MultiStepLR(sgd, [total // 2, total * 3 // 4]),
+    "cosine": lambda sgd, total: lr_scheduler.CosineAnnealingLR(sgd, total),
+    "constant": lambda sgd, total: lr_scheduler.ConstantLR(sgd, factor=1),
+}
+
+
+@pytest.mark.parametrize("schedule", TORCH)
+@pytest.mark.parametrize("total", [4, 10, 46, 390])
+def test_rates_are_torch_s(schedule, total):
+    ours = [lr_at(schedule, PEAK, step, total) for step in range(total)]
+    expected = [rate for rate, _ in rates(TORCH[schedule], total)]
+    assert ours == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("total", [4, 10, 390])
+def test_momentum_cycles_as_torch_s(total):
+    ours = [momentum_at(0.9, True, step, total) for step in range(total)]
+    assert ours == pytest.approx([momentum for _, momentum in rates(cyclic, total)], abs=1e-12)
+
+
+def test_momentum_is_constant_unless_told_otherwise():
+    assert {momentum_at(0.9, False, step, 10) for step in range(10)} == {0.9}
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 7, 391])
+@pytest.mark.parametrize("schedule", TORCH)
+def test_any_length_is_in_range(schedule, total):
+    """An odd number of steps too; the triangle starts at 0 and is symmetric about its peak."""
+    ours = [lr_at(schedule, PEAK, step, total) for step in range(total)]
+    assert all(0 <= rate <= PEAK for rate in ours)
+    if schedule == "cyclic":
+        assert ours[0] == 0
+        assert ours[1:] == pytest.approx(ours[:0:-1])
