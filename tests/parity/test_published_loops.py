@@ -34,7 +34,9 @@ class Autocast(torch.nn.Module):
             return self.model(x).float()
 
 
-def reference(case: str, norm: str, images: Path, precision: str = "fp32") -> dict[str, torch.Tensor]:
+def reference(
+    case: str, norm: str, images: Path, precision: str = "fp32"
+) -> dict[str, torch.Tensor]:
     """The weights after the published loop, in one process, on whole global batches."""
     settings = parse_config(config(case, norm, images, precision), case)
     data = load_dataset(settings.data, "train")

@@ -203,7 +203,7 @@ def test_damaged_one_of_the_same_step_is_replaced(two):
 
 @contextmanager
 def files_of_at_most(n: int) -> Iterator[None]:
-    """The system refuses to write more into a file of this process: as a full disk, in its midst."""
+    """The system refuses more than n bytes in a file, in the midst of a write, as a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n, hard))
     try:
