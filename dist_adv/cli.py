@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,6 +37,9 @@ def demo(out: Path) -> None:
     """Train natural, PGD, Free and Fast on 8x8 digits, attack them, write a report.
 
     Needs no download and no GPU. What is finished in --out already is not done again.
+
+    \b
+    dist-adv demo --out /tmp/demo
     """
     from dist_adv.demo import run_demo
 
@@ -147,8 +151,8 @@ def _run(arguments: list[str]) -> int:
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
-        if _speaks():
-            error.show()
+        _let_rank_0_speak()
+        error.show()
         return 2
     except UserError as error:
         _complain(error)
@@ -162,11 +166,16 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _speaks() -> bool:
-    """One rank complains for all."""
-    return os.environ.get("RANK", "0") == "0"
+def _let_rank_0_speak() -> None:
+    """One rank complains for all: its launcher ends the others as soon as it has left.
+
+    They must not leave before it, or it is ended before it has spoken. One that is alone with its
+    trouble speaks in the end.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(20)
 
 
 def _complain(message: Any) -> None:
-    if _speaks():
-        click.echo(f"dist-adv: {' '.join(str(message).split())}", err=True)
+    _let_rank_0_speak()
+    click.echo(f"dist-adv: {' '.join(str(message).split())}", err=True)

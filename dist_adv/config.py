@@ -20,7 +20,7 @@ from dist_adv.data.datasets import DataOptions
 from dist_adv.errors import UserError
 from dist_adv.methods import MethodChoice
 from dist_adv.models import ModelOptions, PreActResNet18Options
-from dist_adv.options import Options, PositiveInt, Real
+from dist_adv.options import Options, PositiveInt, Real, StepSize
 from dist_adv.schedule import Schedule
 
 _MAX_EPS = {"linf": 1.0, "l2": 8.0}
@@ -77,7 +77,7 @@ class TrainOptions(Options):
     max_steps: PositiveInt | None = None
     keep: PositiveInt = 2
     log_every: PositiveInt = 50
-    threads: PositiveInt | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
 
 
 def _attack_names(names: list[str]) -> list[str]:
@@ -96,7 +96,7 @@ class EvalOptions(Options):
 
     attacks: list[str] = ["natural", "fgsm", "pgd-10", "pgd-20", "pgd-50"]
     limit: PositiveInt | None = None
-    step_size: Annotated[Real, Field(gt=0)] | None = None
+    step_size: StepSize | None = None
     loss: Literal["ce", "margin", "dlr"] = "ce"
     seed: Annotated[int, Field(ge=0)] = 0
     batch_size: PositiveInt = 500
@@ -193,11 +193,17 @@ class _UniqueKeys(yaml.SafeLoader):
 def _parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, _UniqueKeys)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # PyYAML lets Python's own errors through: a date of month 13, brackets without end.
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{source}:{place} not valid YAML ({problem})") from None
+        raise UserError(f"{source}:{place} not valid YAML ({problem}): {_shown(text)}") from None
+
+
+def _shown(text: str) -> str:
+    line = text.strip().split("\n")[0]
+    return repr(line if len(line) <= 40 else line[:40] + "...")
 
 
 def _read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -207,7 +213,8 @@ def _read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file; see configs/") from None
+        wanted = f" (which {seen[-1]} extends)" if seen else ""
+        raise UserError(f"{path}: no such configuration file{wanted}; see configs/") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"{path}: cannot be read ({reason})") from None
@@ -288,7 +295,7 @@ def _explain(error: ErrorDetails, tree: Mapping[str, Any]) -> str:
         case "extra_forbidden":
             return f"{key}: unknown key{_nearest(place[-1], _known_keys(place[:-1]))}"
         case "missing":
-            return f"{key}: missing"
+            return f"{key}: missing; a method is needed: 'method: {{name: fast}}'"
         case "union_tag_invalid":
             kinds = re.findall("'(.*?)'", context["expected_tags"])
             found = context["tag"]

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+from dist_adv import records
 from dist_adv.errors import UserError
 from dist_adv.models import read_weights
 
@@ -15,11 +16,12 @@ def export_run(run_dir: Path, out: Path) -> None:
     """
     weights = run_dir / "model.safetensors"
     architecture, _ = read_weights(weights)
+    card = _card(architecture, run_dir)
     try:
         out.mkdir(parents=True)
         shutil.copy(weights, out / "model.safetensors")
         (out / "config.json").write_text(json.dumps(architecture, indent=1))
-        (out / "README.md").write_text(_card(architecture, run_dir))
+        (out / "README.md").write_text(card)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{out}: cannot be written ({reason}); choose a new folder") from None
@@ -27,9 +29,7 @@ def export_run(run_dir: Path, out: Path) -> None:
 
 def _card(architecture: dict, run_dir: Path) -> str:
     trained, threat, model = (architecture[key] for key in ("trained", "threat", "model"))
-    path = run_dir / "results.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    latest = {result["attack"]: result for result in map(json.loads, lines)}
+    latest = {r["attack"]: r for _, r in records.read(run_dir / "results.jsonl")}
     rows = [
         f"| {name} | {r['accuracy']:.2%} | {r['ci95'][0]:.2%} to {r['ci95'][1]:.2%} | {r['n']} |"
         for name, r in latest.items()

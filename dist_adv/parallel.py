@@ -2,13 +2,13 @@
 
 import os
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from dist_adv.attacks import frozen
@@ -53,7 +53,11 @@ def _threads_per_rank() -> int:
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     share = max(1, cores // ranks)
-    return min(share, int(os.environ.get("OMP_NUM_THREADS") or share))
+    # A list such as `2,1` is for nested levels; the first is ours.
+    wanted = (os.environ.get("OMP_NUM_THREADS") or str(share)).split(",")[0]
+    if not wanted.isdecimal() or wanted == "0":
+        raise UserError(f"OMP_NUM_THREADS: {wanted!r} in the environment is no number of threads")
+    return min(share, int(wanted))
 
 
 def resolve_precision(wanted: str, cpu: bool) -> str:
@@ -109,6 +113,32 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]  # type: ignore[return-value]
+
+
+def on_every(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """This rank's result; a UserError of any rank is raised on all, so that none is waited for."""
+    result, mistake = None, None
+    try:
+        result = work()
+    except UserError as error:
+        mistake = error
+    mistakes = gather_object([mistake]) if accelerator.num_processes > 1 else [mistake]
+    for error in mistakes:
+        if error is not None:
+            raise error
+    return result  # type: ignore[return-value]
+
+
+@contextmanager
+def main_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """One process a node goes first; unlike Accelerate's own, also where it fails."""
+    if not accelerator.is_local_main_process:
+        accelerator.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if accelerator.is_local_main_process:
+            accelerator.wait_for_everyone()
 
 
 def total(accelerator: Accelerator, value: Tensor) -> Tensor:

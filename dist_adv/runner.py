@@ -1,16 +1,17 @@
 """From a configuration to a finished run folder, and from a run folder to more results."""
 
-import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from dist_adv import checkpoint, parallel, rundir
+from dist_adv import checkpoint, parallel, records, rundir, track
 from dist_adv.checkpoint import Checkpoint
 from dist_adv.config import Config, load_config, parse_config
 from dist_adv.data import Dataset, load_dataset
+from dist_adv.errors import UserError
 from dist_adv.evaluate import evaluate
 from dist_adv.models import load_model, save_model
 from dist_adv.progress import EvaluationDisplay, bar, log_file, results_table, start_logging
@@ -30,6 +31,7 @@ def train_run(config: Config, run_dir: Path, resume: str) -> None:
 
     Raises UserError before anything is written where the pieces do not fit.
     """
+    track.check(config)
     accelerator = parallel.start(config.train.precision, config.train.threads)
     start_logging(accelerator.is_main_process)
     parallel.on_main(accelerator, lambda: rundir.check(run_dir, config, resume != "none"))
@@ -87,6 +89,8 @@ def evaluate_run(
     run_dir: Path, attacks: Sequence[str], limit: int | None, overrides: Sequence[str]
 ) -> None:
     """Measure the final weights of a run; its own attacks and settings unless told otherwise."""
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir}: is no run folder (it has no config.yaml); name one")
     config = load_config(run_dir / "config.yaml", overrides)
     if attacks:
         tree = config.model_dump()
@@ -110,7 +114,8 @@ def _evaluate(
     if not attacks:
         return
     model = load_model(run_dir).to(accelerator.device)
-    data = data or load_dataset(config.data, "test", accelerator.local_main_process_first)
+    first = partial(parallel.main_process_first, accelerator)
+    data = data or parallel.on_every(accelerator, lambda: load_dataset(config.data, "test", first))
     threat = build_threat(config.threat.norm, config.threat.eps)
     with bar(accelerator.is_main_process) as progress:
         display = EvaluationDisplay(progress)
@@ -144,9 +149,7 @@ def _save_final(run_dir: Path, trainer: Trainer) -> None:
 
 def _missing(run_dir: Path, config: Config) -> list[str]:
     """The configured attacks of which results.jsonl has no line."""
-    path = run_dir / "results.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    done = {json.loads(line)["attack"] for line in lines}
+    done = {record["attack"] for _, record in records.read(run_dir / "results.jsonl")}
     return [attack for attack in config.eval.attacks if attack not in done]
 
 
@@ -154,7 +157,10 @@ def _starting_point(run_dir: Path, config: Config, resume: str) -> tuple[Path, C
     """The checkpoint to go on from, or None for the beginning."""
     if resume not in ("auto", "none"):
         path = Path(resume)
-        saved = checkpoint.load(path)
+        try:
+            saved = checkpoint.load(path)
+        except UserError as error:
+            raise UserError(f"{error}; name a good one or use --resume auto") from None
         rundir.check_same_experiment(parse_config(saved.state["config"], str(path)), config, path)
         return path, saved
     folder = run_dir / "checkpoints"

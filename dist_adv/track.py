@@ -4,6 +4,8 @@ Main process only. The files in the run folder are the record; nothing that goes
 dashboard stops a run.
 """
 
+import difflib
+import importlib.util
 import json
 import logging
 import os
@@ -13,11 +15,28 @@ from typing import Any
 
 from safetensors.torch import save
 
+from dist_adv import records
 from dist_adv.config import Config
-from dist_adv.errors import RunFailure, UserError
+from dist_adv.errors import UserError
 from dist_adv.evaluate import Examples, Result
 
 log = logging.getLogger("dist_adv")
+
+
+_MODES = ("auto", "online", "offline", "disabled")
+
+
+def check(config: Config) -> None:
+    """Raises UserError for what would keep a Tracker from starting, before anything is written."""
+    mode = os.environ.get("WANDB_MODE", "auto")
+    if mode not in _MODES:
+        near = difflib.get_close_matches(mode, _MODES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(_MODES)}"
+        raise UserError(f"WANDB_MODE: {mode!r} in the environment is not known; {hint}")
+    if config.track.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError(
+            "track.tensorboard: tensorboard is not installed; pip install 'dist-adv[tensorboard]'"
+        )
 
 
 class Tracker:
@@ -25,8 +44,7 @@ class Tracker:
 
     def __init__(self, run_dir: Path, config: Config, wandb_id: str | None = None) -> None:
         self.run_dir = run_dir
-        for name in ("metrics.jsonl", "results.jsonl"):
-            _drop_torn_line(run_dir / name)
+        records.drop_torn_line(run_dir / "metrics.jsonl")
         self.wandb = _start_wandb(run_dir, config, wandb_id)
         self.tensorboard = _start_tensorboard(run_dir) if config.track.tensorboard else None
 
@@ -36,7 +54,7 @@ class Tracker:
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl; `kind` is `train` (a logged step) or `epoch`."""
-        _append(self.run_dir / "metrics.jsonl", record)
+        records.append(self.run_dir / "metrics.jsonl", record)
         numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
         named = {f"{record['kind']}/{key}": value for key, value in numbers.items()}
         if self.wandb:
@@ -70,8 +88,9 @@ def write_results(
     run_dir: Path, results: Sequence[Result], examples: Examples | None, about: Mapping[str, Any]
 ) -> None:
     """Lines of results.jsonl, and the pictures in examples.safetensors."""
+    records.drop_torn_line(run_dir / "results.jsonl")
     for result in results:
-        _append(run_dir / "results.jsonl", {**result.record(), **about})
+        records.append(run_dir / "results.jsonl", {**result.record(), **about})
     if examples:
         names = ("clean", "adversarial", "label", "clean_prediction", "adversarial_prediction")
         tensors = {name: getattr(examples, name).contiguous() for name in names}
@@ -92,22 +111,6 @@ def _table(examples: Examples) -> Any:
         ]
         table.add_data(*pictures, *(examples.classes[int(answer[i])] for answer in answers))
     return table
-
-
-def _append(path: Path, record: Mapping[str, Any]) -> None:
-    try:
-        with path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-    except OSError as error:
-        raise RunFailure(f"{path}: could not be written ({error.strerror})") from error
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut the half line that a killed process may have left, or the next one would join it."""
-    if path.exists():
-        text = path.read_bytes()
-        if not text.endswith(b"\n"):
-            os.truncate(path, text.rfind(b"\n") + 1)
 
 
 def _start_wandb(run_dir: Path, config: Config, wandb_id: str | None) -> Any:
@@ -153,10 +156,6 @@ def _start_wandb(run_dir: Path, config: Config, wandb_id: str | None) -> Any:
 
 
 def _start_tensorboard(run_dir: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "track.tensorboard: tensorboard is not installed; pip install 'dist-adv[tensorboard]'"
-        ) from None
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(run_dir / "tensorboard")

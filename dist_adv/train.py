@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from dist_adv import checkpoint, parallel
 from dist_adv.checkpoint import Checkpoint
 from dist_adv.config import Config
-from dist_adv.data import Loader, load_dataset
+from dist_adv.data import Dataset, Loader, load_dataset
 from dist_adv.errors import RunFailure, UserError
 from dist_adv.evaluate import evaluate
 from dist_adv.guard import FALL, robust_accuracy
@@ -82,9 +83,7 @@ class Trainer:
 
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
-        main_first = accelerator.local_main_process_first
-        self.train_data = load_dataset(config.data, "train", main_first)
-        self.test_data = load_dataset(config.data, "test", main_first)
+        self.train_data, self.test_data = parallel.on_every(accelerator, self._load)
         if self.train_data.classes != self.test_data.classes:
             raise UserError(
                 f"data.root: the train split has the classes {self.train_data.classes} and the "
@@ -100,6 +99,11 @@ class Trainer:
             accelerator.process_index,
             accelerator.num_processes,
         )
+        if config.model.norm == "batch" and self.loader.smallest_share == 1:
+            raise UserError(
+                "train.batch_size: leaves a rank 1 image in some batch, of which BatchNorm has no "
+                "statistics; set data.drop_last=true, another batch size or model.norm=group"
+            )
         self.threat = build_threat(config.threat.norm, config.threat.eps)
         self.method = build_method(config.method, self.threat)
         mean, std = self.train_data.statistics()
@@ -122,6 +126,11 @@ class Trainer:
         self.guard_accuracy: float | None = None
         self.good: tuple[Clock, dict[str, Tensor]] | None = None
         self.stopped = False
+
+    def _load(self) -> tuple[Dataset, Dataset]:
+        first = partial(parallel.main_process_first, self.accelerator)
+        data = self.config.data
+        return load_dataset(data, "train", first), load_dataset(data, "test", first)
 
     @property
     def total_steps(self) -> int:

@@ -111,7 +111,7 @@ def _digits(split: str) -> Dataset:
 def _torchvision(name: str, root: Path, split: str) -> Dataset:
     from torchvision import datasets
 
-    train = split == "train"
+    train, existed = split == "train", root.exists()
     try:
         if name == "svhn":
             source = datasets.SVHN(root, split=split, download=True)
@@ -124,6 +124,8 @@ def _torchvision(name: str, root: Path, split: str) -> Dataset:
             labels, classes = source.targets, source.classes
     except (OSError, RuntimeError) as error:
         # torchvision downloads again what fails its checksum, so here the download failed too.
+        if not existed and root.is_dir() and not any(root.iterdir()):
+            root.rmdir()  # torchvision makes it before it downloads
         present = sorted(path.name for path in root.glob("*")) if root.is_dir() else []
         found = f"found {', '.join(present[:5])}, incomplete or damaged" if present else "no files"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -68,6 +68,8 @@ class Loader:
                 f"train.batch_size: {batch_size} is larger than the {len(dataset)} images and "
                 f"data.drop_last is true; use a smaller batch"
             )
+        smallest = short if short and not drop_last else batch_size
+        self.smallest_share = smallest // world_size
         self.dataset, self.batch_size, self.seed, self.device = dataset, batch_size, seed, device
         self.rank, self.world_size = rank, world_size
         _, self.channels, self.height, self.width = dataset.images.shape

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dist_adv import rng
-from dist_adv.errors import UserError
+from dist_adv.errors import RunFailure, UserError
 from dist_adv.models.layers import Normalize, NormKind
 from dist_adv.models.preact_resnet import PreActResNet18
 from dist_adv.models.resnet import ResNet50
@@ -120,8 +120,11 @@ def save_model(path: Path, architecture: dict[str, Any], state: dict[str, Tensor
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     partial = path.with_name(f".partial-{path.name}")
     # Not save_file, whose files only their owner may read.
-    partial.write_bytes(save(tensors, {"architecture": json.dumps(architecture)}))
-    partial.rename(path)
+    try:
+        partial.write_bytes(save(tensors, {"architecture": json.dumps(architecture)}))
+        partial.rename(path)
+    except OSError as error:
+        raise RunFailure(f"{path}: could not be written ({error.strerror})") from error
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

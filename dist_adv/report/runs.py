@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 from safetensors import SafetensorError, safe_open
 
+from dist_adv import records
 from dist_adv.errors import UserError
 
 Record = dict[str, Any]
@@ -192,25 +193,25 @@ def _read_env(path: Path) -> Mapping[str, Any]:
 
 def _read_metrics(path: Path) -> list[Record]:
     """The log of training, with the stretches that a resumed run repeated only once."""
-    records: dict[tuple[str, int], Record] = {}
+    latest: dict[tuple[str, int], Record] = {}
     newest = 0
-    for number, record in _read_lines(path):
+    for number, record in records.read(path):
         kind = record.get("kind")
         if kind not in _METRIC_KEYS:
             raise UserError(f"{path}: line {number} is of unknown kind {kind!r}; remove the line")
         _require(record, _METRIC_KEYS[kind], path, number)
         step = record["step"]
         if step < newest:  # resumed from an older checkpoint: what was logged beyond it is void
-            records = {key: old for key, old in records.items() if key[1] <= step}
-        records[kind, step] = record
+            latest = {key: old for key, old in latest.items() if key[1] <= step}
+        latest[kind, step] = record
         newest = step
-    return list(records.values())
+    return list(latest.values())
 
 
 def _read_evaluations(path: Path) -> dict[str, Evaluation]:
     """The evaluation by each attack on the most images, and among those the last."""
     evaluations: dict[str, Evaluation] = {}
-    for number, record in _read_lines(path):
+    for number, record in records.read(path):
         _require(record, _RESULT_KEYS, path, number)
         earlier = evaluations.get(record["attack"])
         if earlier and earlier.n > record["n"]:
@@ -225,30 +226,6 @@ def _read_evaluations(path: Path) -> dict[str, Evaluation]:
             record=record,
         )
     return evaluations
-
-
-def _read_lines(path: Path) -> list[tuple[int, Record]]:
-    """The objects of a JSON-lines file with their line numbers; none if there is no such file."""
-    if not path.exists():
-        return []
-    # A write cut short can end inside a character, hence bytes: only whole lines must decode.
-    lines = path.read_bytes().rstrip().split(b"\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                break  # the process was killed while it wrote this line
-            raise UserError(
-                f"{path}: line {number} is not valid JSON ({_line(error)}); remove the line"
-            ) from error
-        if not isinstance(record, dict):
-            raise UserError(f"{path}: line {number} is not a JSON object; remove the line")
-        records.append((number, record))
-    return records
 
 
 def _require(record: Record, keys: Sequence[str], path: Path, number: int) -> None:

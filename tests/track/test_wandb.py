@@ -7,6 +7,7 @@ import pytest
 from cases import config
 from wandb_file import records
 
+from dist_adv import track
 from dist_adv.config import parse_config
 from dist_adv.errors import UserError
 from dist_adv.runner import train_run
@@ -95,10 +96,8 @@ def test_tensorboard_on_request(images, tmp_path):
     assert losses == pytest.approx(expected)
 
 
-def test_tensorboard_that_is_not_installed(images, tmp_path, monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+def test_tensorboard_that_is_not_installed(images, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     settings = tracked(images, wandb={"mode": "disabled"}, tensorboard=True)
     with pytest.raises(UserError, match=r"track\.tensorboard"):
-        train_run(settings, tmp_path / "run", "none")
+        track.check(settings)

@@ -1,0 +1,53 @@
+"""JSON lines on disk: metrics.jsonl and results.jsonl."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dist_adv.errors import RunFailure, UserError
+
+
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    """Add a line. Raises RunFailure where the disk refuses."""
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise RunFailure(f"{path}: could not be written ({error.strerror})") from error
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut the half line that a killed process may have left, or the next one would join it."""
+    if path.exists():
+        text = path.read_bytes()
+        if not text.endswith(b"\n"):
+            os.truncate(path, text.rfind(b"\n") + 1)
+
+
+def read(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The objects of the file with their line numbers; none if there is no such file.
+
+    A half last line is passed over. Raises UserError naming any other line that is no object.
+    """
+    if not path.exists():
+        return []
+    # A write cut short can end inside a character, hence bytes: only whole lines must decode.
+    lines = path.read_bytes().rstrip().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break  # the process was killed while it wrote this line
+            raise UserError(
+                f"{path}: line {number} is not valid JSON ({error}); remove the line"
+            ) from error
+        if not isinstance(record, dict):
+            raise UserError(f"{path}: line {number} is not a JSON object; remove the line")
+        records.append((number, record))
+    return records
