@@ -1,4 +1,4 @@
-# make demo    set up, train four methods on embedded data, write a report (about 5 minutes)
+# make demo    set up, train four methods on embedded data, write a report (a few minutes)
 # make test    set up, run every check and test
 # make check   formatting, types, quick tests (under 2 minutes)
 

@@ -123,9 +123,9 @@ def on_every(accelerator: Accelerator, work: Callable[[], T]) -> T:
     except UserError as error:
         mistake = error
     mistakes = gather_object([mistake]) if accelerator.num_processes > 1 else [mistake]
-    for error in mistakes:
-        if error is not None:
-            raise error
+    for each in mistakes:
+        if each is not None:
+            raise each
     return result  # type: ignore[return-value]
 
 
