@@ -520,6 +520,7 @@ def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", table(REAL))
 def test_refused(row: Row, folder: Path, closed_port: int) -> None:
     before = snapshot(folder)
