@@ -110,6 +110,10 @@ for case in CASES:
         reduced.append(bucket.buffer().numel())
         return allreduce_hook(state, bucket)
     trainer.net.prepared.register_comm_hook(None, hook)
+    wanting = []  # forwards that would give weight gradients: one a step, none in attacks
+    trainer.net.bare.register_forward_pre_hook(
+        lambda module, inputs: wanting.append(next(module.parameters()).requires_grad)
+    )
     parameters = sum(p.numel() for p in trainer.net.bare.parameters())
     steps = 0
     for batch in trainer.loader.epoch(0):
@@ -119,6 +123,7 @@ for case in CASES:
             trainer.optimizer.zero_grad()
             steps += 1
     assert sum(reduced) == steps * parameters, (case, sum(reduced), steps, parameters)
+    assert sum(wanting) == steps, (case, sum(wanting), steps)
     if dist.get_rank() == 0:
         print(case, "ok", flush=True)
 os._exit(0)
@@ -126,7 +131,7 @@ os._exit(0)
 
 
 def test_gradients_are_communicated_once_a_step_and_nothing_by_attacks(tmp_path, images):
-    """Counted with DDP's communication hook: bytes, not time."""
+    """Counted with DDP's communication hook and a forward hook: gradients, not time."""
     (tmp_path / "count.py").write_text(COUNT)
     support = str(Path(__file__).parents[1] / "support")
     done = subprocess.run(

@@ -111,7 +111,9 @@ def test_linf_step():
     torch.testing.assert_close(moved, torch.where(gradient > 0, 0.1, -0.1), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("scale", [1e-20, 1e-13, 1e-6, 1, 1e15, 1e30])
+@pytest.mark.parametrize(
+    "scale", [1e-20, 1e-13, 1e-6, 1, 1e15, 1e30, torch.logspace(-25, 25, 50).view(-1, 1, 1, 1)]
+)
 def test_l2_step_is_of_full_length_along_the_gradient(scale):
     """Also where the loss is nearly saturated, and where squares leave the range of floats."""
     gradient = drawn(50, 3, 4, 4)
