@@ -134,10 +134,11 @@ def test_gradients_are_communicated_once_a_step_and_nothing_by_attacks(tmp_path,
     """Counted with DDP's communication hook and a forward hook: gradients, not time."""
     (tmp_path / "count.py").write_text(COUNT)
     support = str(Path(__file__).parents[1] / "support")
+    path = os.pathsep.join(filter(None, [support, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [*TORCHRUN, "count.py", str(images)],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": support},
+        env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=300,
