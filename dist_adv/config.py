@@ -67,12 +67,14 @@ class TrainOptions(Options):
     epochs: passes over the data (Free's replays come on top). batch_size: the global batch.
     max_steps: stop at the first batch boundary at or after this many optimiser steps; the
     schedule is fitted to it. keep: how many checkpoints stay. log_every: batches between two
-    lines of metrics. threads: CPU threads of a rank (null: the cores divided by the ranks).
+    lines of metrics. compile: `none`, the only choice so far. threads: CPU threads of a rank (null:
+    the cores divided by the ranks).
     """
 
     epochs: PositiveInt = 45
     batch_size: PositiveInt = 128
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: Literal["none"] = "none"
     seed: Annotated[int, Field(ge=0)] = 0
     max_steps: PositiveInt | None = None
     keep: PositiveInt = 2
@@ -301,7 +303,7 @@ def _explain(error: ErrorDetails, tree: Mapping[str, Any]) -> str:
             found = context["tag"]
             return f"{key}.name: {found!r} is not known{_nearest(found, kinds)}"
         case "union_tag_not_found":
-            return f"{key}.name: missing"
+            return f"{key}.name: missing{_nearest('', _kinds(place[0]))}"
         case "literal_error":
             found = error["input"]
             kinds = re.findall("'(.*?)'", context["expected"])
@@ -333,6 +335,11 @@ def _known_keys(place: list[str]) -> list[str]:
 
 def _kind(schema: dict[str, Any], node: dict[str, Any], name: str) -> dict[str, Any]:
     return {"$ref": node.get("discriminator", {}).get("mapping", {}).get(name, "")}
+
+
+def _kinds(section: str) -> list[str]:
+    """The names that a section of several kinds can have."""
+    return list(Config.model_json_schema()["properties"][section]["discriminator"]["mapping"])
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:

@@ -162,5 +162,6 @@ def load_model(path: str | Path) -> Classifier:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UserError(f"{path}: weights do not fit their architecture ({error})") from None
+        problem = str(error).splitlines()[1].strip()[:200]  # torch names every tensor
+        raise UserError(f"{path}: weights do not fit their architecture ({problem})") from None
     return model.eval().to(memory_format=torch.channels_last)

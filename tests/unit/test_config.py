@@ -315,3 +315,28 @@ def test_another_method_is_a_difference():
     found = training_differences(fast, free)
     assert "method.name: fast -> free" in found
     assert "method.replays: None -> 8" in found
+
+
+def test_the_documented_example_is_accepted(tmp_path):
+    """The keys that users were promised, as they were promised."""
+    (tmp_path / "base.yaml").write_text("data: {name: digits}\n")
+    (tmp_path / "example.yaml").write_text(
+        """
+extends: base.yaml
+method: {name: fast, alpha: 10/255, init: random, guard: warn}
+threat: {norm: linf, eps: 8/255}
+model:  {name: preact_resnet18, width: 64, norm: batch}
+data:   {name: cifar10, root: data, augment: true}
+optim:  {lr: 0.2, momentum: 0.9, weight_decay: 5e-4, schedule: cyclic}
+train:  {epochs: 45, batch_size: 128, precision: auto, compile: none, seed: 0, max_steps: null}
+eval:   {attacks: [natural, pgd-10, pgd-20, pgd-50], every: 1}
+track:  {wandb: {project: dist-adv, mode: offline}}
+"""
+    )
+    assert load_config(tmp_path / "example.yaml").train.batch_size == 128
+
+
+def test_a_section_without_its_name_is_told_the_names(tmp_path):
+    (tmp_path / "a.yaml").write_text("method: {name: fast}\n")
+    with pytest.raises(UserError, match=r"model\.name: missing; choose from preact_resnet18"):
+        load_config(tmp_path / "a.yaml", ["model.width=16"])
