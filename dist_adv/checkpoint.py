@@ -9,8 +9,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,33 +28,38 @@ _STATE = "state.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Groups of tensors (a file each) and a JSON-able state."""
+    """Groups of tensors (a file each) and a JSON-able state; `about` goes into every file."""
 
     groups: Mapping[str, Mapping[str, Tensor]]
     state: Mapping[str, Any]
+    about: Mapping[str, str] = field(default_factory=dict)
 
 
-def save(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `folder/step-NNNNNNNNN` whole or not at all; then delete all but the newest `keep`.
+def save(
+    folder: Path, step: int, checkpoint: Checkpoint, keep: int, spare: Collection[int] = ()
+) -> Path:
+    """Write `folder/step-NNNNNNNNN` whole or not at all; then delete older ones.
+
+    The newest `keep` stay, and those of the steps in `spare`.
 
     Raises RunFailure where the disk refuses (full, read-only); nothing partial stays behind.
     """
-    target = folder / f"step-{step:09d}"
+    target = _path(folder, step)
     partial = folder / f".partial-{target.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed while writing
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         for name, tensors in checkpoint.groups.items():
             plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-            (partial / f"{name}.safetensors").write_bytes(serialize(plain))
+            data = serialize(plain, dict(checkpoint.about) or None)
+            (partial / f"{name}.safetensors").write_bytes(data)
         _write_json(partial / _STATE, {"format": FORMAT, **checkpoint.state})
         files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
         _write_json(partial / "manifest.json", {"files": files})
         for path in [*partial.iterdir(), partial]:
             _sync(path)
-        if target.exists():  # an earlier, damaged one of the same step: never merge the two
-            shutil.rmtree(target)
+        _discard(target)  # a damaged one of the same step: never merge the two
         partial.rename(target)
         _sync(folder)
     except OSError as error:
@@ -61,9 +67,41 @@ def save(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
         raise RunFailure(
             f"{target}: could not be written ({error}); earlier checkpoints are intact"
         ) from error
+    spared = {_path(folder, each) for each in spare}
     for old in _all(folder)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old not in spared:
+            _discard(old)
     return target
+
+
+class Writer:
+    """Saves in the background, one at a time. What goes wrong is raised by a later call."""
+
+    def __init__(self) -> None:
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: Future[Path] | None = None
+
+    def save(self, *arguments: Any) -> None:
+        """`save` of this module, of tensors that nobody changes any more."""
+        self.wait()
+        self.pending = self.thread.submit(save, *arguments)
+
+    def check(self) -> None:
+        """Raise what went wrong, without waiting."""
+        if self.pending and self.pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is complete."""
+        if self.pending:
+            pending, self.pending = self.pending, None
+            pending.result()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What a process left that was killed while it wrote or deleted. Nobody else may be writing."""
+    for path in folder.glob(".partial-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def load(path: Path) -> Checkpoint:
@@ -106,6 +144,16 @@ def load_newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, Checkpo
             f"start in another folder with --run-dir, or restore one"
         )
     return None
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:09d}"
+
+
+def _discard(path: Path) -> None:
+    """Renamed first: what a killed process deleted half of is not taken for a checkpoint."""
+    if path.exists():
+        shutil.rmtree(path.rename(path.with_name(f".partial-old-{path.name}")), ignore_errors=True)
 
 
 def _all(folder: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """Commands: parse, call, print. Nothing heavy is imported before a command needs it."""
 
+import errno
 import os
 import sys
 import time
@@ -9,8 +10,10 @@ from typing import Any, NoReturn
 import click
 
 from dist_adv import __version__
-from dist_adv.errors import RunFailure, UserError
+from dist_adv.errors import Preempted, RankFailure, RunFailure, UserError
+from dist_adv.stopping import catch_signals
 
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 
 
@@ -41,6 +44,7 @@ def demo(out: Path) -> None:
     \b
     dist-adv demo --out /tmp/demo
     """
+    catch_signals()
     from dist_adv.demo import run_demo
 
     run_demo(out)
@@ -69,6 +73,7 @@ def train(config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume
     dist-adv train configs/cifar10/fast.yaml method.alpha=16/255 method.guard=stop
     torchrun --nproc-per-node 2 -m dist_adv train configs/digits/free.yaml
     """
+    catch_signals()  # before the seconds that importing torch takes
     from dist_adv.config import load_config
     from dist_adv.runner import train_run
 
@@ -157,8 +162,20 @@ def _run(arguments: list[str]) -> int:
     except UserError as error:
         _complain(error)
         return 2
+    except RankFailure as error:
+        _say(error)
+        return 1
     except RunFailure as error:
         _complain(error)
+        return 1
+    except Preempted as stop:
+        if _rank() == 0:
+            _say(f"stopped ({stop}); the same command goes on from the last checkpoint")
+        return stop.status
+    except OSError as error:
+        if error.errno not in _DISK_TROUBLE:
+            raise
+        _say(f"{error.filename or 'a file'}: could not be written ({error.strerror})")
         return 1
     except (KeyboardInterrupt, click.Abort):
         _complain("interrupted; the same command goes on from the last checkpoint")
@@ -172,10 +189,18 @@ def _let_rank_0_speak() -> None:
     They must not leave before it, or it is ended before it has spoken. One that is alone with its
     trouble speaks in the end.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if _rank() != 0:
         time.sleep(20)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def _complain(message: Any) -> None:
     _let_rank_0_speak()
+    _say(message)
+
+
+def _say(message: Any) -> None:
     click.echo(f"dist-adv: {' '.join(str(message).split())}", err=True)

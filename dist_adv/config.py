@@ -6,6 +6,7 @@ names the file or key and the remedy.
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,23 +62,40 @@ class OptimOptions(Options):
         return self
 
 
+Minutes = Annotated[Real, Field(gt=0)]
+
+
 class TrainOptions(Options):
     """How long, how large, how precise.
 
     epochs: passes over the data (Free's replays come on top). batch_size: the global batch.
     max_steps: stop at the first batch boundary at or after this many optimiser steps; the
-    schedule is fitted to it. keep: how many checkpoints stay. log_every: batches between two
-    lines of metrics. compile: `none`, the only choice so far. threads: CPU threads of a rank (null:
-    the cores divided by the ranks).
+    schedule is fitted to it. log_every: batches between two lines of metrics. compile: `none`,
+    the only choice so far. sync_batchnorm: BatchNorm's statistics are of the global batch instead
+    of each rank's share (on GPUs). threads: CPU threads of a rank (null: the cores divided by the
+    ranks).
+
+    Checkpoints come at the end of every pass, and every `save_steps` optimiser steps and every
+    `save_minutes` (null: not); `keep` of them stay. max_minutes: save and leave after so long, to
+    be started again. on_nan: an update whose loss or gradient is not finite is not taken; then
+    the run stops, or skips up to `skip_limit` of them. timeout_minutes: a rank without progress
+    for so long ends the run, saying where it hangs.
     """
 
     epochs: PositiveInt = 45
     batch_size: PositiveInt = 128
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: Literal["none"] = "none"
+    sync_batchnorm: bool = False
     seed: Annotated[int, Field(ge=0)] = 0
     max_steps: PositiveInt | None = None
     keep: PositiveInt = 2
+    save_steps: PositiveInt | None = None
+    save_minutes: Minutes | None = 10.0
+    max_minutes: Minutes | None = None
+    on_nan: Literal["stop", "skip"] = "stop"
+    skip_limit: PositiveInt = 10
+    timeout_minutes: Minutes = 10.0
     log_every: PositiveInt = 50
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
 
@@ -149,6 +167,12 @@ class Config(Options):
     eval: EvalOptions = EvalOptions()
     track: TrackOptions = TrackOptions()
 
+    @model_validator(mode="after")
+    def _something_to_synchronise(self) -> "Config":
+        if self.train.sync_batchnorm and self.model.norm != "batch":
+            raise ValueError("train.sync_batchnorm: there is no BatchNorm with model.norm=group")
+        return self
+
     def dump(self) -> str:
         """The resolved configuration as YAML, which `load_config` reads back to the same."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, default_flow_style=None)
@@ -156,17 +180,50 @@ class Config(Options):
 
 # Differences in these do not change what is trained, so a run goes on in spite of them. The data
 # may have moved; whether they are the same is not seen from where they lie.
-_FREE_TO_CHANGE = ("track.", "eval.", "train.log_every", "train.keep", "train.threads", "data.root")
+_FREE_TO_CHANGE = (
+    "track.",
+    "eval.",
+    "data.root",
+    *(
+        f"train.{key}"
+        for key in ("keep", "log_every", "max_minutes", "on_nan", "save_minutes", "save_steps")
+    ),
+    *(f"train.{key}" for key in ("skip_limit", "threads", "timeout_minutes")),
+)
+# More of these is a longer run; less is another one.
+_FREE_TO_GROW = ("train.epochs", "train.max_steps")
 
 
-def training_differences(old: Config, new: Config) -> list[str]:
-    """`key: old -> new` for every key that changes what is trained."""
+def differences(old: Config, new: Config) -> list[str]:
+    """`key: old -> new` for every key that is not the same."""
     before, after = _flatten(old.model_dump()), _flatten(new.model_dump())
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(_FREE_TO_CHANGE)
+        if before.get(key) != after.get(key)
     ]
+
+
+def longer(old: Config, new: Config) -> list[str]:
+    """The differences by which a run gets longer; what is trained is the same until then."""
+    before, after = _flatten(old.model_dump()), _flatten(new.model_dump())
+    # null: no limit
+    grown = [key for key in _FREE_TO_GROW if _limit(after[key]) > _limit(before[key])]
+    return [line for line in differences(old, new) if line.split(":")[0] in grown]
+
+
+def training_differences(old: Config, new: Config) -> list[str]:
+    """The differences that change what is trained."""
+    allowed = longer(old, new)
+    return [
+        line
+        for line in differences(old, new)
+        if line not in allowed and not line.startswith(_FREE_TO_CHANGE)
+    ]
+
+
+def _limit(value: int | None) -> float:
+    return math.inf if value is None else value
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The two ways in which a command fails; `cli.main` turns them into one line and an exit status."""
+"""How a command ends early; `cli.main` turns each into one line and an exit status."""
 
 
 class UserError(Exception):
@@ -7,3 +7,23 @@ class UserError(Exception):
 
 class RunFailure(Exception):
     """A run that could not go on for a reason outside the user's input. Exit 1."""
+
+
+class RankFailure(RunFailure):
+    """A failure of this process alone, which the others know nothing of. Exit 1."""
+
+
+class LostRank(RunFailure):
+    """Another process of this run is gone, so this one cannot go on either. Exit 1."""
+
+
+class Preempted(Exception):
+    """A run that was asked to stop, and has stopped where it can go on.
+
+    Exit 143, as a process that SIGTERM ends; 130 where a person pressed Ctrl-C.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.status = 130 if reason == "SIGINT" else 143

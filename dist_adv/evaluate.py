@@ -94,19 +94,28 @@ class _Images:
     """
 
     def __init__(
-        self, dataset: Dataset, options: EvalOptions, limit: int | None, accelerator: Accelerator
+        self,
+        dataset: Dataset,
+        options: EvalOptions,
+        limit: int | None,
+        accelerator: Accelerator,
+        between: Callable[[], None],
     ) -> None:
         order = rng.permutation(rng.stream_key("subset"), len(dataset))[:limit]
         self.n = len(order)
         self.dataset, self.device = dataset, accelerator.device
         self.mine = order[accelerator.process_index :: accelerator.num_processes]
-        self.chunk_size = options.batch_size
+        self.between, self.chunk_size = between, options.batch_size
+        largest_share = math.ceil(self.n / accelerator.num_processes)
+        self.chunks = math.ceil(largest_share / self.chunk_size)
         self.key = rng.stream_key(options.seed, "attack")
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """x (n, C, H, W) in [0, 1], y (n,), keys (n,) of each chunk."""
-        for samples in self.mine.split(self.chunk_size):
-            if len(samples) == 0:  # more ranks than images
+        for number in range(self.chunks):
+            self.between()
+            samples = self.mine[number * self.chunk_size : (number + 1) * self.chunk_size]
+            if len(samples) == 0:  # this rank's share is smaller
                 continue
             x = self.dataset.images[samples].to(self.device).to(torch.get_default_dtype()).div_(255)
             y = self.dataset.labels[samples].to(self.device)
@@ -123,17 +132,20 @@ def evaluate(
     attacks: Sequence[str],
     limit: int | None = None,
     progress: Progress = lambda attack, done, of: None,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[list[Result], Examples | None]:
     """Accuracy of a plain fp32 model under each attack, on `limit` random images or on all.
 
     Attacks with one restart are read off the longest run that contains them: PGD-10 is what
     PGD-50 from the same start had done after ten steps, so it costs nothing more.
 
+    `between` is called before every chunk, on every rank as often; what it raises ends it all.
+
     Returns the results in the order of `attacks`, and examples of the last attack that was run
     (None without one). Raises UserError where the model does not fit the images.
     """
     model.eval()
-    images = _Images(dataset, options, limit, accelerator)
+    images = _Images(dataset, options, limit, accelerator, between)
     _check_fit(model, dataset, options)
     wanted = [parse_attack(name) for name in dict.fromkeys(attacks)]
     found: dict[str, Result] = {}

@@ -7,12 +7,15 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from dist_adv.attacks import frozen
-from dist_adv.errors import UserError
+from dist_adv.config import OptimOptions
+from dist_adv.data import Dataset
+from dist_adv.errors import LostRank, RankFailure, UserError
 
 T = TypeVar("T")
 
@@ -98,6 +101,93 @@ class TrainNet:
 
     def frozen(self) -> AbstractContextManager[nn.Module]:
         return frozen(self.bare)
+
+
+def fused_sgd(model: nn.Module, options: OptimOptions) -> torch.optim.SGD:
+    """One kernel for all parameters, which can be told on the device not to take a step.
+
+    Momentum starts at zero instead of at the first gradient: the same numbers, also where the
+    first update is not taken.
+    """
+    sgd = torch.optim.SGD(
+        model.parameters(),
+        options.lr,
+        options.momentum,
+        weight_decay=options.weight_decay,
+        fused=True,
+    )
+    if options.momentum:
+        for parameter in model.parameters():
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
+
+
+def synchronised(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """BatchNorm with the statistics of the global batch, where there are several ranks.
+
+    Raises UserError off GPUs, where torch has no such layer.
+    """
+    if accelerator.num_processes == 1:
+        return model
+    if accelerator.device.type == "cpu":
+        raise UserError(
+            "train.sync_batchnorm: torch's SyncBatchNorm needs GPUs; on CPUs use model.norm=group"
+        )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def settle(accelerator: Accelerator, net: TrainNet, data: Dataset) -> None:
+    """Let DDP arrange its gradients for good, by a forward and backward that change nothing.
+
+    DDP regroups its buckets after the first backward pass, and with three ranks or more the
+    order of summation depends on them: a resumed run would take its first step in another order
+    than the uninterrupted run and differ from it in the last bits.
+    """
+    if accelerator.num_processes == 1:
+        return
+    before = {name: buffer.clone() for name, buffer in net.bare.named_buffers()}
+    blank = torch.zeros(2, *data.images.shape[1:], device=accelerator.device)
+    for _ in range(2):  # the second forward is when it happens
+        net(blank.to(memory_format=torch.channels_last)).sum().backward()
+    for parameter in net.bare.parameters():
+        parameter.grad = None
+    for name, buffer in net.bare.named_buffers():
+        buffer.copy_(before[name])
+
+
+@contextmanager
+def plain_failures(accelerator: Accelerator, key: str, batch_size: int) -> Iterator[None]:
+    """What goes wrong beneath us, in one line: memory, and ranks that are gone.
+
+    Raises RankFailure where this process has no memory left, naming `key` and half of
+    `batch_size`; LostRank where another process has left.
+    """
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _out_of_memory(rank, ranks, key, batch_size, error) from error
+    except RuntimeError as error:
+        text = str(error)
+        if any(sign in text for sign in ("not enough memory", "can't allocate memory")):
+            raise _out_of_memory(rank, ranks, key, batch_size, error) from error
+        signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+        if isinstance(error, dist.DistError) or any(sign in text for sign in signs):
+            raise LostRank(
+                f"rank {rank} of {ranks} lost another rank ({text.splitlines()[0][:200]}); its "
+                f"launcher says which one; the same command goes on from the last checkpoint"
+            ) from error
+        raise
+
+
+def _out_of_memory(
+    rank: int, ranks: int, key: str, batch_size: int, error: BaseException
+) -> RankFailure:
+    reason = str(error).splitlines()[0][:200] if str(error) else "out of memory"
+    return RankFailure(
+        f"rank {rank} of {ranks} has no memory left ({reason}); try {key}={batch_size // 2 or 1} "
+        f"instead of {batch_size}, a narrower model or more ranks"
+    )
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:

@@ -1,9 +1,10 @@
 """Bars on a terminal, plain lines elsewhere; on the main process only."""
 
 import logging
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+from dist_adv.errors import RunFailure
 
 if TYPE_CHECKING:
     from dist_adv.evaluate import Result
@@ -47,14 +50,24 @@ def log_file(path: Path, main: bool) -> Iterator[None]:
     if not main:
         yield
         return
-    handler = logging.FileHandler(path)
+    handler = _LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     try:
         yield
     finally:
         log.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # the line that did not fit is tried again here
+            handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """A log that fails as everything else does and not with a traceback of logging's own."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        log.removeHandler(self)  # or saying so would fail again
+        raise RunFailure(f"{self.baseFilename}: could not be written ({error})") from error
 
 
 def bar(main: bool) -> Progress:
@@ -100,7 +113,7 @@ class TrainingDisplay:
         )
         if "test_accuracy" in record:
             line += (
-                f"  test {record['test_accuracy']:.1%}  "
+                f"  {record['curve_split']} {record['test_accuracy']:.1%}  "
                 f"{record['curve_attack']} {record['pgd_accuracy']:.1%}"
             )
         log.info("%s  %.1f s of training", line, record["seconds"])

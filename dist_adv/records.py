@@ -1,8 +1,9 @@
-"""JSON lines on disk: metrics.jsonl and results.jsonl."""
+"""Files of a run folder: JSON lines that grow, and files that are replaced whole."""
 
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,24 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
         with path.open("a") as file:
             file.write(json.dumps(record) + "\n")
     except OSError as error:
+        raise RunFailure(f"{path}: could not be written ({error.strerror})") from error
+
+
+def replace(path: Path, content: bytes) -> None:
+    """The whole new file or the whole old one, whenever the process is killed.
+
+    Raises RunFailure where the disk refuses, having left nothing.
+    """
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise RunFailure(f"{path}: could not be written ({error.strerror})") from error
 
 

@@ -1,53 +1,136 @@
 """The folder of a run: created once, never overwritten, recognised when a run goes on."""
 
+import errno
+import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import platform
+import socket
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 
-from dist_adv import __version__
-from dist_adv.config import Config, load_config, training_differences
+from dist_adv import __version__, records
+from dist_adv.config import Config, differences, load_config, longer, training_differences
 from dist_adv.errors import UserError
+from dist_adv.models import read_weights
+
+log = logging.getLogger("dist_adv")
 
 
-def check(run_dir: Path, config: Config, resume: bool) -> None:
-    """Is this a place for this experiment: absent, empty, or a run of it? Writes nothing.
+class Lock:
+    """One process writes to a run folder. The kernel lets go when that process ends, however."""
 
-    Raises UserError for a folder that belongs to something else, or that exists although the
-    caller wants a new one.
+    def __init__(self, run_dir: Path) -> None:
+        """Raises UserError where another process holds the lock."""
+        path = run_dir / ".lock"
+        try:
+            self.file = path.open("a+")
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.seek(0)
+            holder = self.file.read().strip() or "another process"
+            raise UserError(
+                f"{run_dir}: is in use by {holder}; wait for it, or choose another --run-dir"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise _unusable(run_dir, error) from None
+            log.warning("%s: no locks on this file system; start no second run there", run_dir)
+            return
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self.file.flush()
+
+    def release(self) -> None:
+        with suppress(OSError):  # a full or read-only disk
+            self.file.truncate(0)
+        self.file.close()
+
+
+def check(run_dir: Path, config: Config, resume: bool) -> Lock | None:
+    """Is this a place for this experiment: absent, empty, or a run of it? Locks what exists.
+
+    Raises UserError for a folder that belongs to something else, that another process is using,
+    or that exists although the caller wants a new one.
     """
     saved = run_dir / "config.yaml"
     try:
         content = list(run_dir.iterdir()) if run_dir.exists() else []
     except OSError as error:
         raise _unusable(run_dir, error) from None
-    if content and not saved.is_file():
+    if not content:
+        return None
+    if not saved.is_file():
         raise UserError(f"{run_dir}: is not empty and no run folder; choose another --run-dir")
-    if content and not resume:
+    if not resume:
         raise UserError(
             f"{run_dir}: exists already; choose another --run-dir, or --resume auto to go on"
         )
-    if content:
-        check_same_experiment(load_config(saved), config, run_dir)
+    check_same_experiment(load_config(saved), config, run_dir)
+    return Lock(run_dir)
 
 
-def create(run_dir: Path, config: Config, accelerator: Accelerator, about: dict[str, Any]) -> None:
-    """Make the folder with config.yaml and env.json; a run that goes on gets a new env.json."""
+def trained(run_dir: Path, config: Config) -> bool:
+    """Has the run of this folder ended, and is no longer one wanted?"""
+    return (run_dir / "model.safetensors").exists() and not longer(config_of(run_dir), config)
+
+
+def config_of(run_dir: Path) -> Config:
+    return load_config(run_dir / "config.yaml")
+
+
+def create(run_dir: Path, config: Config, accelerator: Accelerator, about: dict[str, Any]) -> Lock:
+    """Make a new folder with config.yaml and env.json, and lock it.
+
+    Raises UserError where it cannot be made, or another process has made it meanwhile.
+    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        if not (run_dir / "config.yaml").exists():
-            (run_dir / "config.yaml").write_text(config.dump())
-        environment = json.dumps(_environment(accelerator) | about, indent=1)
-        (run_dir / "env.json").write_text(environment)
+        lock = Lock(run_dir)
+        if (run_dir / "config.yaml").exists():
+            lock.release()
+            raise UserError(f"{run_dir}: has just become another run; run the command again")
     except OSError as error:
         raise _unusable(run_dir, error) from None
+    records.replace(run_dir / "config.yaml", config.dump().encode())
+    _write_environment(run_dir, accelerator, about)
+    return lock
+
+
+def go_on(run_dir: Path, config: Config, accelerator: Accelerator, about: dict[str, Any]) -> None:
+    """A run that goes on gets a new env.json, and its configuration what has changed, aloud."""
+    saved, weights = run_dir / "config.yaml", run_dir / "model.safetensors"
+    if weights.exists():  # of the shorter run that this one was
+        step = read_weights(weights)[0]["trained"]["step"]
+        kept = weights.rename(run_dir / f"model-step-{step:09d}.safetensors")
+        log.info("%s: the weights of the shorter run are kept as %s", run_dir, kept.name)
+    for line in differences(config_of(run_dir), config):
+        log.info("config.yaml: %s", line)
+    records.replace(saved, config.dump().encode())
+    _write_environment(run_dir, accelerator, about)
+
+
+State = Literal["running", "preempted", "failed", "done"]
+
+
+def mark(run_dir: Path, state: State, **about: Any) -> None:
+    """Write status.json: what became of the run. `running` without a lock: it was killed."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    line = json.dumps({"state": state, **about, "time": now})
+    records.replace(run_dir / "status.json", line.encode())
+
+
+def _write_environment(run_dir: Path, accelerator: Accelerator, about: dict[str, Any]) -> None:
+    text = json.dumps(_environment(accelerator) | about, indent=1)
+    records.replace(run_dir / "env.json", text.encode())
 
 
 def _unusable(run_dir: Path, error: OSError) -> UserError:

@@ -1,20 +1,22 @@
 """From a configuration to a finished run folder, and from a run folder to more results."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from dist_adv import checkpoint, parallel, records, rundir, track
+from dist_adv import checkpoint, parallel, records, rundir, state, track
 from dist_adv.checkpoint import Checkpoint
-from dist_adv.config import Config, load_config, parse_config
+from dist_adv.config import Config, load_config, longer, parse_config
 from dist_adv.data import Dataset, load_dataset
-from dist_adv.errors import UserError
+from dist_adv.errors import Preempted, RunFailure, UserError
 from dist_adv.evaluate import evaluate
-from dist_adv.models import load_model, save_model
+from dist_adv.models import load_model, read_weights, save_model
 from dist_adv.progress import EvaluationDisplay, bar, log_file, results_table, start_logging
+from dist_adv.session import Session
 from dist_adv.threat import build as build_threat
 from dist_adv.track import Tracker, write_results
 from dist_adv.train import Trainer
@@ -29,13 +31,35 @@ def train_run(config: Config, run_dir: Path, resume: str) -> None:
     insists on a new folder; anything else is a checkpoint folder to start from. What is finished
     already is not done again. Every rank calls this.
 
-    Raises UserError before anything is written where the pieces do not fit.
+    Raises UserError before anything is written where the pieces do not fit; Preempted where the
+    run was asked to stop, and goes on when it is started again; RunFailure where it cannot go on.
     """
     track.check(config)
     accelerator = parallel.start(config.train.precision, config.train.threads)
     start_logging(accelerator.is_main_process)
-    parallel.on_main(accelerator, lambda: rundir.check(run_dir, config, resume != "none"))
-    if (run_dir / "model.safetensors").exists():
+    with ExitStack() as locks:
+        try:
+            with parallel.plain_failures(accelerator, "train.batch_size", config.train.batch_size):
+                _train(config, run_dir, resume, accelerator, locks)
+        except RunFailure as failure:
+            if accelerator.is_main_process and (run_dir / "status.json").exists():
+                with suppress(RunFailure):
+                    rundir.mark(run_dir, "failed", reason=str(failure))
+            raise
+
+
+def _train(
+    config: Config, run_dir: Path, resume: str, accelerator: Accelerator, locks: ExitStack
+) -> None:
+    def claim() -> bool:
+        lock = rundir.check(run_dir, config, resume != "none")
+        if lock:
+            locks.callback(lock.release)
+            checkpoint.remove_leftovers(run_dir / "checkpoints")
+        return lock is not None
+
+    exists = parallel.on_main(accelerator, claim)
+    if parallel.on_main(accelerator, lambda: exists and rundir.trained(run_dir, config)):
         log.info("%s is trained already", run_dir)
         _evaluate(config, run_dir, accelerator, _missing(run_dir, config), config.eval.limit)
         return
@@ -43,8 +67,9 @@ def train_run(config: Config, run_dir: Path, resume: str) -> None:
     start = parallel.on_main(accelerator, lambda: _starting_point(run_dir, config, resume))
     if start:
         path, saved = start
-        trainer.restore(saved, path)
+        state.restore(trainer, saved, path)
         log.info("going on from %s (pass %g)", path, trainer.passes)
+        _say_what_differs(config, accelerator, saved)
     about = {
         "precision": accelerator.mixed_precision.replace("no", "fp32"),
         "dataset": {
@@ -54,7 +79,15 @@ def train_run(config: Config, run_dir: Path, resume: str) -> None:
             "classes": trainer.train_data.classes,
         },
     }
-    parallel.on_main(accelerator, lambda: rundir.create(run_dir, config, accelerator, about))
+
+    def open_folder() -> None:
+        if exists:
+            rundir.go_on(run_dir, config, accelerator, about)
+        else:
+            locks.callback(rundir.create(run_dir, config, accelerator, about).release)
+        rundir.mark(run_dir, "running")
+
+    parallel.on_main(accelerator, open_folder)
     with log_file(run_dir / "log.txt", accelerator.is_main_process):
         wandb_id = start[1].state["wandb_id"] if start else None
         tracker = Tracker(run_dir, config, wandb_id) if accelerator.is_main_process else None
@@ -69,20 +102,64 @@ def train_run(config: Config, run_dir: Path, resume: str) -> None:
             accelerator.device.type,
             accelerator.num_processes,
         )
-        with bar(accelerator.is_main_process) as progress:
-            trainer.fit(run_dir, tracker, progress)
-        parallel.on_main(accelerator, lambda: _save_final(run_dir, trainer))
-        _evaluate(
-            config,
-            run_dir,
-            accelerator,
-            config.eval.attacks,
-            config.eval.limit,
-            trainer.test_data,
-            tracker,
-        )
+        session = Session(accelerator, run_dir, config.train)
+        try:
+            _fit_and_evaluate(trainer, run_dir, session, tracker)
+        except Preempted as stop:
+            log.warning("stopped (%s) at optimiser step %d", stop.reason, trainer.clock.step)
+            if tracker:
+                session.stopping.heeded()
+                where = {"step": trainer.clock.step, "epoch": trainer.passes}
+                rundir.mark(run_dir, "preempted", reason=stop.reason, **where)
+                tracker.finish(stop.status)
+            session.together()  # the first to leave gets the others killed
+            raise
+        except RunFailure:
+            if tracker:
+                tracker.finish(1)
+            raise
+        finally:
+            session.close()
+            with suppress(RunFailure):
+                trainer.writer.wait()
         if tracker:
+            rundir.mark(run_dir, "done")
             tracker.finish()
+
+
+def _fit_and_evaluate(
+    trainer: Trainer, run_dir: Path, session: Session, tracker: Tracker | None
+) -> None:
+    config, accelerator = trainer.config, trainer.accelerator
+    with bar(accelerator.is_main_process) as progress:
+        trainer.fit(run_dir, session, tracker, progress)
+    parallel.on_main(accelerator, lambda: _save_final(run_dir, trainer))
+    _evaluate(
+        config,
+        run_dir,
+        accelerator,
+        config.eval.attacks,
+        config.eval.limit,
+        trainer.test_data,
+        tracker,
+        session.between_chunks,
+    )
+
+
+def _say_what_differs(config: Config, accelerator: Accelerator, saved: Checkpoint) -> None:
+    """What may change the weights although it is no difference of configuration."""
+    before, now = saved.state["world_size"], accelerator.num_processes
+    if before != now:
+        log.warning(
+            "%d rank(s) before, %d now: the same batches go on%s",
+            before,
+            now,
+            ", but BatchNorm's statistics are of each rank's share"
+            * (config.model.norm == "batch"),
+        )
+    grown = longer(parse_config(saved.state["config"], "checkpoint"), config)
+    if grown:
+        log.warning("longer than planned (%s): the schedule is fitted to it now", "; ".join(grown))
 
 
 def evaluate_run(
@@ -109,6 +186,7 @@ def _evaluate(
     limit: int | None,
     data: Dataset | None = None,
     tracker: Tracker | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> None:
     """Measure `model.safetensors`, the file that is handed on, and record what came out."""
     if not attacks:
@@ -117,10 +195,13 @@ def _evaluate(
     first = partial(parallel.main_process_first, accelerator)
     data = data or parallel.on_every(accelerator, lambda: load_dataset(config.data, "test", first))
     threat = build_threat(config.threat.norm, config.threat.eps)
-    with bar(accelerator.is_main_process) as progress:
+    with (
+        parallel.plain_failures(accelerator, "eval.batch_size", config.eval.batch_size),
+        bar(accelerator.is_main_process) as progress,
+    ):
         display = EvaluationDisplay(progress)
         results, examples = evaluate(
-            model, data, threat, config.eval, accelerator, attacks, limit, display.update
+            model, data, threat, config.eval, accelerator, attacks, limit, display.update, between
         )
     if accelerator.is_main_process:
         trained = model.architecture["trained"]
@@ -148,8 +229,10 @@ def _save_final(run_dir: Path, trainer: Trainer) -> None:
 
 
 def _missing(run_dir: Path, config: Config) -> list[str]:
-    """The configured attacks of which results.jsonl has no line."""
-    done = {record["attack"] for _, record in records.read(run_dir / "results.jsonl")}
+    """The configured attacks of which results.jsonl has no line for these weights."""
+    trained = read_weights(run_dir / "model.safetensors")[0]["trained"]
+    lines = [record for _, record in records.read(run_dir / "results.jsonl")]
+    done = {record["attack"] for record in lines if record.get("step") == trained["step"]}
     return [attack for attack in config.eval.attacks if attack not in done]
 
 

@@ -9,7 +9,8 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,42 +47,51 @@ class Tracker:
         self.run_dir = run_dir
         records.drop_torn_line(run_dir / "metrics.jsonl")
         self.wandb = _start_wandb(run_dir, config, wandb_id)
+        self.wandb_id: str | None = self.wandb.id if self.wandb else wandb_id
         self.tensorboard = _start_tensorboard(run_dir) if config.track.tensorboard else None
-
-    @property
-    def wandb_id(self) -> str | None:
-        return self.wandb.id if self.wandb else None
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl; `kind` is `train` (a logged step) or `epoch`."""
         records.append(self.run_dir / "metrics.jsonl", record)
         numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
         named = {f"{record['kind']}/{key}": value for key, value in numbers.items()}
-        if self.wandb:
-            self.wandb.log({**named, "step": record["step"], "epoch": record["epoch"]})
-        if self.tensorboard:
-            for name, value in named.items():
-                self.tensorboard.add_scalar(name, value, record["step"])
+        with self._views():
+            if self.wandb:
+                self.wandb.log({**named, "step": record["step"], "epoch": record["epoch"]})
+            if self.tensorboard:
+                for name, value in named.items():
+                    self.tensorboard.add_scalar(name, value, record["step"])
 
     def results(self, results: Sequence[Result], examples: Examples | None) -> None:
         """The final figures on the dashboards; `write_results` keeps the record."""
-        for result in results:
-            if self.wandb:
-                self.wandb.summary[f"final/{result.attack}"] = result.accuracy
+        with self._views():
+            for result in results:
+                if self.wandb:
+                    self.wandb.summary[f"final/{result.attack}"] = result.accuracy
+                if self.tensorboard:
+                    self.tensorboard.add_scalar(f"final/{result.attack}", result.accuracy)
+            if self.wandb and examples:
+                self.wandb.log({f"examples/{examples.attack}": _table(examples)})
+
+    def finish(self, status: int = 0) -> None:
+        """Flush everything; the run may not be used afterwards. status: as of the process."""
+        with self._views():
             if self.tensorboard:
-                self.tensorboard.add_scalar(f"final/{result.attack}", result.accuracy)
-        if self.wandb and examples:
-            self.wandb.log({f"examples/{examples.attack}": _table(examples)})
+                self.tensorboard.close()
+            if self.wandb:
+                import wandb
 
-    def finish(self) -> None:
-        """Flush everything; the run may not be used afterwards."""
-        if self.tensorboard:
-            self.tensorboard.close()
-        if self.wandb:
-            import wandb
+                self.wandb.finish(exit_code=status)
+                wandb.teardown()  # `finish` returns before the last records are in the file
 
-            self.wandb.finish()
-            wandb.teardown()  # `finish` returns before the last records are in the file
+    @contextmanager
+    def _views(self) -> Iterator[None]:
+        """A dashboard that fails is given up, aloud: W&B's helper process may have been killed."""
+        try:
+            yield
+        except Exception as error:  # whatever a dashboard's client comes up with
+            log.warning("dashboards are given up (%s); metrics.jsonl goes on", error)
+            self.wandb = self.tensorboard = None
 
 
 def write_results(
@@ -95,7 +105,7 @@ def write_results(
         names = ("clean", "adversarial", "label", "clean_prediction", "adversarial_prediction")
         tensors = {name: getattr(examples, name).contiguous() for name in names}
         metadata = {"attack": examples.attack, "classes": json.dumps(examples.classes)}
-        (run_dir / "examples.safetensors").write_bytes(save(tensors, metadata))
+        records.replace(run_dir / "examples.safetensors", save(tensors, metadata))
 
 
 def _table(examples: Examples) -> Any:

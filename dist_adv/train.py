@@ -1,34 +1,35 @@
 """Training: one optimiser step for each loss that a method yields.
 
-`Trainer.fit` is the loop. What is not a step happens between batches: a line of metrics, and at
-the end of each pass the guard, the curve's evaluation and a checkpoint.
+`Trainer.fit` is the loop. What is not a step happens between batches: agreeing with the other
+ranks, a line of metrics, a checkpoint; and at the end of each pass the curve and the guard.
 """
 
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from rich.progress import Progress
 from torch import Tensor
 
-from dist_adv import checkpoint, parallel
-from dist_adv.checkpoint import Checkpoint
+from dist_adv import checkpoint, parallel, state
 from dist_adv.config import Config
-from dist_adv.data import Dataset, Loader, load_dataset
-from dist_adv.errors import RunFailure, UserError
+from dist_adv.data import Batch, Dataset, Loader, load_dataset
+from dist_adv.errors import Preempted, RunFailure, UserError
 from dist_adv.evaluate import evaluate
 from dist_adv.guard import FALL, robust_accuracy
 from dist_adv.methods import Step, build_method
 from dist_adv.models import build_model
+from dist_adv.nonfinite import NonFinite
 from dist_adv.progress import TrainingDisplay
 from dist_adv.schedule import lr_at, momentum_at
+from dist_adv.session import Session
 from dist_adv.threat import build as build_threat
 from dist_adv.track import Tracker
 
@@ -48,6 +49,15 @@ class Clock:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Best:
+    """The pass with the highest robust accuracy on held-out images."""
+
+    step: int
+    epoch: float
+    accuracy: float
+
+
 class Meter:
     """Loss, correct answers and samples of this rank, summed on the device; and wall time."""
 
@@ -60,11 +70,12 @@ class Meter:
         self.began = time.perf_counter()
 
     def add(self, out: Step, y: Tensor) -> None:
-        """Count one step; waits for nothing."""
+        """Count one step, unless its loss is not finite; waits for nothing."""
         n = len(y)
         correct = (out.logits.detach().argmax(1) == y).sum()
         loss = out.loss.detach().double() * n
-        self.sums += torch.stack([loss, correct, torch.full_like(correct, n)])
+        step = torch.stack([loss, correct, torch.full_like(correct, n)])
+        self.sums += torch.where(loss.isfinite(), step, 0)
 
     def take(self, accelerator: Accelerator) -> Tensor:
         """[loss, correct, samples] of all ranks and seconds since the last call; waits for them."""
@@ -89,6 +100,9 @@ class Trainer:
                 f"data.root: the train split has the classes {self.train_data.classes} and the "
                 f"test split {self.test_data.classes}; they must be the same"
             )
+        self.curve_data = self.test_data
+        if config.data.validation:
+            self.train_data, self.curve_data = self.train_data.hold_out(config.data.validation)
         self.loader = Loader(
             self.train_data,
             config.train.batch_size,
@@ -114,18 +128,21 @@ class Trainer:
             )
             for _ in range(2)
         )
-        sgd = torch.optim.SGD(
-            model.parameters(),
-            config.optim.lr,
-            config.optim.momentum,
-            weight_decay=config.optim.weight_decay,
+        trained = (
+            parallel.synchronised(accelerator, model) if config.train.sync_batchnorm else model
         )
-        prepared, self.optimizer = accelerator.prepare(model.train(), sgd)
+        sgd = parallel.fused_sgd(trained, config.optim)
+        prepared, self.optimizer = accelerator.prepare(trained.train(), sgd)
         self.net = parallel.TrainNet(accelerator, prepared)
+        scaled = accelerator.scaler is not None
+        self.nonfinite = NonFinite(self.net.bare, sgd, config.train.on_nan, scaled)
+        self.writer = checkpoint.Writer()
         self.clock = Clock()
+        self.pass_sums = torch.zeros(4, dtype=torch.float64)
+        self.best: Best | None = None
         self.guard_accuracy: float | None = None
         self.good: tuple[Clock, dict[str, Tensor]] | None = None
-        self.stopped = False
+        self.stopped, self.skipped = False, 0
 
     def _load(self) -> tuple[Dataset, Dataset]:
         first = partial(parallel.main_process_first, self.accelerator)
@@ -153,41 +170,43 @@ class Trainer:
     def _passes(self, clock: Clock) -> float:
         return clock.epoch + clock.batch / self.loader.batches
 
-    def fit(self, run_dir: Path, tracker: Tracker | None, progress: Progress) -> None:
-        """Train until the schedule ends or the guard stops; `copy` then has the final weights."""
+    def fit(
+        self, run_dir: Path, session: Session, tracker: Tracker | None, progress: Progress
+    ) -> None:
+        """Train until the schedule ends or the guard stops; `copy` then has the final weights.
+
+        Raises Preempted, on all ranks after the same batch and with a checkpoint of it complete.
+        """
         clock, meter = self.clock, Meter(self.accelerator.device)
         display = TrainingDisplay(progress, self.total_steps, clock.step)
-        while not self.finished:
-            sums = torch.zeros(4)
+        parallel.settle(self.accelerator, self.net, self.train_data)
+        while True:
+            session.watchdog.beat()
             meter.start()
-            for batch in self.loader.epoch(clock.epoch, start=clock.batch):
+            for batch in self._rest_of_the_pass():
                 for out in self.method.steps(self.net, batch):
                     self._set_rates()
-                    self.accelerator.backward(out.loss * batch.weight)
+                    weight = self.nonfinite.mark(out.loss, batch.weight)
+                    self.accelerator.backward(out.loss * weight)
+                    self.nonfinite.before_update(out.loss)
                     self.optimizer.step()
                     self.optimizer.zero_grad()
                     clock.step += 1
                     meter.add(out, batch.y)
                 clock.batch += 1
-                ends = self.finished or clock.batch == self.loader.batches
-                if ends or clock.batch % self.config.train.log_every == 0:
-                    latest = meter.take(self.accelerator)
-                    sums += latest
-                    clock.seconds += latest[3].item()
-                    record = self._record("train", latest)
-                    display.update(record)
-                    if tracker:
-                        tracker.metrics(record)
-                if ends:
+                self._between_batches(run_dir, session, tracker, meter, display)
+                if self.finished:
                     break
-            if clock.batch == self.loader.batches:
-                clock.epoch, clock.batch = clock.epoch + 1, 0
-            record = self._record("epoch", sums) | self._curve() | self._guard()
-            display.passed(record, self.config.train.epochs)
-            if tracker:
-                tracker.metrics(record)
-            if not self.stopped:
-                self.save(run_dir, tracker)
+            self._close_pass(session, tracker, display)
+            if self.finished:
+                self.writer.wait()
+                return
+
+    def _rest_of_the_pass(self) -> Iterator[Batch]:
+        """Nothing where a run goes on from a checkpoint of a pass that was not closed yet."""
+        if self.finished:
+            return iter(())
+        return self.loader.epoch(self.clock.epoch, start=self.clock.batch)
 
     def _set_rates(self) -> None:
         """Before the backward pass: some engines take the step inside it."""
@@ -197,14 +216,79 @@ class Trainer:
             group["lr"] = lr_at(optim.schedule, optim.lr, step, total)
             group["momentum"] = momentum_at(optim.momentum, optim.cycle_momentum, step, total)
 
+    def _between_batches(
+        self,
+        run_dir: Path,
+        session: Session,
+        tracker: Tracker | None,
+        meter: Meter,
+        display: TrainingDisplay,
+    ) -> None:
+        """Agree with the other ranks; log, save and stop where it is time to."""
+        train, clock = self.config.train, self.clock
+        stop, save = session.boundary()
+        self.writer.check()
+        ends = self.finished or clock.batch == self.loader.batches
+        before = clock.step - self.method.steps_per_batch
+        counted = train.save_steps and clock.step // train.save_steps > before // train.save_steps
+        save = bool(save or ends or stop or counted)
+        if save or clock.batch % train.log_every == 0:
+            self._heed_trouble()
+            latest = meter.take(self.accelerator)
+            self.pass_sums += latest
+            clock.seconds += latest[3].item()
+            if latest[2] > 0:  # else every update was skipped
+                record = self._record("train", latest)
+                display.update(record)
+                if tracker:
+                    tracker.metrics(record)
+        if save:
+            self.save(run_dir, session, tracker)
+            meter.start()
+        if stop:
+            self.writer.wait()
+            raise Preempted(stop)
+
+    def _close_pass(
+        self, session: Session, tracker: Tracker | None, display: TrainingDisplay
+    ) -> None:
+        """The curve, the guard and the line of a pass, all of which a resumed run can do again."""
+        if self.clock.batch == self.loader.batches:
+            self.clock.epoch, self.clock.batch = self.clock.epoch + 1, 0
+        record = self._record("epoch", self.pass_sums) | self._curve(session) | self._guard()
+        display.passed(record, self.config.train.epochs)
+        if tracker:
+            tracker.metrics(record)
+        self.pass_sums = torch.zeros_like(self.pass_sums)
+
+    def _heed_trouble(self) -> None:
+        """Raises RunFailure, on every rank, where updates that are not finite end the run."""
+        trouble = self.nonfinite.trouble(self.accelerator)
+        if trouble is None or trouble.count == self.skipped:
+            return
+        per_batch = self.method.steps_per_batch
+        step = self.clock.step - self.nonfinite.seen + trouble.first
+        epoch, batch = divmod((step - 1) // per_batch, self.loader.batches)
+        ranks = ", ".join(map(str, trouble.ranks))
+        what = f"the loss of rank {ranks}" if ranks else "a gradient"
+        where = f"at optimiser step {step} (pass {epoch + 1}, batch {batch + 1})"
+        train = self.config.train
+        if train.on_nan == "skip" and trouble.count <= train.skip_limit:
+            self.skipped = trouble.count
+            log.warning("%d updates skipped; %s was not finite %s", self.skipped, what, where)
+            return
+        many = f"; more than train.skip_limit={train.skip_limit} updates were skipped"
+        raise RunFailure(
+            f"{what} was not finite {where}{many if train.on_nan == 'skip' else ''}: no update "
+            f"was taken from it and checkpoints are older; try a smaller optim.lr or "
+            f"train.precision=fp32" + ("" if train.on_nan == "skip" else ", or train.on_nan=skip")
+        )
+
     def _record(self, kind: str, sums: Tensor) -> dict[str, Any]:
-        """A line of metrics.jsonl. Raises RunFailure where the loss is no longer a number."""
+        """A line of metrics.jsonl."""
         loss, correct, n, seconds = sums.tolist()
-        if not math.isfinite(loss):
-            raise RunFailure(
-                f"the loss is {loss} at optimiser step {self.clock.step} (pass {self.passes:.2f}); "
-                f"try a smaller optim.lr or train.precision=fp32"
-            )
+        if n == 0:
+            raise RunFailure(f"no update of pass {self.passes:g} was finite: nothing is learnt")
         group = self.optimizer.param_groups[0]
         prefix = "train_" if kind == "epoch" else ""
         return {
@@ -220,22 +304,27 @@ class Trainer:
             "seconds": self.clock.seconds,
         }
 
-    def _curve(self) -> dict[str, Any]:
-        """Copy the weights and measure the copy on some test images."""
+    def _curve(self, session: Session) -> dict[str, Any]:
+        """Copy the weights and measure the copy on some held-out or test images."""
         parallel.snapshot(self.accelerator, self.net, self.copy)
         options = self.config.eval
         if not options.every or (self.clock.epoch % options.every and not self.finished):
             return {}
         (natural, fgsm, pgd), _ = evaluate(
             self.copy,
-            self.test_data,
+            self.curve_data,
             self.threat,
             options,
             self.accelerator,
             ["natural", "fgsm", options.curve_attack],
             options.curve_limit,
+            between=session.between_chunks,
         )
+        # Test images choose nothing: a best pass is one on held-out training images.
+        if self.config.data.validation and (not self.best or pgd.accuracy > self.best.accuracy):
+            self.best = Best(self.clock.step, self.passes, pgd.accuracy)
         return {
+            "curve_split": "held-out" if self.config.data.validation else "test",
             "test_loss": natural.loss,
             "test_accuracy": natural.accuracy,
             "fgsm_accuracy": fgsm.accuracy,
@@ -277,108 +366,17 @@ class Trainer:
         kept = self.good[0] if self.stopped and self.good else self.clock
         return {"epoch": self._passes(kept), "step": kept.step}
 
-    def save(self, run_dir: Path, tracker: Tracker | None) -> None:
-        """A checkpoint from which training goes on bit for bit. Every rank calls this."""
-        state = self.net.bare.state_dict()
-        mine = {
-            "method": {key: tensor.cpu() for key, tensor in self.method.state_dict().items()},
-            "buffers": {name: state[name].cpu() for name in state if _is_statistic(name)},
-        }
-        ranks = gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
+    def save(self, run_dir: Path, session: Session, tracker: Tracker | None) -> None:
+        """A checkpoint from which training goes on bit for bit. Every rank calls this.
 
-        def write() -> None:
-            optimizer = self.optimizer.state_dict()["state"]
-            groups = {
-                "model": self.copy.state_dict(),
-                "optimizer": {
-                    f"{index}.{key}": value
-                    for index, values in optimizer.items()
-                    for key, value in values.items()
-                    if value is not None
-                },
-                "method": {
-                    key: _interleave([rank["method"][key] for rank in ranks])
-                    for key in mine["method"]
-                },
-                "ranks": {
-                    f"{rank}.{name}": tensor
-                    for rank, own in enumerate(ranks)
-                    for name, tensor in own["buffers"].items()
-                },
-            }
-            scaler = self.accelerator.scaler
-            about = {
-                "clock": asdict(self.clock),
-                "guard_accuracy": self.guard_accuracy,
-                "scaler": scaler.state_dict() if scaler else None,
-                "world_size": self.accelerator.num_processes,
-                "wandb_id": tracker.wandb_id if tracker else None,
-                "config": self.config.model_dump(),
-            }
-            keep = self.config.train.keep
-            checkpoint.save(
-                run_dir / "checkpoints", self.clock.step, Checkpoint(groups, about), keep
-            )
-
-        parallel.on_main(self.accelerator, write)
-
-    def restore(self, saved: Checkpoint, path: Path) -> None:
-        """Go on from a checkpoint, at this or another world size.
-
-        Raises UserError for a checkpoint of another model.
+        The main process copies the tensors and writes them in the background.
         """
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        weights = dict(saved.groups["model"])
-        try:
-            self.copy.load_state_dict(weights)
-            if saved.state["world_size"] == ranks:
-                weights |= {
-                    name.split(".", 1)[1]: tensor
-                    for name, tensor in saved.groups["ranks"].items()
-                    if name.startswith(f"{rank}.")
-                }
-            self.net.bare.load_state_dict(weights)
-        except RuntimeError as error:
-            problem = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
-            raise UserError(f"{path}: is of another model ({problem}); check 'model'") from None
-        self._restore_optimizer(saved.groups["optimizer"])
-        self.method.load_state_dict(
-            {
-                key: tensor[rank::ranks]
-                .to(self.accelerator.device)
-                .contiguous(memory_format=torch.channels_last)
-                for key, tensor in saved.groups["method"].items()
-            }
-        )
-        if self.accelerator.scaler and saved.state["scaler"]:
-            self.accelerator.scaler.load_state_dict(saved.state["scaler"])
-        self.clock = Clock(**saved.state["clock"])
-        self.guard_accuracy = saved.state["guard_accuracy"]
-        self.good = replace(self.clock), _clone(self.copy.state_dict())
-
-    def _restore_optimizer(self, tensors: Any) -> None:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            index, key = name.split(".", 1)
-            # In the parameter's own memory layout, as the optimiser made it.
-            like = torch.empty_like(parameters[int(index)])
-            state.setdefault(int(index), {})[key] = like.copy_(tensor)
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _is_statistic(name: str) -> bool:
-    return name.endswith(("running_mean", "running_var"))
+        saved = state.collect(self, session, tracker.wandb_id if tracker else None)
+        if saved:
+            folder, keep = run_dir / "checkpoints", self.config.train.keep
+            spare = [self.best.step] if self.best else []
+            self.writer.save(folder, self.clock.step, saved, keep, spare)
 
 
 def _clone(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in state.items()}
-
-
-def _interleave(parts: list[Tensor]) -> Tensor:
-    """The global tensor of which rank r of W holds rows r, r + W, ..."""
-    whole = parts[0].new_empty(sum(len(part) for part in parts), *parts[0].shape[1:])
-    for rank, part in enumerate(parts):
-        whole[rank :: len(parts)] = part
-    return whole

@@ -10,15 +10,17 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 
+from dist_adv import rng
 from dist_adv.errors import UserError
 from dist_adv.options import Options, PositiveInt
 
@@ -30,6 +32,8 @@ class DataOptions(Options):
     root: str | None = None
     augment: bool = True
     drop_last: bool = False
+    validation: Annotated[int, Field(ge=0)] = 0
+    """Training images held out, always the same; the curve and the best pass are of them then."""
     size: PositiveInt | None = None
     """imagefolder: resize the shorter side and crop the centre to size x size."""
 
@@ -47,6 +51,22 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def hold_out(self, n: int) -> tuple["Dataset", "Dataset"]:
+        """(the rest, n images that depend on nothing but how many images there are).
+
+        Raises UserError where nothing would be left.
+        """
+        if n >= len(self):
+            raise UserError(
+                f"data.validation: {n} images to hold out of {len(self)}; use a smaller number"
+            )
+        order = rng.permutation(rng.stream_key("validation"), len(self))
+        rest, held = order[n:].sort().values, order[:n]
+        return tuple(
+            replace(self, images=self.images[part], labels=self.labels[part])
+            for part in (rest, held)
+        )  # type: ignore[return-value]
 
     def statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation a channel, in pixel units of [0, 1]."""

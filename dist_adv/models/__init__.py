@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dist_adv import rng
-from dist_adv.errors import RunFailure, UserError
+from dist_adv import records, rng
+from dist_adv.errors import UserError
 from dist_adv.models.layers import Normalize, NormKind
 from dist_adv.models.preact_resnet import PreActResNet18
 from dist_adv.models.resnet import ResNet50
@@ -118,13 +118,8 @@ def build_model(
 def save_model(path: Path, architecture: dict[str, Any], state: dict[str, Tensor]) -> None:
     """Weights, and the architecture as metadata, in one safetensors file, whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    partial = path.with_name(f".partial-{path.name}")
     # Not save_file, whose files only their owner may read.
-    try:
-        partial.write_bytes(save(tensors, {"architecture": json.dumps(architecture)}))
-        partial.rename(path)
-    except OSError as error:
-        raise RunFailure(f"{path}: could not be written ({error.strerror})") from error
+    records.replace(path, save(tensors, {"architecture": json.dumps(architecture)}))
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -136,8 +136,8 @@ def test_the_guard_stops_with_the_last_good_weights(mode, passes, images, tmp_pa
     kept: dict[float, dict[str, torch.Tensor]] = {}
     curve = Trainer._curve
 
-    def remember(self: Trainer) -> dict:
-        record = curve(self)
+    def remember(self: Trainer, session: object) -> dict:
+        record = curve(self, session)
         kept[self.passes] = {k: v.clone() for k, v in self.copy.state_dict().items()}
         return record
 

@@ -1,0 +1,151 @@
+"""What a checkpoint of a training run holds, and how a run goes on from one."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dist_adv import parallel
+from dist_adv.checkpoint import Checkpoint
+from dist_adv.errors import UserError
+
+if TYPE_CHECKING:
+    from dist_adv.session import Session
+    from dist_adv.train import Trainer
+
+
+def collect(trainer: "Trainer", session: "Session", wandb_id: str | None) -> Checkpoint | None:
+    """Everything from which training goes on bit for bit, copied; None but on the main process.
+
+    Weights (BatchNorm's statistics averaged over ranks, and each rank's own besides), momentum,
+    what the method carries from batch to batch (as one tensor in the order of the global batch),
+    the clock, the guard, the scaler, the configuration. Every rank calls this.
+    """
+    accelerator = trainer.accelerator
+    parallel.snapshot(accelerator, trainer.net, trainer.copy)
+    live = trainer.net.bare.state_dict()
+    ranks = session.gather(
+        {
+            "method": _copied(trainer.method.state_dict()),
+            "buffers": _copied({name: live[name] for name in live if "running_" in name}),
+        }
+    )
+    if not accelerator.is_main_process:
+        return None
+    good = trainer.good if trainer.config.method.guard == "stop" else None
+    groups = {
+        "model": _copied(trainer.copy.state_dict()),
+        "optimizer": _copied(
+            {
+                f"{index}.{key}": value
+                for index, values in trainer.optimizer.state_dict()["state"].items()
+                for key, value in values.items()
+                if value is not None
+            }
+        ),
+        "method": {
+            key: _interleave([rank["method"][key] for rank in ranks]) for key in ranks[0]["method"]
+        },
+        "ranks": {
+            f"{rank}.{name}": tensor
+            for rank, own in enumerate(ranks)
+            for name, tensor in own["buffers"].items()
+        },
+        "good": _copied(good[1]) if good else {},
+    }
+    scaler = accelerator.scaler
+    state = {
+        "clock": asdict(trainer.clock),
+        "pass_sums": trainer.pass_sums.tolist(),
+        "guard_accuracy": trainer.guard_accuracy,
+        "good_clock": asdict(good[0]) if good else None,
+        "best": asdict(trainer.best) if trainer.best else None,
+        "scaler": scaler.state_dict() if scaler else None,
+        "world_size": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
+        "wandb_id": wandb_id,
+        "config": trainer.config.model_dump(),
+    }
+    return Checkpoint(groups, state, {"architecture": json.dumps(trainer.copy.architecture)})
+
+
+def restore(trainer: "Trainer", saved: Checkpoint, path: Path) -> None:
+    """Go on from a checkpoint, at this or another world size.
+
+    Raises UserError for a checkpoint of another model or precision.
+    """
+    from dist_adv.train import Best, Clock
+
+    accelerator, state = trainer.accelerator, saved.state
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    if state["precision"] != accelerator.mixed_precision:
+        before, now = (
+            p.replace("no", "fp32") for p in (state["precision"], accelerator.mixed_precision)
+        )
+        raise UserError(
+            f"{path}: was trained in {before} and train.precision=auto means {now} here; "
+            f"go on where {before} is at hand"
+        )
+    weights = dict(saved.groups["model"])
+    try:
+        trainer.copy.load_state_dict(weights)
+        if state["world_size"] == ranks:
+            weights |= {
+                name.split(".", 1)[1]: tensor
+                for name, tensor in saved.groups["ranks"].items()
+                if name.startswith(f"{rank}.")
+            }
+        trainer.net.bare.load_state_dict(weights)
+    except RuntimeError as error:
+        problem = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
+        raise UserError(f"{path}: is of another model ({problem}); check 'model'") from None
+    _restore_optimizer(trainer.optimizer, saved.groups["optimizer"])
+    trainer.method.load_state_dict(
+        {
+            key: tensor[rank::ranks]
+            .to(accelerator.device)
+            .contiguous(memory_format=torch.channels_last)
+            for key, tensor in saved.groups["method"].items()
+        }
+    )
+    if accelerator.scaler and state["scaler"]:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    trainer.nonfinite.restart()
+    trainer.clock = Clock(**state["clock"])
+    trainer.pass_sums = torch.tensor(state["pass_sums"], dtype=torch.float64)
+    trainer.guard_accuracy = state["guard_accuracy"]
+    trainer.best = Best(**state["best"]) if state["best"] else None
+    if state["good_clock"]:
+        good = {
+            name: tensor.to(accelerator.device) for name, tensor in saved.groups["good"].items()
+        }
+        trainer.good = Clock(**state["good_clock"]), good
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        # In the parameter's own memory layout, as the optimiser made it.
+        like = torch.empty_like(parameters[int(index)])
+        state.setdefault(int(index), {})[key] = like.copy_(tensor)
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In host memory and nobody else's: training goes on while they are written."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def _interleave(parts: list[Tensor]) -> Tensor:
+    """The global tensor of which rank r of W holds rows r, r + W, ..."""
+    whole = parts[0].new_empty(sum(len(part) for part in parts), *parts[0].shape[1:])
+    for rank, part in enumerate(parts):
+        whole[rank :: len(parts)] = part
+    return whole
