@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -190,6 +191,7 @@ def _let_rank_0_speak() -> None:
     trouble speaks in the end.
     """
     if _rank() != 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the launcher ends this one
         time.sleep(20)
 
 

@@ -1,6 +1,7 @@
 """Processes and precision: the Accelerator, a method's view of the model, exact reductions."""
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -174,8 +175,8 @@ def plain_failures(accelerator: Accelerator, key: str, batch_size: int) -> Itera
         signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
         if isinstance(error, dist.DistError) or any(sign in text for sign in signs):
             raise LostRank(
-                f"rank {rank} of {ranks} lost another rank ({text.splitlines()[0][:200]}); its "
-                f"launcher says which one; the same command goes on from the last checkpoint"
+                f"rank {rank} of {ranks} lost another rank ({_reason(error)}); the launcher says "
+                f"which one; the same command goes on from the last checkpoint"
             ) from error
         raise
 
@@ -183,11 +184,16 @@ def plain_failures(accelerator: Accelerator, key: str, batch_size: int) -> Itera
 def _out_of_memory(
     rank: int, ranks: int, key: str, batch_size: int, error: BaseException
 ) -> RankFailure:
-    reason = str(error).splitlines()[0][:200] if str(error) else "out of memory"
     return RankFailure(
-        f"rank {rank} of {ranks} has no memory left ({reason}); try {key}={batch_size // 2 or 1} "
+        f"rank {rank} of {ranks} has no memory left ({_reason(error)}); try {key}={batch_size // 2 or 1} "
         f"instead of {batch_size}, a narrower model or more ranks"
     )
+
+
+def _reason(error: BaseException) -> str:
+    """The first sentence of torch's message, without the place in its source."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return re.sub(r"^\[[^]]*\] *(err == 0\. )?", "", lines[0]).split(". ")[0]
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:

@@ -4,6 +4,7 @@ import faulthandler
 import math
 import os
 import sys
+import tempfile
 import threading
 import time
 
@@ -38,12 +39,13 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        print(
-            f"dist-adv: {self.who} has made no progress for {self.limit:g} s "
-            f"(train.timeout_minutes); where its threads are:",
-            file=sys.stderr,
-            flush=True,
-        )
-        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        with tempfile.TemporaryFile("w+") as stacks:  # faulthandler wants a real file
+            faulthandler.dump_traceback(stacks, all_threads=True)
+            stacks.seek(0)
+            text = (
+                f"dist-adv: {self.who} has made no progress for {self.limit:g} s "
+                f"(train.timeout_minutes); where its threads are:\n{stacks.read()}"
+            )
+        os.write(sys.stderr.fileno(), text.encode())  # at once, or the ranks' lines mix
         time.sleep(_SECONDS_TO_SPEAK)
         os._exit(1)

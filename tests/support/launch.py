@@ -1,0 +1,147 @@
+"""Training as real processes, alone or under torchrun, to be signalled, killed and run again."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import yaml
+from cases import config
+
+SUPPORT = Path(__file__).parent
+
+
+def write_config(
+    path: Path, case: str, images: Path, norm: str = "batch", **sections: dict
+) -> Path:
+    """The configuration of a case of `cases.py`, with keys of sections replaced, as a file."""
+    tree = config(case, norm, images)
+    for section, keys in sections.items():
+        tree[section] = {**tree.get(section, {}), **keys}
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+class Job:
+    """One `dist-adv train`. Its output is in `output()`, whatever becomes of it.
+
+    module: what runs instead of dist_adv, for faults that only a changed program has.
+    """
+
+    def __init__(
+        self,
+        config: Path,
+        run_dir: Path,
+        ranks: int = 1,
+        arguments: tuple[str, ...] = (),
+        module: str = "dist_adv",
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        launcher = [sys.executable]
+        if ranks > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone"]
+            launcher += ["--nproc-per-node", str(ranks)]
+        command = [*launcher, "-m", module, "train", str(config), "--run-dir", str(run_dir)]
+        path = os.pathsep.join(filter(None, [str(SUPPORT), os.environ.get("PYTHONPATH")]))
+        settings = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **(env or {})}
+        self.run_dir, self.count = run_dir, ranks
+        self.log = run_dir.with_name(f"{run_dir.name}-{time.monotonic_ns()}.log")
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*command, *arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | settings,
+                start_new_session=True,  # a group of its own, to be killed as a whole
+            )
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def ranks(self) -> dict[int, int]:
+        """Process ids of the ranks that run now."""
+        if self.count == 1:
+            return {0: self.process.pid} if self.process.poll() is None else {}
+        found = {}
+        for pid in _children(self.process.pid):
+            rank = _environment(pid).get("RANK")
+            if rank is not None:
+                found[int(rank)] = pid
+        return found
+
+    def wait_until(self, seen: Callable[[], object], timeout: float = 120) -> bool:
+        """True as soon as `seen()` is, False if the job ends before."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            if seen():
+                return True
+            if self.process.poll() is not None:
+                return bool(seen())
+            time.sleep(0.002)
+        self.kill()
+        raise AssertionError(f"not seen in {timeout:g} s:\n{self.output()[-3000:]}")
+
+    def wait_for_checkpoint(self, step: int) -> bool:
+        return self.wait_until((self.run_dir / "checkpoints" / f"step-{step:09d}").exists)
+
+    def signal(self, number: signal.Signals, *ranks: int) -> None:
+        """To the given ranks, or to all of them."""
+        pids = self.ranks()
+        for rank in ranks or pids:
+            os.kill(pids[rank], number)
+
+    def kill(self) -> None:
+        """Everything, at once: as a machine that loses its power."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+
+    def wait(self, timeout: float = 180) -> int:
+        """The exit status; the whole job is killed where it takes too long."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still there after {timeout:g} s:\n{self.output()}") from None
+
+    def finish(self, timeout: float = 180) -> None:
+        """Must end well."""
+        status = self.wait(timeout)
+        assert status == 0, f"exit status {status}:\n{self.output()[-4000:]}"
+
+
+def weights_hash(run_dir: Path) -> str:
+    """SHA-256 of the final weights."""
+    return hashlib.sha256((run_dir / "model.safetensors").read_bytes()).hexdigest()
+
+
+def status(run_dir: Path) -> dict:
+    return json.loads((run_dir / "status.json").read_text())
+
+
+def checkpoints(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [
+            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
+    except FileNotFoundError:
+        return []
+
+
+def _environment(pid: int) -> dict[str, str]:
+    try:
+        text = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+    except (FileNotFoundError, PermissionError, ProcessLookupError):
+        return {}
+    return dict(item.split("=", 1) for item in text.split("\0") if "=" in item)
