@@ -1,5 +1,6 @@
 # make demo    set up, train four methods on embedded data, write a report (a few minutes)
 # make test    set up, run every check and test
+# make faults  kill sixty runs at random moments and resume them (half an hour)
 # make check   formatting, types, quick tests (under 2 minutes)
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 # Small models: more threads than one a process only get in each other's way.
 RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: setup demo check test lint schema lock clean
+.PHONY: setup demo check test faults lint schema lock clean
 
 setup: $(VENV)/.installed
 
@@ -34,6 +35,10 @@ check: lint
 
 test: lint
 	$(RUN_TESTS) --durations=10
+
+# Sixty runs killed at random moments (about half an hour); the seed is printed.
+faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kill_anywhere.py --draws 60
 
 schema: setup
 	$(BIN)/python -m dist_adv.config > configs/schema.json

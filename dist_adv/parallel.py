@@ -185,8 +185,8 @@ def _out_of_memory(
     rank: int, ranks: int, key: str, batch_size: int, error: BaseException
 ) -> RankFailure:
     return RankFailure(
-        f"rank {rank} of {ranks} has no memory left ({_reason(error)}); try {key}={batch_size // 2 or 1} "
-        f"instead of {batch_size}, a narrower model or more ranks"
+        f"rank {rank} of {ranks} has no memory left ({_reason(error)}); try {key}="
+        f"{max(1, batch_size // 2)} instead of {batch_size}, a narrower model or more ranks"
     )
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -63,6 +64,9 @@ class Job:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
+    def running(self) -> bool:
+        return self.process.poll() is None
+
     def ranks(self) -> dict[int, int]:
         """Process ids of the ranks that run now."""
         if self.count == 1:
@@ -97,10 +101,8 @@ class Job:
 
     def kill(self) -> None:
         """Everything, at once: as a machine that loses its power."""
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
     def wait(self, timeout: float = 180) -> int:

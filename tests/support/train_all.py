@@ -1,6 +1,7 @@
 """Train every case with the framework, alone or under torchrun.
 
-Arguments: out, norm, images, numbers (fp32, fp64 or bf16).
+Arguments: out, norm, images, numbers (fp32, fp64 or bf16); then, to go on from what an earlier
+call left, its `out` and which checkpoint (0 is the first; there is one a batch).
 """
 
 import os
@@ -20,6 +21,12 @@ if __name__ == "__main__":
         torch.set_default_dtype(torch.float64)
     precision = "bf16" if numbers == "bf16" else "fp32"
     for case in CASES:
-        train_run(parse_config(config(case, norm, images, precision), case), out / case, "none")
+        tree = config(case, norm, images, precision)
+        tree["train"] |= {"save_steps": 1, "keep": 100}
+        resume = "none"
+        if len(sys.argv) > 5:
+            checkpoints = sorted((Path(sys.argv[5]) / case / "checkpoints").iterdir())
+            resume = str(checkpoints[int(sys.argv[6])])
+        train_run(parse_config(tree, case), out / case, resume)
     sys.stdout.flush()
     os._exit(0)  # see cli.main

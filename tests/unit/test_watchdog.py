@@ -1,0 +1,79 @@
+"""A process that makes no progress says where it hangs and ends; one that does is left alone."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+PRELUDE = """
+import threading, time
+from dist_adv import watchdog
+watchdog._SECONDS_TO_SPEAK = 0.2
+dog = watchdog.Watchdog({limit} / 60, rank=1, ranks=3)
+"""
+
+
+def run(script: str, limit: float = 0.5) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", PRELUDE.format(limit=limit) + script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_hanging_process_speaks_and_ends():
+    """Which rank, which limit, every thread's stack; status 1 from wherever it hangs."""
+    script = """
+def deep_in_the_work():
+    time.sleep(40)
+
+threading.Thread(target=deep_in_the_work, daemon=True).start()
+dog.beat()
+try:
+    time.sleep(40)
+finally:
+    print("reached")
+"""
+    began = time.monotonic()
+    done = run(script)
+    assert time.monotonic() - began < 20
+    assert done.returncode == 1
+    assert done.stdout == ""
+    said = done.stderr.splitlines()
+    assert said[0] == (
+        "dist-adv: rank 1 of 3 has made no progress for 0.5 s (train.timeout_minutes); "
+        "where its threads are:"
+    )
+    assert done.stderr.count("hread 0x") == 3  # the main thread, the worker, the watchdog
+    assert "in deep_in_the_work" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ("for _ in range(30):\n    dog.beat(); time.sleep(0.05)", "it makes progress"),
+        ("time.sleep(1)", "it has not begun"),
+        ("dog.beat(); dog.pause(); time.sleep(1)", "waiting is no fault"),
+        ("dog.beat(); dog.close(); time.sleep(1)", "it is over"),
+    ],
+)
+def test_left_alone(script, why):
+    """For longer than the limit."""
+    done = run(f"{script}\nprint('reached')")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "reached\n", ""), why
+
+
+def test_counts_again_after_a_pause():
+    done = run("dog.pause(); time.sleep(0.7); dog.beat(); time.sleep(40)")
+    assert done.returncode == 1
+    assert "no progress for 0.5 s" in done.stderr
+
+
+def test_watching_keeps_no_process_alive():
+    """One that ends by itself ends at once, with its own status."""
+    began = time.monotonic()
+    done = run("dog.beat(); raise SystemExit(7)", limit=3600)
+    assert done.returncode == 7
+    assert time.monotonic() - began < 20
