@@ -20,6 +20,9 @@ from dist_adv.watchdog import Watchdog
 
 T = TypeVar("T")
 
+# A dead rank closes its connections, a hanging one is the watchdog's: this is for neither.
+_LONG = timedelta(hours=24)
+
 
 class Session:
     """One start of a run on this process. Every rank makes the same calls in the same order."""
@@ -41,17 +44,7 @@ class Session:
         train and do not wait for each other. Alone, the answer comes at once.
         """
         self.watchdog.beat()
-        question = torch.tensor([self.stopping.reason(), self._save_is_due()])
-        if self.group is None:
-            answer = question
-        else:
-            answer = torch.zeros_like(question)
-            if self.asked:
-                work, answer = self.asked
-                work.wait()
-            self.asked = dist.all_reduce(question, dist.ReduceOp.MAX, self.group, True), question
-        stop, save = answer.tolist()
-        return REASONS[stop], bool(save)
+        return self._agree()
 
     def between_chunks(self) -> None:
         """The same in an evaluation, where a rank may wait long for another's share.
@@ -59,7 +52,7 @@ class Session:
         Raises Preempted, on all ranks at the same chunk: there is nothing to save.
         """
         self.watchdog.pause()
-        stop, _ = self.boundary()
+        stop, _ = self._agree()
         if stop:
             raise Preempted(stop)
 
@@ -79,13 +72,22 @@ class Session:
     def close(self) -> None:
         self.watchdog.close()
 
+    def _agree(self) -> tuple[str, bool]:
+        question = torch.tensor([self.stopping.reason(), self._save_is_due()])
+        if self.group is None:
+            answer = question
+        else:
+            answer = torch.zeros_like(question)
+            if self.asked:
+                work, answer = self.asked
+                work.wait()
+            self.asked = dist.all_reduce(question, dist.ReduceOp.MAX, self.group, True), question
+        stop, save = answer.tolist()
+        return REASONS[stop], bool(save)
+
     def _save_is_due(self) -> bool:
         now = time.monotonic()
         if not self.main or self.save_seconds is None or now - self.saved < self.save_seconds:
             return False
         self.saved = now
         return True
-
-
-# A dead rank closes its connections, a hanging one is the watchdog's: this is for neither.
-_LONG = timedelta(hours=24)

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import Job, checkpoints, status, weights_hash, write_config
 from PIL import Image
 
 import dist_adv
 from dist_adv import checkpoint
+from launch import Job, checkpoints, status, weights_hash, write_config
 
 pytestmark = pytest.mark.slow
 

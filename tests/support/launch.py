@@ -31,7 +31,8 @@ def write_config(
 class Job:
     """One `dist-adv train`. Its output is in `output()`, whatever becomes of it.
 
-    module: what runs instead of dist_adv, for faults that only a changed program has.
+    module: what runs instead of dist_adv, for faults that only a changed program has. wrapper: a
+    command that runs the whole of it, such as `prlimit`.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class Job:
         arguments: tuple[str, ...] = (),
         module: str = "dist_adv",
         env: Mapping[str, str] | None = None,
+        wrapper: tuple[str, ...] = (),
     ) -> None:
-        launcher = [sys.executable]
+        launcher = [*wrapper, sys.executable]
         if ranks > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone"]
             launcher += ["--nproc-per-node", str(ranks)]

@@ -1,4 +1,4 @@
-"""What asks a run to stop: signals, a launcher that died, a stop file, a deadline; in this order."""
+"""What asks a run to stop, weakest first: a deadline, a stop file, a dead launcher, a signal."""
 
 import os
 import signal

@@ -1,0 +1,151 @@
+"""What do checkpoints, the ranks' agreement and the check for NaN cost?
+
+Commands:
+  python benchmarks/overhead.py [--width 64] [--pairs 3] [--record FILE.md]
+  OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 benchmarks/overhead.py --width 16
+
+Fast training of PreActResNet18 on 32x32 images (noise: what they show costs nothing), batch 128,
+in the precision of `auto`. Stretches of 20 batches, which are 5 % of an epoch of CIFAR-10, with a
+checkpoint at their start alternate with stretches without: A B A B. The write in the background
+falls into the stretch that asked for it. Besides, what every batch spends in agreeing with the
+other ranks and in the check for NaN is timed where it happens.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_adv import checkpoint, parallel, train
+from dist_adv.config import parse_config
+from dist_adv.data import Dataset
+from dist_adv.nonfinite import NonFinite
+from dist_adv.progress import bar
+from dist_adv.session import Session
+from dist_adv.train import Trainer
+
+STRETCH = 20
+
+
+class Timed:
+    """A function that remembers how long it took each time."""
+
+    def __init__(self, function: Callable) -> None:
+        self.function, self.seconds = function, []
+
+    def __get__(self, instance: Any, owner: type) -> Callable:
+        return lambda *arguments: self(instance, *arguments)
+
+    def __call__(self, *arguments: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return self.function(*arguments)
+        finally:
+            self.seconds.append(time.perf_counter() - began)
+
+    def share(self, of: float) -> str:
+        return f"{1000 * statistics.median(self.seconds):.2f} ms, {sum(self.seconds) / of:.2%}"
+
+
+def noise(options: Any, split: str, first: Any) -> Dataset:
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (12800, 3, 32, 32), dtype=torch.uint8, generator=draw)
+    labels = torch.randint(0, 10, (12800,), generator=draw)
+    return Dataset("noise", images, labels, [str(k) for k in range(10)], 4, True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--record", type=Path)
+    options = parser.parse_args()
+
+    steps = STRETCH * (2 * options.pairs + 1)  # the first stretch warms up
+    settings = parse_config(
+        {
+            "method": {"name": "fast"},
+            "model": {"name": "preact_resnet18", "width": options.width},
+            "train": {"epochs": 100, "max_steps": steps, "save_minutes": None},
+            "eval": {"every": 0},
+            "track": {"wandb": {"mode": "disabled"}},
+        },
+        "overhead",
+    )
+    train.load_dataset = noise
+    Session.boundary = boundary = Timed(Session.boundary)
+    NonFinite.before_update = check = Timed(NonFinite.before_update)
+    written = Timed(checkpoint.save)
+    checkpoint.save = written
+    blocked, stretches = Timed(Trainer.save), []
+    between = Trainer._between_batches
+
+    def measure(self: Trainer, run_dir: Path, session: Session, *others: Any) -> None:
+        between(self, run_dir, session, *others)
+        if self.clock.step % STRETCH == 0:
+            stretches.append(time.perf_counter())
+            if self.clock.step // STRETCH % 2 and self.clock.step < steps:
+                blocked(self, run_dir, session, None)
+
+    Trainer._between_batches = measure
+    accelerator = parallel.start("auto")
+    with tempfile.TemporaryDirectory() as folder, bar(False) as progress:
+        session = Session(accelerator, Path(folder), settings.train)
+        trainer = Trainer(settings, accelerator)
+        trainer.fit(Path(folder), session, None, progress)
+        session.close()
+    if not accelerator.is_main_process:
+        os._exit(0)
+
+    seconds = [b - a for a, b in pairwise(stretches)]
+    ratios = [a / b for a, b in zip(seconds[::2], seconds[1::2], strict=True)]
+    total, plain = sum(seconds), statistics.median(seconds[1::2])
+    ratio, low, high = statistics.median(ratios) - 1, min(ratios) - 1, max(ratios) - 1
+    stall = statistics.median(blocked.seconds)
+    megabytes = 2 * sum(p.numel() for p in trainer.copy.parameters()) * 4 / 1e6
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout
+    text = "\n".join(
+        [
+            f"`{' '.join(['benchmarks/overhead.py', *sys.argv[1:]])}` on "
+            f"{accelerator.num_processes} rank(s) x {torch.get_num_threads()} thread(s), "
+            f"{accelerator.mixed_precision}, {datetime.now(UTC):%Y-%m-%d}, commit "
+            f"{commit.strip()}, torch {torch.__version__}, {os.cpu_count()} CPU cores "
+            f"({platform.machine()})",
+            "",
+            "| what | figure |",
+            "|---|---|",
+            f"| {STRETCH} batches without a checkpoint | {plain:.2f} s |",
+            f"| with one, against without: median of {len(ratios)} pairs (lowest, highest) | "
+            f"{ratio:+.2%} ({low:+.2%}, {high:+.2%}) |",
+            f"| weights and momentum in a checkpoint | {megabytes:.0f} MB |",
+            f"| training waits for a checkpoint | {1000 * stall:.0f} ms, "
+            f"{stall / plain:.2%} of {STRETCH} batches |",
+            f"| writing it in the background takes | "
+            f"{1000 * statistics.median(written.seconds):.0f} ms |",
+            f"| agreeing with the other ranks, a batch | {boundary.share(total)} |",
+            f"| checking for NaN, an update | {check.share(total)} |",
+            "",
+        ]
+    )
+    if options.record:
+        with options.record.open("a") as file:
+            file.write(text + "\n")
+    print(text, flush=True)
+    if accelerator.num_processes > 1:
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
