@@ -128,6 +128,14 @@ def mark(run_dir: Path, state: State, **about: Any) -> None:
     records.replace(run_dir / "status.json", line.encode())
 
 
+def state_of(run_dir: Path) -> State | None:
+    """What status.json says; None where it says nothing."""
+    try:
+        return json.loads((run_dir / "status.json").read_text())["state"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _write_environment(run_dir: Path, accelerator: Accelerator, about: dict[str, Any]) -> None:
     text = json.dumps(_environment(accelerator) | about, indent=1)
     records.replace(run_dir / "env.json", text.encode())

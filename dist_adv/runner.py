@@ -1,8 +1,8 @@
 """From a configuration to a finished run folder, and from a run folder to more results."""
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -37,10 +37,10 @@ def train_run(config: Config, run_dir: Path, resume: str) -> None:
     track.check(config)
     accelerator = parallel.start(config.train.precision, config.train.threads)
     start_logging(accelerator.is_main_process)
-    with ExitStack() as locks:
+    with ExitStack() as stack:
         try:
             with parallel.plain_failures(accelerator, "train.batch_size", config.train.batch_size):
-                _train(config, run_dir, resume, accelerator, locks)
+                _train(config, run_dir, resume, accelerator, stack)
         except RunFailure as failure:
             if accelerator.is_main_process and (run_dir / "status.json").exists():
                 with suppress(RunFailure):
@@ -49,20 +49,22 @@ def train_run(config: Config, run_dir: Path, resume: str) -> None:
 
 
 def _train(
-    config: Config, run_dir: Path, resume: str, accelerator: Accelerator, locks: ExitStack
+    config: Config, run_dir: Path, resume: str, accelerator: Accelerator, stack: ExitStack
 ) -> None:
     def claim() -> bool:
         lock = rundir.check(run_dir, config, resume != "none")
         if lock:
-            locks.callback(lock.release)
+            stack.callback(lock.release)
             checkpoint.remove_leftovers(run_dir / "checkpoints")
         return lock is not None
 
     exists = parallel.on_main(accelerator, claim)
     if parallel.on_main(accelerator, lambda: exists and rundir.trained(run_dir, config)):
-        log.info("%s is trained already", run_dir)
-        _evaluate(config, run_dir, accelerator, _missing(run_dir, config), config.eval.limit)
+        _evaluate_the_rest(config, run_dir, accelerator)
         return
+    main = accelerator.is_main_process
+    if exists:
+        stack.enter_context(log_file(run_dir / "log.txt", main))
     trainer = Trainer(config, accelerator)
     start = parallel.on_main(accelerator, lambda: _starting_point(run_dir, config, resume))
     if start:
@@ -84,66 +86,105 @@ def _train(
         if exists:
             rundir.go_on(run_dir, config, accelerator, about)
         else:
-            locks.callback(rundir.create(run_dir, config, accelerator, about).release)
+            stack.callback(rundir.create(run_dir, config, accelerator, about).release)
         rundir.mark(run_dir, "running")
 
     parallel.on_main(accelerator, open_folder)
-    with log_file(run_dir / "log.txt", accelerator.is_main_process):
-        wandb_id = start[1].state["wandb_id"] if start else None
-        tracker = Tracker(run_dir, config, wandb_id) if accelerator.is_main_process else None
-        log.info(
-            "%s: %s on %s, %d images, %d steps, %s, %s with %d rank(s)",
-            run_dir,
-            config.method.name,
-            config.data.name,
-            len(trainer.train_data),
-            trainer.total_steps,
-            about["precision"],
-            accelerator.device.type,
-            accelerator.num_processes,
-        )
-        session = Session(accelerator, run_dir, config.train)
+    if not exists:
+        stack.enter_context(log_file(run_dir / "log.txt", main))
+    wandb_id = start[1].state["wandb_id"] if start else None
+    tracker = Tracker(run_dir, config, wandb_id) if main else None
+    log.info(
+        "%s: %s on %s, %d images, %d steps, %s, %s with %d rank(s)",
+        run_dir,
+        config.method.name,
+        config.data.name,
+        len(trainer.train_data),
+        trainer.total_steps,
+        about["precision"],
+        accelerator.device.type,
+        accelerator.num_processes,
+    )
+
+    def where() -> dict[str, float]:
+        return {"step": trainer.clock.step, "epoch": trainer.passes}
+
+    with _supervised(run_dir, config, accelerator, tracker, where) as session:
         try:
-            _fit_and_evaluate(trainer, run_dir, session, tracker)
-        except Preempted as stop:
-            log.warning("stopped (%s) at optimiser step %d", stop.reason, trainer.clock.step)
-            if tracker:
-                session.stopping.heeded()
-                where = {"step": trainer.clock.step, "epoch": trainer.passes}
-                rundir.mark(run_dir, "preempted", reason=stop.reason, **where)
-                tracker.finish(stop.status)
-            session.together()  # the first to leave gets the others killed
-            raise
-        except RunFailure:
-            if tracker:
-                tracker.finish(1)
-            raise
+            with bar(main) as progress:
+                trainer.fit(run_dir, session, tracker, progress)
         finally:
-            session.close()
             with suppress(RunFailure):
                 trainer.writer.wait()
-        if tracker:
+        parallel.on_main(accelerator, lambda: _save_final(run_dir, trainer))
+        _evaluate(
+            config,
+            run_dir,
+            accelerator,
+            config.eval.attacks,
+            config.eval.limit,
+            trainer.test_data,
+            tracker,
+            session.between_chunks,
+        )
+
+
+def _evaluate_the_rest(config: Config, run_dir: Path, accelerator: Accelerator) -> None:
+    """What is not measured yet of a run whose training is over."""
+    log.info("%s is trained already", run_dir)
+    missing = parallel.on_main(accelerator, lambda: _missing(run_dir, config))
+    if not missing:
+        if accelerator.is_main_process and rundir.state_of(run_dir) != "done":
+            rundir.mark(run_dir, "done")  # it was killed right before
+        return
+    trained = read_weights(run_dir / "model.safetensors")[0]["trained"]
+
+    def where() -> dict[str, float]:
+        return {key: trained[key] for key in ("step", "epoch")}
+
+    with (
+        log_file(run_dir / "log.txt", accelerator.is_main_process),
+        _supervised(run_dir, config, accelerator, None, where) as session,
+    ):
+        _evaluate(
+            config,
+            run_dir,
+            accelerator,
+            missing,
+            config.eval.limit,
+            between=session.between_chunks,
+        )
+
+
+@contextmanager
+def _supervised(
+    run_dir: Path,
+    config: Config,
+    accelerator: Accelerator,
+    tracker: Tracker | None,
+    where: Callable[[], dict[str, float]],
+) -> Iterator[Session]:
+    """A session; status.json and the dashboards are told how it ended."""
+    main, finish = accelerator.is_main_process, tracker.finish if tracker else lambda status: None
+    session = Session(accelerator, run_dir, config.train)
+    try:
+        yield session
+        if main:
             rundir.mark(run_dir, "done")
-            tracker.finish()
-
-
-def _fit_and_evaluate(
-    trainer: Trainer, run_dir: Path, session: Session, tracker: Tracker | None
-) -> None:
-    config, accelerator = trainer.config, trainer.accelerator
-    with bar(accelerator.is_main_process) as progress:
-        trainer.fit(run_dir, session, tracker, progress)
-    parallel.on_main(accelerator, lambda: _save_final(run_dir, trainer))
-    _evaluate(
-        config,
-        run_dir,
-        accelerator,
-        config.eval.attacks,
-        config.eval.limit,
-        trainer.test_data,
-        tracker,
-        session.between_chunks,
-    )
+        finish(0)
+    except Preempted as stop:
+        log.warning("stopped (%s) at optimiser step %d", stop.reason, where()["step"])
+        if main:
+            session.stopping.heeded()
+            rundir.mark(run_dir, "preempted", reason=stop.reason, **where())
+        finish(stop.status)
+        session.together()  # the first to leave gets the others killed
+        raise
+    except Exception:
+        finish(1)
+        raise
+    finally:
+        session.close()
 
 
 def _say_what_differs(config: Config, accelerator: Accelerator, saved: Checkpoint) -> None:
