@@ -42,17 +42,18 @@ class Timed:
     """A function that remembers how long it took each time."""
 
     def __init__(self, function: Callable) -> None:
-        self.function, self.seconds = function, []
+        self.function, self.seconds, self.cpu = function, [], []
 
     def __get__(self, instance: Any, owner: type) -> Callable:
         return lambda *arguments: self(instance, *arguments)
 
     def __call__(self, *arguments: Any) -> Any:
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.thread_time()
         try:
             return self.function(*arguments)
         finally:
             self.seconds.append(time.perf_counter() - began)
+            self.cpu.append(time.thread_time() - worked)
 
     def share(self, of: float) -> str:
         return f"{1000 * statistics.median(self.seconds):.2f} ms, {sum(self.seconds) / of:.2%}"
@@ -133,7 +134,9 @@ def main() -> None:
             f"| training waits for a checkpoint | {1000 * stall:.0f} ms, "
             f"{stall / plain:.2%} of {STRETCH} batches |",
             f"| writing it in the background takes | "
-            f"{1000 * statistics.median(written.seconds):.0f} ms |",
+            f"{1000 * statistics.median(written.seconds):.0f} ms, "
+            f"{1000 * statistics.median(written.cpu):.0f} ms of a core: "
+            f"{statistics.median(written.cpu) / plain / (os.cpu_count() or 1):.2%} of all cores |",
             f"| agreeing with the other ranks, a batch | {boundary.share(total)} |",
             f"| checking for NaN, an update | {check.share(total)} |",
             "",
