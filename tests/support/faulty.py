@@ -2,6 +2,7 @@
 
 nan:RANK:STEP[:STEP...]    the loss of that rank is NaN at these optimiser steps (from 1)
 inf:RANK:STEP              the loss is infinite, its gradient is not
+poison:RANK:STEP           the images are NaN, and so is what BatchNorm sees of them
 sleep:RANK:STEP            the rank stops there without a word
 oom:RANK:STEP              the rank asks for more memory than any machine has
 """
@@ -9,6 +10,7 @@ oom:RANK:STEP              the rank asks for more memory than any machine has
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -30,6 +32,8 @@ class Faulty:
 
     def steps(self, net: object, batch: object) -> Iterator[Step]:
         mine = os.environ.get("RANK", "0") == RANK
+        if KIND == "poison" and mine and str(self.done + 1) in STEPS:
+            batch = replace(batch, x=batch.x * float("nan"))
         for out in self.method.steps(net, batch):
             self.done += 1
             yield fault(out) if mine and str(self.done) in STEPS else out
@@ -41,6 +45,8 @@ def fault(out: Step) -> Step:
             return Step(out.loss * float("nan"), out.logits)
         case "inf":
             return Step(out.loss + float("inf"), out.logits)
+        case "poison":
+            return out
         case "sleep":
             time.sleep(3600)
         case "oom":

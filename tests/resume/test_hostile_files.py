@@ -1,0 +1,175 @@
+"""Nothing that is read is executed, and damage to a real run's files is seen."""
+
+import io
+import pickle
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from cases import config
+
+from dist_adv import checkpoint, cli, load_model
+from dist_adv.config import parse_config
+from dist_adv.errors import UserError
+from dist_adv.runner import train_run
+
+
+class Payload:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self):
+        return Path.write_text, (self.canary, "executed")
+
+
+@pytest.fixture(scope="module")
+def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with a checkpoint of every batch, and its configuration beside it."""
+    folder = tmp_path_factory.mktemp("hostile")
+    tree = config("free", "batch", images)
+    tree["train"] |= {"save_steps": 1, "keep": 100}
+    tree["eval"] = {"attacks": ["natural", "pgd-2"], "every": 0}
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(tree))
+    train_run(parse_config(tree, "free"), folder / "run", "none")
+    return folder
+
+
+def files(folder: Path) -> list[str]:
+    """Everything in a run folder that somebody reads."""
+    newest = sorted((folder / "checkpoints").iterdir())[-1]
+    return [
+        *(path.name for path in folder.iterdir() if path.is_file()),
+        *(str(path.relative_to(folder)) for path in newest.iterdir()),
+        "STOP",
+    ]
+
+
+FILES = [
+    ".lock",
+    "STOP",
+    "config.yaml",
+    "env.json",
+    "examples.safetensors",
+    "log.txt",
+    "metrics.jsonl",
+    "model.safetensors",
+    "results.jsonl",
+    "status.json",
+    *(
+        f"checkpoints/step-000000024/{name}"
+        for name in (
+            "good.safetensors",
+            "manifest.json",
+            "method.safetensors",
+            "model.safetensors",
+            "optimizer.safetensors",
+            "ranks.safetensors",
+            "state.json",
+        )
+    ),
+]
+
+
+def test_no_file_is_forgotten_here(run):
+    assert sorted(files(run / "run")) == sorted(FILES)
+
+
+def commands(folder: Path) -> list[list[str]]:
+    """Everything that reads a run, each as typed."""
+    run_dir, out = str(folder / "run"), folder / "out"
+    return [
+        ["train", str(folder / "experiment.yaml"), "--run-dir", run_dir, "eval.limit=3"],
+        ["eval", run_dir, "--attacks", "natural"],
+        ["report", run_dir, "--out", str(out / "report")],
+        ["export", run_dir, "--out", str(out / "export")],
+    ]
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_pickle_is_never_executed(name, kind, run, tmp_path, capsys):
+    """Each command ends well without it, or with one line; `train` with a run to go on with."""
+    for unfinished in (False, True):
+        folder = tmp_path / str(unfinished)
+        shutil.copytree(run, folder)
+        canary, file = folder / "canary", folder / "run" / name
+        if unfinished and name != "model.safetensors":
+            (folder / "run" / "model.safetensors").unlink()
+        if kind == "torch":
+            buffer = io.BytesIO()
+            torch.save(Payload(canary), buffer)
+            file.write_bytes(buffer.getvalue())
+        else:
+            file.write_bytes(pickle.dumps(Payload(canary)))
+        for arguments in commands(folder):
+            status = cli._run(arguments)
+            complaint = capsys.readouterr().err
+            assert status in (0, 1, 2, 143), arguments  # 143: a STOP file is one whatever it holds
+            assert "Traceback" not in complaint
+        assert not canary.exists()
+        with suppress(UserError):
+            load_model(folder / "run")
+        assert not canary.exists()
+
+
+def test_yaml_makes_no_objects(run, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(run, folder)
+    canary = folder / "canary"
+    attack = f"!!python/object/apply:os.system ['touch {canary}']\n"
+    for name in ("run/config.yaml", "experiment.yaml"):
+        file = folder / name
+        text = file.read_text()
+        file.write_text(f"method: {attack}")
+        assert cli._run(commands(folder)[0]) == 2
+        assert not canary.exists()
+        assert len(capsys.readouterr().err.splitlines()) == 1
+        file.write_text(text)
+
+
+def flip(content: bytes) -> bytes:
+    """One bit in the middle."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def cut(share: float):
+    return lambda content: content[: int(share * len(content))]
+
+
+DAMAGE = {"0 %": cut(0), "50 %": cut(0.5), "99 %": cut(0.99), "bit": flip}
+IN_CHECKPOINT = [Path(name).name for name in FILES if name.startswith("checkpoints/")]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", IN_CHECKPOINT)
+def test_damage_in_mid_pass_is_seen_said_and_gone_round(name, damage, run, tmp_path, capsys):
+    """The batch before is gone on with, to the weights of the run to which nothing happened."""
+    folder = tmp_path / "copy"
+    shutil.copytree(run, folder)
+    run_dir = folder / "run"
+    whole = load_model(run_dir).state_dict()
+    (run_dir / "model.safetensors").unlink()
+    for path in sorted((run_dir / "checkpoints").iterdir())[6:]:
+        shutil.rmtree(path)
+    newest = sorted((run_dir / "checkpoints").iterdir())[-1]
+    assert newest.name == "step-000000018"  # the sixth of eight batches: in the second pass
+    file = newest / name
+    file.write_bytes(DAMAGE[damage](file.read_bytes()))
+    said = []
+    path, _ = checkpoint.load_newest(run_dir / "checkpoints", said.append)
+    assert path.name == "step-000000015"
+    assert len(said) == 1
+    assert str(newest) in said[0]
+    if damage == "bit":  # end to end
+        assert cli._run(commands(folder)[0]) == 0
+        log = (run_dir / "log.txt").read_text()
+        assert f"passed over: {newest}" in log
+        assert f"going on from {path}" in log
+        found = load_model(run_dir).state_dict()
+        assert all(torch.equal(whole[key], found[key]) for key in whole)
