@@ -144,11 +144,10 @@ def main() -> NoReturn:
     status = _run(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # gloo's threads sometimes abort the interpreter while it shuts down, after all the work
-        # is done (about one two-rank run in three). Everything is flushed: leave without it.
-        os._exit(status)
-    sys.exit(status)
+    # Everything is flushed. What runs while an interpreter shuts down can only spoil the end:
+    # gloo's threads abort it (about one two-rank run in three), and W&B complains of a helper
+    # process that was killed.
+    os._exit(status)
 
 
 def _run(arguments: list[str]) -> int:

@@ -134,6 +134,18 @@ def checkpoints(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
+def family(pid: int) -> dict[int, str]:
+    """A process and all that it and its children have started, with their commands.
+
+    W&B's helper is one of them, though in a session of its own.
+    """
+    members = [pid]
+    for member in members:
+        for children in Path(f"/proc/{member}/task").glob("*/children"):
+            members += map(int, children.read_text().split())
+    return {each: Path(f"/proc/{each}/cmdline").read_text() for each in members}
+
+
 def _children(pid: int) -> list[int]:
     try:
         return [
