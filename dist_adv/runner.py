@@ -17,6 +17,7 @@ from dist_adv.evaluate import evaluate
 from dist_adv.models import load_model, read_weights, save_model
 from dist_adv.progress import EvaluationDisplay, bar, log_file, results_table, start_logging
 from dist_adv.session import Session
+from dist_adv.stopping import no_orphan
 from dist_adv.threat import build as build_threat
 from dist_adv.track import Tracker, write_results
 from dist_adv.train import Trainer
@@ -35,7 +36,8 @@ def train_run(config: Config, run_dir: Path, resume: str) -> None:
     run was asked to stop, and goes on when it is started again; RunFailure where it cannot go on.
     """
     track.check(config)
-    accelerator = parallel.start(config.train.precision, config.train.threads)
+    with no_orphan():
+        accelerator = parallel.start(config.train.precision, config.train.threads)
     start_logging(accelerator.is_main_process)
     with ExitStack() as stack:
         try:

@@ -6,7 +6,10 @@ Nothing here stops anything. The training loop asks at batch boundaries, and the
 
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -34,6 +37,32 @@ def _note(number: int, frame: FrameType | None) -> None:
     _received = _received or number
 
 
+@contextmanager
+def no_orphan() -> Iterator[None]:
+    """Leave at once where the launcher dies meanwhile: there is nothing to save yet.
+
+    For the start: ranks whose launcher is gone would wait half an hour to meet each other.
+    """
+    launcher, over = _launcher(), threading.Event()
+
+    def watch() -> None:
+        while launcher and not over.wait(_SECONDS_BETWEEN_LOOKS):
+            if os.getppid() != launcher:
+                os._exit(143)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _launcher() -> int | None:
+    """Who started this rank; None for a plain process, which may lose its parent to a closed
+    terminal or to nohup and go on."""
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
 class Stopping:
     """What asks this process to stop. The deadline counts from here."""
 
@@ -42,9 +71,7 @@ class Stopping:
         self.file = run_dir / _STOP_FILE if main else None
         self.looked = -_SECONDS_BETWEEN_LOOKS
         self.found = False
-        # Orphans of a launcher that was killed would train on unseen. A plain process may lose
-        # its parent for good reasons: nohup, a closed terminal.
-        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self.launcher = _launcher()  # its orphans would train on unseen
 
     def reason(self) -> int:
         """An index into REASONS; 0 to go on."""

@@ -97,15 +97,15 @@ class Tracker:
 def write_results(
     run_dir: Path, results: Sequence[Result], examples: Examples | None, about: Mapping[str, Any]
 ) -> None:
-    """Lines of results.jsonl, and the pictures in examples.safetensors."""
-    records.drop_torn_line(run_dir / "results.jsonl")
-    for result in results:
-        records.append(run_dir / "results.jsonl", {**result.record(), **about})
+    """The pictures in examples.safetensors, then lines of results.jsonl: what is there is done."""
     if examples:
         names = ("clean", "adversarial", "label", "clean_prediction", "adversarial_prediction")
         tensors = {name: getattr(examples, name).contiguous() for name in names}
         metadata = {"attack": examples.attack, "classes": json.dumps(examples.classes)}
         records.replace(run_dir / "examples.safetensors", save(tensors, metadata))
+    records.drop_torn_line(run_dir / "results.jsonl")
+    for result in results:
+        records.append(run_dir / "results.jsonl", {**result.record(), **about})
 
 
 def _table(examples: Examples) -> Any:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -131,13 +132,17 @@ def _kill(job: Job, victim: int) -> float:
     return time.monotonic() - began
 
 
-def run(draws: int, seed: int, folder: Path) -> list[Draw]:
+def run(
+    draws: int, seed: int, folder: Path, note: Callable[[list[Draw]], None] | None = None
+) -> list[Draw]:
     """All draws, said aloud one by one."""
     print(f"seed {seed}, {draws} draws", flush=True)
     dice, harness, done = random.Random(seed), Harness(folder), []
     for number in range(1, draws + 1):
         draw = harness.draw(dice)
         done.append(draw)
+        if note:
+            note(done)
         print(
             f"{number:3d} {'equal' if draw.equal else 'DIFFERENT'}  {draw.case}, {draw.ranks} "
             f"rank(s): {'; '.join(draw.kills) or 'ended before it was killed'}",
@@ -146,7 +151,7 @@ def run(draws: int, seed: int, folder: Path) -> list[Draw]:
     return done
 
 
-def record(done: list[Draw], seed: int, minutes: float) -> str:
+def record(done: list[Draw], draws: int, seed: int, minutes: float) -> str:
     """The Markdown record of a harness run."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
@@ -165,7 +170,7 @@ def record(done: list[Draw], seed: int, minutes: float) -> str:
         [
             "# Training killed at random moments and resumed",
             "",
-            f"`make faults` (`python tests/faults/kill_anywhere.py --draws {len(done)} "
+            f"`make faults` (`python tests/faults/kill_anywhere.py --draws {draws} "
             f"--seed {seed}`), {datetime.now(UTC):%Y-%m-%d}, commit {commit}, "
             f"{os.cpu_count()} CPU cores ({platform.machine()}), {minutes:.0f} minutes.",
             "",
@@ -191,11 +196,15 @@ def main() -> int:
     parser.add_argument("--record", type=Path)
     options = parser.parse_args()
     began = time.monotonic()
+
+    def note(done: list[Draw]) -> None:
+        """After every draw: a record of what was seen so far, whatever becomes of the rest."""
+        if options.record:
+            minutes = (time.monotonic() - began) / 60
+            options.record.write_text(record(done, options.draws, options.seed, minutes))
+
     with tempfile.TemporaryDirectory() as folder:
-        done = run(options.draws, options.seed, Path(folder))
-    text = record(done, options.seed, (time.monotonic() - began) / 60)
-    if options.record:
-        options.record.write_text(text)
+        done = run(options.draws, options.seed, Path(folder), note)
     equal = sum(draw.equal for draw in done)
     print(f"{equal} of {len(done)} equal")
     return 0 if equal == len(done) else 1

@@ -1,172 +1,359 @@
-"""Disks that are full, limited or read-only, and dashboards that are not there."""
+"""Disks that fill up, refuse or go away, and a dashboard that does: the run ends with one line or
+goes on, and the same command ends with the weights of a run that had no such trouble.
 
+The disks are small tmpfs mounts. Where mounting them is not permitted, each test runs itself in
+a namespace of its own (`unshare -rm`), and is skipped where that is not permitted either.
+"""
+
+import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dist_adv import checkpoint
-from launch import Job, checkpoints, family, status, weights_hash, write_config
+import dist_adv
+from dist_adv import checkpoint, cli
+from dist_adv.config import load_config
+from dist_adv.errors import UserError
+from dist_adv.runner import train_run
+from launch import Job, checkpoints, status, weights_hash, write_config
 
 pytestmark = pytest.mark.slow
 
-TRAIN = {"epochs": 30, "save_steps": 1, "keep": 2}
+OURS = f'File "{Path(dist_adv.__file__).parent}/'  # in a traceback through dist_adv
+PAGE = 4096
+BATCHES = 30  # a pass: more than a page of metrics
+STEPS = 2 * BATCHES
+SOME = {"attacks": ["natural", "pgd-2"], "every": 0}
+ALL_METRICS = [("train", step) for step in range(1, STEPS + 1)]
+ALL_METRICS += [("epoch", BATCHES), ("epoch", STEPS)]
+
+
+def settings(path: Path, images: Path, **sections: dict[str, Any]) -> Path:
+    train = {"batch_size": 4, "log_every": 1, **sections.pop("train", {})}
+    sections = {"eval": SOME, **sections}
+    return write_config(path / "run.yaml", "fast-random", images, train=train, **sections)
 
 
 @pytest.fixture(scope="module")
-def config(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_config(tmp_path_factory.mktemp("c") / "free.yaml", "free", images, train=TRAIN)
+def truth(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that has all the room it wants."""
+    path = tmp_path_factory.mktemp("truth")
+    train_run(load_config(settings(path, images)), path / "run", "none")
+    return path / "run"
 
 
-@pytest.fixture(scope="module")
-def truth(config: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    run_dir = tmp_path_factory.mktemp("truth") / "run"
-    Job(config, run_dir).finish()
-    return weights_hash(run_dir)
+# --- disks ---------------------------------------------------------------------------------------
+
+
+def mount(*arguments: object) -> bool:
+    return subprocess.run(["mount", *map(str, arguments)], capture_output=True).returncode == 0
+
+
+class Disk:
+    """A small one, with nothing else on it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.filler = path, path / "filler"
+
+    def resize(self, size: str) -> None:
+        assert mount("-o", f"remount,size={size}", self.path)
+
+    def fill(self, pages_left: int = 0) -> None:
+        """Until it is full but for so many pages."""
+        with self.filler.open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(PAGE))
+            except OSError:
+                pass
+            file.truncate(file.tell() - pages_left * PAGE)
+
+    def make_room(self) -> None:
+        self.filler.unlink()
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 6 MB: a checkpoint of these runs is 1.4 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "none", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Disk]:
+    path = tmp_path / "disk"
+    path.mkdir()
+    if not mount("-t", "tmpfs", "-o", "size=16m", "tmpfs", path):
+        again_in_a_namespace(request.node.nodeid.split("::", 1)[1])
+    yield Disk(path)
+    for place in (path / "run", path):  # the first where a test has not undone its mount
+        subprocess.run(["umount", "--lazy", place], capture_output=True)
 
 
-def failed(job: Job) -> str:
-    """The one line of a job that fails as it should."""
-    assert job.wait() == 1, job.output()
-    assert "Traceback" not in job.output()
-    assert "Logging error" not in job.output()
-    (line,) = [line for line in job.output().splitlines() if line.startswith("dist-adv:")]
-    return line
+def again_in_a_namespace(test: str) -> None:
+    """Run this test once more where this user may mount."""
+    unshare = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*unshare, "mount", "-t", "tmpfs", "x", "/mnt"]).returncode:
+        pytest.skip("may neither mount a tmpfs nor make a namespace to do so")
+    command = [*unshare, sys.executable, "-m", "pytest", f"{__file__}::{test}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:]
+    pytest.skip("passed in a namespace of its own")
 
 
-def check_what_is_left(run_dir: Path) -> None:
-    """Good checkpoints and nothing that looks like one."""
-    names = checkpoints(run_dir)
-    assert names
-    assert all(name.startswith("step-") for name in names)
-    for name in names:
-        checkpoint.load(run_dir / "checkpoints" / name)
+def stopped_at(job: Job, seen: Path) -> None:
+    """The job does not move any more from shortly after `seen` is there."""
+    assert job.wait_until(seen.exists), job.output()
+    job.signal(signal.SIGSTOP)
 
 
-def fill(disk: Path, leave: int) -> Path:
-    """Something else takes the room, all but about `leave` bytes."""
-    filler = disk / "filler"
-    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
-    filler.write_bytes(bytes(max(0, free - leave)))
-    return filler
+# --- what is promised ----------------------------------------------------------------------------
 
 
-def test_full_disk_during_a_save(config, truth, disk):
-    run_dir = disk / "run"
-    job = Job(config, run_dir, arguments=("train.keep=1000",))  # until the disk is full
-    line = failed(job)
-    assert "checkpoints/step-" in line
-    assert "could not be written" in line
-    assert "No space left" in line
-    check_what_is_left(run_dir)
-    shutil.copytree(run_dir, disk.parent / "run")  # where there is room
-    Job(config, disk.parent / "run").finish()
-    assert weights_hash(disk.parent / "run") == truth
+def failed(job: Job, *words: str) -> str:
+    """Status 1 and one line, with these words; the line."""
+    exit_status, output = job.wait(), job.output()
+    complaints = [line for line in output.splitlines() if line.startswith("dist-adv: ")]
+    assert len(complaints) == 1, output
+    assert [word for word in words if word not in complaints[0]] == [], output
+    assert OURS not in output, output
+    assert job.count > 1 or "Traceback" not in output, output
+    assert exit_status == 1, output
+    return complaints[0]
 
 
-def test_full_disk_between_saves(images, disk):
-    """Not even a line of metrics or of the log fits."""
-    train = {"epochs": 400, "log_every": 1, "save_minutes": None}
-    config = write_config(disk.parent / "c.yaml", "free", images, train=train)
-    job = Job(config, disk / "run")
-    assert job.wait_for_checkpoint(2 * 12)
-    filler = fill(disk, leave=0)
-    line = failed(job)
-    assert "could not be written" in line
-    assert "No space left" in line
-    filler.unlink()
-    check_what_is_left(disk / "run")
-    again = Job(config, disk / "run")
-    assert again.wait_until(lambda: "going on from" in again.output())
-    assert again.wait_until(lambda: " pass " in again.output())
-    again.kill()
+def intact(run_dir: Path, *steps: int) -> None:
+    """These checkpoints are there and good, and nothing else lies beside them."""
+    assert checkpoints(run_dir) == [f"step-{step:09d}" for step in steps]
+    for step in steps:
+        found = checkpoint.load(run_dir / "checkpoints" / f"step-{step:09d}")
+        assert found.state["clock"]["step"] == step
+    assert [path.name for path in run_dir.glob(".partial-*")] == []
 
 
-@pytest.mark.parametrize("kilobytes", [20, 400])
-def test_file_size_limit(kilobytes, config, truth, tmp_path):
-    """Weights do not fit; nor, with 20 kB, do pictures of the attack or a long log."""
-    limit = ["prlimit", f"--fsize={kilobytes * 1024}", "--pid"]
-    job = Job(config, tmp_path / "run")
-    assert job.wait_for_checkpoint(12)
-    subprocess.run([*limit, str(job.process.pid)], check=True)
-    line = failed(job)
-    assert "could not be written" in line
-    assert "File too large" in line
-    check_what_is_left(tmp_path / "run")
-    Job(config, tmp_path / "run").finish()
-    assert weights_hash(tmp_path / "run") == truth
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_folder_that_becomes_read_only(config, truth, tmp_path):
-    """For root, too: the file system itself refuses."""
-    folder = tmp_path / "run" / "checkpoints"
-    job = Job(config, tmp_path / "run")
-    assert job.wait_for_checkpoint(12)
-    done = subprocess.run(["chattr", "+i", str(folder)], capture_output=True, text=True)
-    if done.returncode:
-        job.kill()
-        pytest.skip(f"this file system cannot: {done.stderr.strip()}")
-    try:
-        line = failed(job)
-    finally:
-        subprocess.run(["chattr", "-i", str(folder)], check=True)
-    assert "checkpoints/step-" in line
-    assert "could not be written" in line
-    check_what_is_left(tmp_path / "run")
-    Job(config, tmp_path / "run").finish()
-    assert weights_hash(tmp_path / "run") == truth
+def goes_on(config: Path, run_dir: Path, truth: Path) -> None:
+    """The same command ends as if nothing had happened, and everything is there once."""
+    train_run(load_config(config), run_dir, "auto")
+    whole(run_dir, truth)
 
 
-def test_final_files_that_do_not_fit(images, tmp_path):
-    """The weights are there; pictures and results are not, and are made when there is room."""
-    evaluation = {"attacks": ["natural", "pgd-500"], "batch_size": 1}
-    ball = {"eps": 0.0}  # in which nothing ever falls: all 500 steps are taken
-    config = write_config(tmp_path / "c.yaml", "natural", images, eval=evaluation, threat=ball)
-    job = Job(config, tmp_path / "run")
-    assert job.wait_until((tmp_path / "run" / "model.safetensors").exists)
-    subprocess.run(["prlimit", "--fsize=1500", "--pid", str(job.process.pid)], check=True)
-    assert "could not be written" in failed(job)
-    weights = weights_hash(tmp_path / "run")
-    Job(config, tmp_path / "run").finish()
-    assert weights_hash(tmp_path / "run") == weights
-    assert (tmp_path / "run" / "examples.safetensors").exists()
-    assert status(tmp_path / "run")["state"] == "done"
+def whole(run_dir: Path, truth: Path) -> None:
+    assert weights_hash(run_dir) == weights_hash(truth)
+    # What was logged beyond the checkpoint may be there twice; the report takes the last.
+    found = {(line["kind"], line["step"]): line for line in lines(run_dir / "metrics.jsonl")}
+    expected = {(line["kind"], line["step"]): line for line in lines(truth / "metrics.jsonl")}
+    assert sorted(found) == sorted(ALL_METRICS) == sorted(expected)
+    key = "train_loss", "loss"
+    for where, line in expected.items():
+        assert [found[where].get(k) for k in key] == [line.get(k) for k in key], where
+    results = lines(run_dir / "results.jsonl")
+    assert [line["attack"] for line in results] == SOME["attacks"]
+    theirs = lines(truth / "results.jsonl")
+    assert [line["correct"] for line in results] == [line["correct"] for line in theirs]
+    pictures = "examples.safetensors"
+    assert (run_dir / pictures).read_bytes() == (truth / pictures).read_bytes()
+    assert status(run_dir)["state"] == "done"
 
 
-def test_wandbs_helper_that_dies_stops_nothing(images, tmp_path):
-    train = {"epochs": 60, "log_every": 1}
-    track = {"wandb": {"mode": "offline"}}
-    config = write_config(tmp_path / "c.yaml", "free", images, train=train, track=track)
-    plain = write_config(tmp_path / "p.yaml", "free", images, train=train)
-    Job(plain, tmp_path / "plain").finish()
-    job = Job(config, tmp_path / "run", env={"WANDB_MODE": "offline"})
-    assert job.wait_for_checkpoint(24)
-    members = family(job.process.pid)
-    helpers = [pid for pid, command in members.items() if "wandb-core" in command]
-    assert helpers
-    for pid in helpers:
-        os.kill(pid, signal.SIGKILL)
+# --- full ----------------------------------------------------------------------------------------
+
+
+def test_full_while_a_checkpoint_is_written(images, truth, disk, tmp_path):
+    """The first ones fit and stay; none that is half written is left."""
+    disk.resize("4m")
+    config = settings(tmp_path, images, train={"save_steps": 1, "keep": 1000})
+    job = Job(config, disk.path / "run")
+    failed(job, "checkpoints/step-000000003: could not be written", "No space left on device")
+    intact(job.run_dir, 1, 2)
+    found = status(job.run_dir)
+    assert (found["state"], "step-000000003" in found["reason"]) == ("failed", True)
+    disk.resize("100m")
+    goes_on(config, job.run_dir, truth)
+
+
+def test_full_with_two_ranks(images, disk, tmp_path):
+    """Rank 0, which writes, speaks for both; then both go on."""
+    config = settings(tmp_path, images, train={"save_steps": 20, "keep": 1000})
+    whole_job = Job(config, tmp_path / "whole", ranks=2)
+    whole_job.finish()
+    disk.resize("4m")
+    job = Job(config, disk.path / "run", ranks=2)
+    failed(job, "checkpoints/step-000000040: could not be written", "No space left on device")
+    intact(job.run_dir, 20, 30)
+    disk.resize("100m")
+    again = Job(config, job.run_dir, ranks=2)
+    again.finish()
+    assert weights_hash(job.run_dir) == weights_hash(whole_job.run_dir)
+
+
+def test_full_while_metrics_are_written(images, truth, disk, tmp_path):
+    """A half line is no obstacle to going on."""
+    config = settings(tmp_path, images)
+    job = Job(config, disk.path / "run")
+    stopped_at(job, job.run_dir / "checkpoints" / f"step-{BATCHES:09d}")
+    disk.fill()
+    job.signal(signal.SIGCONT)
+    failed(job, "run/metrics.jsonl: could not be written", "No space left on device")
+    intact(job.run_dir, BATCHES)
+    disk.make_room()
+    goes_on(config, job.run_dir, truth)
+
+
+@pytest.mark.parametrize(
+    ("pages_left", "file"), [(0, "results.jsonl"), (2, "examples.safetensors")]
+)
+def test_full_while_the_evaluation_is_written(pages_left, file, images, truth, disk, tmp_path):
+    """The weights are safe; the same command measures them and writes what is missing."""
+    config = settings(tmp_path, images)
+    job = Job(config, disk.path / "run")
+    stopped_at(job, job.run_dir / "model.safetensors")
+    disk.fill(pages_left)
+    job.signal(signal.SIGCONT)
+    failed(job, f"run/{file}: could not be written", "No space left on device")
+    assert weights_hash(job.run_dir) == weights_hash(truth)
+    intact(job.run_dir, BATCHES, STEPS)
+    assert not (job.run_dir / "examples.safetensors").exists()
+    disk.make_room()
+    goes_on(config, job.run_dir, truth)
+
+
+# --- refusing ------------------------------------------------------------------------------------
+
+
+def limited(most: int) -> tuple[str, ...]:
+    """No file may get larger than so many bytes, as under a quota or `ulimit -f`."""
+    return "prlimit", f"--fsize={most}"
+
+
+def half_of(images: Path, path: Path, **train: Any) -> tuple[Path, Path]:
+    """A configuration and its run, killed right after its first pass."""
+    config = settings(path, images, train=train)
+    job = Job(config, path / "run")
+    assert job.wait_for_checkpoint(BATCHES), job.output()
+    job.kill()
+    return config, path / "run"
+
+
+def test_limit_while_a_checkpoint_and_the_final_weights_are_written(images, truth, tmp_path):
+    """The final weights say more about themselves than a checkpoint's, so either can be cut."""
+    size = (truth / "checkpoints" / f"step-{STEPS:09d}" / "model.safetensors").stat().st_size
+    assert size < (truth / "model.safetensors").stat().st_size
+    config, run_dir = half_of(images, tmp_path)
+    checkpoint.remove_leftovers(run_dir / "checkpoints")
+    old = checkpoints(run_dir)
+    job = Job(config, run_dir, wrapper=limited(size - 1))
+    failed(job, f"checkpoints/step-{STEPS:09d}: could not be written", "File too large")
+    assert checkpoints(run_dir) == old
+    job = Job(config, run_dir, wrapper=limited(size))
+    failed(job, "run/model.safetensors: could not be written", "File too large")
+    intact(run_dir, BATCHES, STEPS)
+    assert not (run_dir / "model.safetensors").exists()
+    goes_on(config, run_dir, truth)
+
+
+def test_limit_while_the_log_is_written(images, truth, tmp_path):
+    """A log that fails is no traceback of Python's logging."""
+    config, run_dir = half_of(images, tmp_path)
+    with (run_dir / "log.txt").open("a") as log:
+        log.write("\n" * 2_000_000)  # larger than any checkpoint
+    job = Job(config, run_dir, wrapper=limited(1_500_000))
+    failed(job, "run/log.txt: could not be written", "File too large")
+    (run_dir / "log.txt").unlink()
+    goes_on(config, run_dir, truth)
+
+
+def test_disk_that_becomes_read_only(images, truth, disk, tmp_path):
+    """In the midst of a run, as a disk with errors does; and one that is so from the start."""
+    config = settings(tmp_path, images)
+    job = Job(config, disk.path / "run")
+    stopped_at(job, job.run_dir / "checkpoints" / f"step-{BATCHES:09d}")
+    # The run has files open, so the disk itself cannot be; every file opened from now on is on a
+    # read-only view of it.
+    assert mount("--bind", job.run_dir, job.run_dir)
+    assert mount("-o", "remount,bind,ro", job.run_dir)
+    job.signal(signal.SIGCONT)
+    failed(job, "run/metrics.jsonl: could not be written", "Read-only file system")
+    intact(job.run_dir, BATCHES)
+    with pytest.raises(UserError, match="cannot be a run folder .Read-only file system"):
+        train_run(load_config(config), job.run_dir, "auto")
+    assert subprocess.run(["umount", job.run_dir]).returncode == 0
+    goes_on(config, job.run_dir, truth)
+
+
+@pytest.mark.parametrize("pages_left", [0, 1])
+def test_still_full(pages_left, images, truth, disk, tmp_path, monkeypatch, capsys):
+    """Who starts the run again without making room is told the same again, whatever fails."""
+    monkeypatch.setattr(cli, "catch_signals", lambda: None)
+    config = settings(tmp_path, images)
+    run_dir = disk.path / "run"
+    shutil.copytree(truth, run_dir)
+    for name in ("model.safetensors", "results.jsonl", "examples.safetensors", ".lock"):
+        (run_dir / name).unlink()
+    shutil.rmtree(run_dir / "checkpoints" / f"step-{STEPS:09d}")
+    disk.fill(pages_left)
+    assert cli._run(["train", str(config), "--run-dir", str(run_dir)]) == 1
+    said = capsys.readouterr()
+    complaints = [line for line in said.err.splitlines() if line.startswith("dist-adv: ")]
+    assert len(complaints) == 1, said.err
+    assert str(run_dir) in complaints[0]
+    assert "No space left on device" in complaints[0]
+    assert "Traceback" not in said.err
+    intact(run_dir, BATCHES)
+    disk.make_room()
+    goes_on(config, run_dir, truth)
+
+
+# --- dashboards ----------------------------------------------------------------------------------
+
+
+def tracked(path: Path, images: Path, mode: str) -> Path:
+    return settings(path, images, track={"wandb": {"mode": mode}})
+
+
+def nobody_is_logged_in(path: Path) -> dict[str, str]:
+    return {"HOME": str(path), "WANDB_API_KEY": "", "WANDB_SILENT": "true"}
+
+
+def test_server_out_of_reach(images, truth, tmp_path):
+    """A warning, and an offline run that can be sent later; training is as it was."""
+    config = tracked(tmp_path, images, "online")
+    server = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "5"}
+    key = {"WANDB_API_KEY": "0123456789" * 4}
+    job = Job(config, tmp_path / "run", env={**nobody_is_logged_in(tmp_path), **server, **key})
     job.finish()
+    assert "W&B is out of reach" in job.output()
     assert "Traceback" not in job.output()
-    assert weights_hash(tmp_path / "run") == weights_hash(tmp_path / "plain")
-    lines = [
-        (tmp_path / name / "metrics.jsonl").read_text().count("\n") for name in ("run", "plain")
-    ]
-    assert lines[0] == lines[1]
+    (recorded,) = job.run_dir.glob("wandb/offline-run-*/run-*.wandb")
+    assert recorded.stat().st_size > 10_000  # sixty lines of metrics
+    whole(job.run_dir, truth)
+
+
+def helpers(pid: int) -> list[int]:
+    """The processes of W&B below a process."""
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        name = Path(f"/proc/{child}/comm").read_text().strip()
+        found += [int(child)] if name.startswith("wandb") else helpers(int(child))
+    return found
+
+
+def test_helper_of_the_dashboard_is_killed(images, truth, tmp_path):
+    """In the midst of training, which goes on to its end; what was measured is in the files."""
+    config = tracked(tmp_path, images, "offline")
+    job = Job(config, tmp_path / "run", env=nobody_is_logged_in(tmp_path))
+    stopped_at(job, job.run_dir / "checkpoints" / f"step-{BATCHES:09d}")
+    found = helpers(job.process.pid)
+    assert found, "no helper of W&B to kill"
+    for pid in found:
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(0.2)
+    job.signal(signal.SIGCONT)
+    job.finish()
+    assert OURS not in job.output()
+    assert len(lines(job.run_dir / "metrics.jsonl")) == len(ALL_METRICS)
+    whole(job.run_dir, truth)

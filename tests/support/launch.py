@@ -102,9 +102,13 @@ class Job:
             os.kill(pids[rank], number)
 
     def kill(self) -> None:
-        """Everything, at once: as a machine that loses its power."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """Everything, at once: as a machine that loses its power.
+
+        torchrun's ranks are in sessions of their own: one signal to a group does not reach them.
+        """
+        for pid in family(self.process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
     def wait(self, timeout: float = 180) -> int:
@@ -139,11 +143,14 @@ def family(pid: int) -> dict[int, str]:
 
     W&B's helper is one of them, though in a session of its own.
     """
-    members = [pid]
-    for member in members:
-        for children in Path(f"/proc/{member}/task").glob("*/children"):
-            members += map(int, children.read_text().split())
-    return {each: Path(f"/proc/{each}/cmdline").read_text() for each in members}
+    members = {}
+    waiting = [pid]
+    for member in waiting:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            members[member] = Path(f"/proc/{member}/cmdline").read_text()
+            for children in Path(f"/proc/{member}/task").glob("*/children"):
+                waiting += map(int, children.read_text().split())
+    return members
 
 
 def _children(pid: int) -> list[int]:
