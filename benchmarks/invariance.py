@@ -25,9 +25,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 import torch
-from cases import CASES, config, make_images
 from safetensors.torch import load_file
 
+from cases import CASES, config, make_images
 from dist_adv import train
 from dist_adv.config import parse_config
 from dist_adv.models import build_model

@@ -10,9 +10,8 @@ from typing import Any, NoReturn
 
 import click
 
-from dist_adv import __version__
+from dist_adv import __version__, stopping
 from dist_adv.errors import Preempted, RankFailure, RunFailure, UserError
-from dist_adv.stopping import catch_signals
 
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
@@ -45,7 +44,7 @@ def demo(out: Path) -> None:
     \b
     dist-adv demo --out /tmp/demo
     """
-    catch_signals()
+    stopping.catch_signals()
     from dist_adv.demo import run_demo
 
     run_demo(out)
@@ -74,7 +73,7 @@ def train(config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume
     dist-adv train configs/cifar10/fast.yaml method.alpha=16/255 method.guard=stop
     torchrun --nproc-per-node 2 -m dist_adv train configs/digits/free.yaml
     """
-    catch_signals()  # before the seconds that importing torch takes
+    stopping.catch_signals()  # before the seconds that importing torch takes
     from dist_adv.config import load_config
     from dist_adv.runner import train_run
 
@@ -191,6 +190,8 @@ def _let_rank_0_speak() -> None:
     """
     if _rank() != 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the launcher ends this one
+        if stopping.asked():  # it may have done so already
+            os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(20)
 
 

@@ -19,6 +19,7 @@ _STOP_FILE = "STOP"
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 _received: int | None = None
+_parent = os.getppid()  # this module is imported first, seconds before torch is
 
 
 def catch_signals() -> None:
@@ -43,11 +44,11 @@ def no_orphan() -> Iterator[None]:
 
     For the start: ranks whose launcher is gone would wait half an hour to meet each other.
     """
-    launcher, over = _launcher(), threading.Event()
+    over = threading.Event()
 
     def watch() -> None:
-        while launcher and not over.wait(_SECONDS_BETWEEN_LOOKS):
-            if os.getppid() != launcher:
+        while not over.wait(_SECONDS_BETWEEN_LOOKS):
+            if _orphaned():
                 os._exit(143)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -57,10 +58,17 @@ def no_orphan() -> Iterator[None]:
         over.set()
 
 
-def _launcher() -> int | None:
-    """Who started this rank; None for a plain process, which may lose its parent to a closed
-    terminal or to nohup and go on."""
-    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+def _orphaned() -> bool:
+    """Has a launcher started this rank, and died? Its ranks would train on unseen.
+
+    A plain process may lose its parent to a closed terminal, and go on.
+    """
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != _parent
+
+
+def asked() -> bool:
+    """Has a signal come already?"""
+    return _received is not None
 
 
 class Stopping:
@@ -71,13 +79,12 @@ class Stopping:
         self.file = run_dir / _STOP_FILE if main else None
         self.looked = -_SECONDS_BETWEEN_LOOKS
         self.found = False
-        self.launcher = _launcher()  # its orphans would train on unseen
 
     def reason(self) -> int:
         """An index into REASONS; 0 to go on."""
         if _received is not None:
             return REASONS.index(signal.Signals(_received).name)
-        if self.launcher and os.getppid() != self.launcher:
+        if _orphaned():
             return REASONS.index("launcher died")
         if self._file_is_there():
             return REASONS.index("stop file")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import config
 
+from cases import config
 from dist_adv import load_model
 
 pytestmark = pytest.mark.slow

@@ -26,7 +26,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from cases import CASES, make_images
-
 from launch import Job, weights_hash, write_config
 
 # 120 images in batches of 33: a checkpoint every third step of 4 x replays a pass, in mid-pass.

@@ -3,6 +3,7 @@
 import time
 
 import pytest
+
 from kill_anywhere import run
 
 pytestmark = pytest.mark.slow

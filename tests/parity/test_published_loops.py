@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, ROOT_CONFIG, TRAIN, config
-from published import Recipe
 
+from cases import CASES, ROOT_CONFIG, TRAIN, config
 from dist_adv import load_model, rng
 from dist_adv.config import parse_config
 from dist_adv.data import Loader, load_dataset
 from dist_adv.models import build_model
+from published import Recipe
 
 
 @pytest.fixture

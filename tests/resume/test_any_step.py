@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, config
 from safetensors.torch import load_file
 
+from cases import CASES, config
 from dist_adv import load_model
 from dist_adv.config import parse_config
 from dist_adv.runner import train_run

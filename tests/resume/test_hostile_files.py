@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cases import config
 
+from cases import config
 from dist_adv import checkpoint, cli, load_model
 from dist_adv.config import parse_config
 from dist_adv.errors import UserError

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, config
 
+from cases import CASES, config
 from dist_adv import checkpoint, load_model
 from dist_adv.config import Config, parse_config
 from dist_adv.errors import UserError

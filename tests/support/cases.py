@@ -7,8 +7,9 @@ kink and input gradients within rounding of 0, and one ulp then decides a sign.
 from pathlib import Path
 
 import numpy as np
-import published
 from PIL import Image
+
+import published
 
 ROOT_CONFIG = {
     "threat": {"norm": "linf", "eps": 0.1},

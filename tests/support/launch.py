@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import yaml
+
 from cases import config
 
 SUPPORT = Path(__file__).parent

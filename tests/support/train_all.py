@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import torch
-from cases import CASES, config
 
+from cases import CASES, config
 from dist_adv.config import parse_config
 from dist_adv.runner import train_run
 

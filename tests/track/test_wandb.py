@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from cases import config
-from wandb_file import records
 
+from cases import config
 from dist_adv import track
 from dist_adv.config import parse_config
 from dist_adv.errors import UserError
 from dist_adv.runner import train_run
+from wandb_file import records
 
 
 def tracked(images: Path, **track: object):

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import config as case
 
+from cases import config as case
 from dist_adv import checkpoint, records
 from dist_adv.config import Config, differences, longer, parse_config, training_differences
 from dist_adv.data import Dataset

@@ -48,12 +48,14 @@ def why(asked: Stopping) -> str:
     return REASONS[asked.reason()]
 
 
-def orphan(monkeypatch: pytest.MonkeyPatch, minutes: float | None, folder: Path) -> Stopping:
-    """A rank whose launcher dies right after the start."""
+def launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is a rank of torchrun."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "made-up")
-    asked = Stopping(folder, minutes, main=True)
+
+
+def orphaned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parent dies."""
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    return asked
 
 
 def test_nothing_asks(tmp_path):
@@ -112,12 +114,15 @@ def test_stop_file_is_looked_for_once_a_second(tmp_path, clock, monkeypatch):
     assert looked[10:] == [1010.25, 1011.25]
 
 
-def test_launcher_that_died(tmp_path, monkeypatch):
+@pytest.mark.parametrize("rank", [True, False])
+def test_launcher_that_died(rank, tmp_path, monkeypatch):
     """Under torchrun; a plain process may lose its parent: nohup, a closed terminal."""
-    plain = Stopping(tmp_path, None, main=True)
-    launched = orphan(monkeypatch, None, tmp_path)
-    assert why(launched) == "launcher died"
-    assert why(plain) == ""
+    if rank:
+        launched(monkeypatch)
+    asked = Stopping(tmp_path, None, main=True)
+    assert why(asked) == ""
+    orphaned(monkeypatch)
+    assert why(asked) == ("launcher died" if rank else "")
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -176,8 +181,8 @@ print(before == [signal.getsignal(number) for number in numbers])
 
 def test_the_strongest_reason_wins(tmp_path, clock, monkeypatch):
     """Each over all those before it: the answer of many ranks is the highest number."""
-    asked = orphan(monkeypatch, 1.0, tmp_path)
-    launcher, asked.launcher = asked.launcher, None
+    launched(monkeypatch)
+    asked = Stopping(tmp_path, 1.0, main=True)
 
     def deadline() -> None:
         clock.now += 61
@@ -186,14 +191,14 @@ def test_the_strongest_reason_wins(tmp_path, clock, monkeypatch):
         (tmp_path / "STOP").touch()
         clock.now += 1
 
-    def orphaned() -> None:
-        asked.launcher = launcher
+    def died() -> None:
+        orphaned(monkeypatch)
 
     def signalled() -> None:
         catch_signals()
         os.kill(os.getpid(), signal.SIGUSR1)
 
-    steps: list[Callable[[], None]] = [deadline, file, orphaned, signalled]
+    steps: list[Callable[[], None]] = [deadline, file, died, signalled]
     found = [asked.reason()]
     for step in steps:
         step()
