@@ -68,7 +68,8 @@ def save(
             f"{target}: could not be written ({error}); earlier checkpoints are intact"
         ) from error
     spared = {_path(folder, each) for each in spare}
-    for old in _all(folder)[keep:]:
+    # Newer ones are damaged, or the run would have gone on from them: they do not count.
+    for old in [path for path in _all(folder) if path.name <= target.name][keep:]:
         if old not in spared:
             _discard(old)
     return target

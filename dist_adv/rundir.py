@@ -32,7 +32,7 @@ class Lock:
         """Raises UserError where another process holds the lock."""
         path = run_dir / ".lock"
         try:
-            self.file = path.open("a+")
+            self.file = path.open("a+", errors="replace")
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.file.seek(0)
@@ -45,9 +45,10 @@ class Lock:
                 raise _unusable(run_dir, error) from None
             log.warning("%s: no locks on this file system; start no second run there", run_dir)
             return
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self.file.flush()
+        holder = f"process {os.getpid()} on {socket.gethostname()}"
+        with suppress(OSError):  # on a full disk the lock holds and does not say whose it is
+            os.ftruncate(self.file.fileno(), 0)
+            os.write(self.file.fileno(), holder.encode())
 
     def release(self) -> None:
         with suppress(OSError):  # a full or read-only disk

@@ -67,6 +67,19 @@ def test_a_rank_that_dies_takes_the_job_down(victim, config, truth, tmp_path):
     assert weights_hash(tmp_path / "run") == weights_hash(truth)
 
 
+def test_a_survivor_that_was_told_to_go_does_not_wait(config, tmp_path):
+    """Its launcher's SIGTERM may come before it has noticed what happened."""
+    job = Job(config, tmp_path / "run", 2)
+    assert job.wait_for_checkpoint(REPLAYS)
+    job.signal(signal.SIGSTOP, 1)
+    job.signal(signal.SIGKILL, 0)
+    time.sleep(1)
+    began = time.monotonic()
+    os.kill(job.ranks()[1], signal.SIGCONT)
+    assert job.wait(60) == 1
+    assert time.monotonic() - began < 15  # it was 20 and more
+
+
 @pytest.mark.parametrize("kind", ["nan", "inf"])
 def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(kind, config, truth, tmp_path):
     """The fourth update of rank 1 is the first of batch 2; only batch 1 has been saved."""

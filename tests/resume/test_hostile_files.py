@@ -173,3 +173,46 @@ def test_damage_in_mid_pass_is_seen_said_and_gone_round(name, damage, run, tmp_p
         assert f"going on from {path}" in log
         found = load_model(run_dir).state_dict()
         assert all(torch.equal(whole[key], found[key]) for key in whole)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_ones_push_out_no_good_one(keep, run, tmp_path, monkeypatch):
+    """Killed after its next checkpoint, the run has one to go on from, however few are kept."""
+    folder = tmp_path / "copy"
+    shutil.copytree(run, folder)
+    run_dir = folder / "run"
+    whole = load_model(run_dir).state_dict()
+    (run_dir / "model.safetensors").unlink()
+    for path in sorted((run_dir / "checkpoints").iterdir())[4:]:
+        (path / "model.safetensors").write_bytes(b"")
+    save = checkpoint.save
+
+    class Killed(BaseException):
+        """Nothing catches this, as nothing catches SIGKILL."""
+
+    def save_and_die(*arguments: object) -> None:
+        assert save(*arguments).name == "step-000000015"  # type: ignore[arg-type]
+        raise Killed
+
+    train = [*commands(folder)[0], f"train.keep={keep}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_and_die)
+        with pytest.raises(Killed):
+            cli._run(train)
+    assert checkpoint.load_newest(run_dir / "checkpoints", str)[0].name == "step-000000015"
+    assert cli._run(train) == 0
+    found = load_model(run_dir).state_dict()
+    assert all(torch.equal(whole[key], found[key]) for key in whole)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch"])
+def test_the_payload_acts_where_it_is_unpickled(kind, tmp_path):
+    """Or the tests above would see nothing."""
+    canary, buffer = tmp_path / "canary", io.BytesIO()
+    if kind == "torch":
+        torch.save(Payload(canary), buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=False)
+    else:
+        pickle.loads(pickle.dumps(Payload(canary)))
+    assert canary.exists()
