@@ -121,10 +121,19 @@ def load(path: Path) -> Checkpoint:
         if _STATE not in files:
             raise UserError(f"{path}: its manifest has no {_STATE}")
         state = json.loads((path / _STATE).read_text())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        found = state["format"]
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        SafetensorError,
+    ) as error:
         raise UserError(f"{path}: no complete checkpoint ({error})") from None
-    if state.get("format") != FORMAT:
-        raise UserError(f"{path}: format {state.get('format')} is not {FORMAT}; use its version")
+    if found != FORMAT:
+        raise UserError(f"{path}: format {found} is not {FORMAT}; use its version")
     return Checkpoint(groups, state)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dist_adv import records
 from dist_adv.errors import UserError
-from dist_adv.models import read_weights
+from dist_adv.models import read_final
 
 
 def export_run(run_dir: Path, out: Path) -> None:
@@ -15,7 +15,7 @@ def export_run(run_dir: Path, out: Path) -> None:
     Raises UserError where the run has no final weights, or `out` exists.
     """
     weights = run_dir / "model.safetensors"
-    architecture, _ = read_weights(weights)
+    architecture = read_final(weights)
     card = _card(architecture, run_dir)
     try:
         out.mkdir(parents=True)
@@ -29,7 +29,11 @@ def export_run(run_dir: Path, out: Path) -> None:
 
 def _card(architecture: dict, run_dir: Path) -> str:
     trained, threat, model = (architecture[key] for key in ("trained", "threat", "model"))
-    latest = {r["attack"]: r for _, r in records.read(run_dir / "results.jsonl")}
+    results = run_dir / "results.jsonl"
+    latest = {}
+    for number, record in records.read(results):
+        records.require(record, ("attack", "accuracy", "ci95", "n"), results, number)
+        latest[record["attack"]] = record
     rows = [
         f"| {name} | {r['accuracy']:.2%} | {r['ci95'][0]:.2%} to {r['ci95'][1]:.2%} | {r['n']} |"
         for name, r in latest.items()

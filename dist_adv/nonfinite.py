@@ -68,7 +68,8 @@ class NonFinite:
         mine = ~loss.detach().isfinite()
         if self.scaled:
             # Gradients that overflow are fp16's daily bread: its scaler skips those updates, and
-            # with them any that a NaN has reached.
+            # with them any that a NaN has reached. It decides update by update: `stop` takes
+            # hold where trouble is read, before the next checkpoint.
             bad = mine
         else:
             gradients = [p.grad for p in self.parameters if p.grad is not None]

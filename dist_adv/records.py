@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def read(path: Path) -> list[tuple[int, dict[str, Any]]]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # brackets without end
             if number == len(lines):
                 break  # the process was killed while it wrote this line
             raise UserError(
@@ -70,3 +70,10 @@ def read(path: Path) -> list[tuple[int, dict[str, Any]]]:
             raise UserError(f"{path}: line {number} is not a JSON object; remove the line")
         records.append((number, record))
     return records
+
+
+def require(record: Mapping[str, Any], keys: Sequence[str], path: Path, number: int) -> None:
+    """Raises UserError where a line lacks what its reader needs."""
+    missing = [key for key in keys if key not in record]
+    if missing:
+        raise UserError(f"{path}: line {number} lacks {', '.join(missing)}; remove the line")

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from dist_adv import __version__, records
 from dist_adv.config import Config, differences, load_config, longer, training_differences
 from dist_adv.errors import UserError
-from dist_adv.models import read_weights
+from dist_adv.models import read_final
 
 log = logging.getLogger("dist_adv")
 
@@ -110,7 +110,7 @@ def go_on(run_dir: Path, config: Config, accelerator: Accelerator, about: dict[s
     """A run that goes on gets a new env.json, and its configuration what has changed, aloud."""
     saved, weights = run_dir / "config.yaml", run_dir / "model.safetensors"
     if weights.exists():  # of the shorter run that this one was
-        step = read_weights(weights)[0]["trained"]["step"]
+        step = read_final(weights)["trained"]["step"]
         kept = weights.rename(run_dir / f"model-step-{step:09d}.safetensors")
         log.info("%s: the weights of the shorter run are kept as %s", run_dir, kept.name)
     for line in differences(config_of(run_dir), config):

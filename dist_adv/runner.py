@@ -14,7 +14,7 @@ from dist_adv.config import Config, load_config, longer, parse_config
 from dist_adv.data import Dataset, load_dataset
 from dist_adv.errors import Preempted, RunFailure, UserError
 from dist_adv.evaluate import evaluate
-from dist_adv.models import load_model, read_weights, save_model
+from dist_adv.models import load_model, read_final, save_model
 from dist_adv.progress import EvaluationDisplay, bar, log_file, results_table, start_logging
 from dist_adv.session import Session
 from dist_adv.stopping import no_orphan
@@ -43,7 +43,7 @@ def train_run(config: Config, run_dir: Path, resume: str) -> None:
         try:
             with parallel.plain_failures(accelerator, "train.batch_size", config.train.batch_size):
                 _train(config, run_dir, resume, accelerator, stack)
-        except RunFailure as failure:
+        except (RunFailure, OSError) as failure:
             if accelerator.is_main_process and (run_dir / "status.json").exists():
                 with suppress(RunFailure):
                     rundir.mark(run_dir, "failed", reason=str(failure))
@@ -139,7 +139,7 @@ def _evaluate_the_rest(config: Config, run_dir: Path, accelerator: Accelerator) 
         if accelerator.is_main_process and rundir.state_of(run_dir) != "done":
             rundir.mark(run_dir, "done")  # it was killed right before
         return
-    trained = read_weights(run_dir / "model.safetensors")[0]["trained"]
+    trained = read_final(run_dir / "model.safetensors")["trained"]
 
     def where() -> dict[str, float]:
         return {key: trained[key] for key in ("step", "epoch")}
@@ -234,6 +234,7 @@ def _evaluate(
     """Measure `model.safetensors`, the file that is handed on, and record what came out."""
     if not attacks:
         return
+    trained = read_final(run_dir / "model.safetensors")["trained"]
     model = load_model(run_dir).to(accelerator.device)
     first = partial(parallel.main_process_first, accelerator)
     data = data or parallel.on_every(accelerator, lambda: load_dataset(config.data, "test", first))
@@ -247,7 +248,6 @@ def _evaluate(
             model, data, threat, config.eval, accelerator, attacks, limit, display.update, between
         )
     if accelerator.is_main_process:
-        trained = model.architecture["trained"]
         about = {
             "epoch": trained["epoch"],
             "step": trained["step"],
@@ -273,9 +273,9 @@ def _save_final(run_dir: Path, trainer: Trainer) -> None:
 
 def _missing(run_dir: Path, config: Config) -> list[str]:
     """The configured attacks of which results.jsonl has no line for these weights."""
-    trained = read_weights(run_dir / "model.safetensors")[0]["trained"]
+    trained = read_final(run_dir / "model.safetensors")["trained"]
     lines = [record for _, record in records.read(run_dir / "results.jsonl")]
-    done = {record["attack"] for record in lines if record.get("step") == trained["step"]}
+    done = {record.get("attack") for record in lines if record.get("step") == trained["step"]}
     return [attack for attack in config.eval.attacks if attack not in done]
 
 

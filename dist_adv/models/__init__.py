@@ -137,10 +137,21 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
     try:
         architecture = json.loads(metadata["architecture"])
-        _Architecture.model_validate(architecture)
-    except (KeyError, ValueError):  # pydantic's errors are ValueErrors
+        architecture["model"] = _Architecture.model_validate(architecture).model.model_dump()
+    except (KeyError, ValueError, RecursionError):  # pydantic's errors are ValueErrors
         raise UserError(f"{path}: has no architecture of dist_adv in its metadata") from None
     return architecture, tensors
+
+
+def read_final(path: Path) -> dict[str, Any]:
+    """The architecture of a finished run's weights, which says how they were trained, too.
+
+    Raises UserError as `read_weights` does, and for the weights of a checkpoint.
+    """
+    architecture, _ = read_weights(path)
+    if not {"trained", "threat"} <= architecture.keys():
+        raise UserError(f"{path}: weights of a checkpoint and not of a finished run; name a run")
+    return architecture
 
 
 def load_model(path: str | Path) -> Classifier:

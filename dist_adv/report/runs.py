@@ -168,7 +168,7 @@ def _read_text(path: Path) -> str:
 def _read_config(path: Path) -> Mapping[str, Any]:
     try:
         config: Mapping[str, Any] = yaml.safe_load(_read_text(path))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML ({_line(error)}); restore the file") from error
     for section, keys in _CONFIG_KEYS.items():
         for key in keys:
@@ -184,7 +184,7 @@ def _read_config(path: Path) -> Mapping[str, Any]:
 def _read_env(path: Path) -> Mapping[str, Any]:
     try:
         env = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({_line(error)}); restore the file") from error
     if not isinstance(env, dict):
         raise UserError(f"{path}: not a JSON object; restore the file that training wrote")
@@ -199,7 +199,7 @@ def _read_metrics(path: Path) -> list[Record]:
         kind = record.get("kind")
         if kind not in _METRIC_KEYS:
             raise UserError(f"{path}: line {number} is of unknown kind {kind!r}; remove the line")
-        _require(record, _METRIC_KEYS[kind], path, number)
+        records.require(record, _METRIC_KEYS[kind], path, number)
         step = record["step"]
         if step < newest:  # resumed from an older checkpoint: what was logged beyond it is void
             latest = {key: old for key, old in latest.items() if key[1] <= step}
@@ -212,7 +212,7 @@ def _read_evaluations(path: Path) -> dict[str, Evaluation]:
     """The evaluation by each attack on the most images, and among those the last."""
     evaluations: dict[str, Evaluation] = {}
     for number, record in records.read(path):
-        _require(record, _RESULT_KEYS, path, number)
+        records.require(record, _RESULT_KEYS, path, number)
         earlier = evaluations.get(record["attack"])
         if earlier and earlier.n > record["n"]:
             continue  # a quick look at some images does not replace a figure on all of them
@@ -226,12 +226,6 @@ def _read_evaluations(path: Path) -> dict[str, Evaluation]:
             record=record,
         )
     return evaluations
-
-
-def _require(record: Record, keys: Sequence[str], path: Path, number: int) -> None:
-    missing = [key for key in keys if key not in record]
-    if missing:
-        raise UserError(f"{path}: line {number} lacks {', '.join(missing)}; remove the line")
 
 
 def _read_examples(path: Path) -> Examples | None:

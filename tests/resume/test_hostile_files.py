@@ -1,6 +1,8 @@
 """Nothing that is read is executed, and damage to a real run's files is seen."""
 
+import hashlib
 import io
+import json
 import pickle
 import shutil
 from contextlib import suppress
@@ -216,3 +218,53 @@ def test_the_payload_acts_where_it_is_unpickled(kind, tmp_path):
     else:
         pickle.loads(pickle.dumps(Payload(canary)))
     assert canary.exists()
+
+
+DEEP = "[" * 200_000
+SHAPES = {
+    "a result without its attack": ("results.jsonl", '{"step": 24}\n'),
+    "a deep result": ("results.jsonl", f"{DEEP}\n{{}}\n"),
+    "a deep metric": ("metrics.jsonl", f"{DEEP}\n{{}}\n"),
+    "a deep environment": ("env.json", DEEP),
+    "a deep configuration": ("config.yaml", f"a: {DEEP}"),
+    "a month 13": ("config.yaml", "a: 2024-13-45"),
+    "a deep manifest": ("checkpoints/step-000000024/manifest.json", DEEP),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_file_of_another_shape_costs_one_line(shape, run, tmp_path, capsys):
+    """What raises here would be a traceback."""
+    folder = tmp_path / "copy"
+    shutil.copytree(run, folder)
+    name, text = SHAPES[shape]
+    (folder / "run" / name).write_text(text)
+    for arguments in commands(folder):
+        assert cli._run(arguments) in (0, 2), arguments
+    capsys.readouterr()
+
+
+def test_weights_of_a_checkpoint_are_no_finished_run(run, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(run, folder)
+    weights = folder / "run" / "checkpoints" / "step-000000024" / "model.safetensors"
+    assert load_model(weights.parent) is not None
+    shutil.copy(weights, folder / "run" / "model.safetensors")
+    for arguments in (*commands(folder)[:2], commands(folder)[3]):
+        assert cli._run(arguments) == 2, arguments
+        (line,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("dist-adv:"))
+        assert "weights of a checkpoint and not of a finished run" in line
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "3", DEEP])
+def test_a_state_that_its_manifest_vouches_for_and_is_none(text, run, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(run / "run" / "checkpoints", folder)
+    newest = folder / "step-000000024"
+    (newest / "state.json").write_text(text)
+    manifest = json.loads((newest / "manifest.json").read_text())
+    sha = hashlib.sha256(text.encode()).hexdigest()
+    manifest["files"]["state.json"] = {"bytes": len(text), "sha256": sha}
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    path, _ = checkpoint.load_newest(folder, lambda message: None)
+    assert path.name == "step-000000021"
