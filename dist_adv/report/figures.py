@@ -238,6 +238,7 @@ def _overlay(album: _Album, drawn: Sequence[_Drawn], *, over_time: bool) -> None
     if over_time:
         divisor, unit = _time_unit(max(each.run.epochs[-1]["seconds"] for each in shown))
     attack, sample = _curve_attack([each.run for each in shown])
+    split = _curve_split([each.run for each in shown])
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, key, name in zip(
         figure.subplots(1, 2), ("test_accuracy", "pgd_accuracy"), ("natural", attack), strict=True
@@ -253,7 +254,7 @@ def _overlay(album: _Album, drawn: Sequence[_Drawn], *, over_time: bool) -> None
                 label=each.run.label,
             )
         axes.set_xlabel(f"training time ({unit})" if over_time else unit)
-        axes.set_ylabel(f"{name} test accuracy (%)")
+        axes.set_ylabel(f"{name} {split} accuracy (%)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=not over_time))
         axes.set_xlim(left=0)
     figure.axes[1].set_ylim(bottom=-2)
@@ -268,7 +269,7 @@ def _overlay(album: _Album, drawn: Sequence[_Drawn], *, over_time: bool) -> None
         )
     else:
         caption = (
-            "Accuracy on natural test images (left) and on the same images under "
+            f"Accuracy on natural {split} images (left) and on the same images under "
             f"{attack} (right), during training. Passes are not equal work: Free updates the model "
             "several times on each minibatch, and PGD training spends several gradients on each "
             "update. If the right-hand curve drops to nothing while the left one holds or rises, "
@@ -301,9 +302,15 @@ def _curve_attack(runs: Sequence[Run]) -> tuple[str, str]:
     n = min(counts)
     margin = 100 * 1.96 * np.sqrt(0.25 / n)
     return attack, (
-        f" The curves use {n:,} test images, so the 95 % interval of a point reaches "
-        f"up to {margin:.1f} percentage points to either side."
+        f" The curves use {n:,} {_curve_split(runs)} images, so the 95 % interval of a point "
+        f"reaches up to {margin:.1f} percentage points to either side."
     )
+
+
+def _curve_split(runs: Sequence[Run]) -> str:
+    """Which images the curves are of: `held-out` ones of the training images, or `test` images."""
+    records = [record for run in runs for record in run.curve("pgd_accuracy")]
+    return " or ".join(sorted({record.get("curve_split", "test") for record in records})) or "test"
 
 
 def _marker_spacing(records: Sequence[Record]) -> int:
@@ -316,12 +323,13 @@ def _curves(album: _Album, drawn: _Drawn) -> None:
     if not run.epochs:
         return
     attack, sample = _curve_attack([run])
+    split = _curve_split([run])
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     loss, accuracy, error = figure.subplots(1, 3)
     for key, label, colour, line, fill in (
         ("train", "training inputs", _GREY, ":", _GREY),
-        ("test", "natural test images", drawn.colour, "-", drawn.colour),
-        ("pgd", f"test images under {attack}", drawn.colour, "--", "white"),
+        ("test", f"natural {split} images", drawn.colour, "-", drawn.colour),
+        ("pgd", f"{split} images under {attack}", drawn.colour, "--", "white"),
     ):
         records = run.curve(f"{key}_accuracy")
         passes = [record["epoch"] for record in records]

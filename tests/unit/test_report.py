@@ -396,6 +396,15 @@ def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
     assert markdown_table(report, "Results")[2][0] == r"\<b>$x$\|y"
 
 
+@pytest.mark.parametrize(("split", "said"), [("test", "test"), ("held-out", "held-out")])
+def test_curves_say_which_images_they_are_of(split: str, said: str, tmp_path: Path) -> None:
+    lines = [epoch(number, 30.0 * number, curve_split=split) for number in range(1, PLANNED + 1)]
+    run = make_run(tmp_path / "run", metrics=lines, results=[evaluation("natural", 0.9)])
+    report = report_on([run], tmp_path / "out")
+    assert f"The curves use 100 {said} images" in " ".join(report.html.split())
+    assert f"natural {said} images (left)" in " ".join(report.html.split())
+
+
 def test_same_folder_twice_is_one_run(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     assert [each.label for each in read_runs([run, run / ".." / "run"])] == ["run"]
