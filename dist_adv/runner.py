@@ -171,6 +171,7 @@ def _supervised(
     session = Session(accelerator, run_dir, config.train)
     try:
         yield session
+        session.leave()
         if main:
             rundir.mark(run_dir, "done")
         finish(0)
@@ -180,7 +181,7 @@ def _supervised(
             session.stopping.heeded()
             rundir.mark(run_dir, "preempted", reason=stop.reason, **where())
         finish(stop.status)
-        session.together()  # the first to leave gets the others killed
+        session.leave()  # the first to go gets the others killed
         raise
     except Exception:
         finish(1)

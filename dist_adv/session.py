@@ -4,6 +4,8 @@ Over gloo in host memory, also where gradients travel over NCCL: nothing here wa
 a rank that dies is noticed at once, because its connection closes.
 """
 
+import os
+import socket
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -31,8 +33,8 @@ class Session:
         rank, ranks = accelerator.process_index, accelerator.num_processes
         self.main, self.ranks = rank == 0, ranks
         self.stopping = Stopping(run_dir, options.max_minutes, self.main)
-        self.watchdog = Watchdog(options.timeout_minutes, rank, ranks)
         self.group: Any = dist.new_group(backend="gloo", timeout=_LONG) if ranks > 1 else None
+        self.watchdog = Watchdog(options.timeout_minutes, rank, ranks, self._others(rank))
         self.asked: tuple[Any, torch.Tensor] | None = None
         self.save_seconds = 60 * options.save_minutes if options.save_minutes else None
         self.saved = time.monotonic()
@@ -64,13 +66,28 @@ class Session:
         dist.gather_object(mine, everyone, dst=0, group=self.group)
         return everyone or []  # type: ignore[return-value]
 
-    def together(self) -> None:
-        """Wait for every rank."""
+    def leave(self) -> None:
+        """Wait for every rank; from here on they go one by one."""
         if self.group is not None:
             dist.barrier(self.group)
+        self.close()
 
     def close(self) -> None:
+        """From here on nobody is watched."""
         self.watchdog.close()
+
+    def _others(self, rank: int) -> dict[int, int]:
+        """Process ids of the other ranks that the same launcher has started on this machine."""
+        if self.group is None:
+            return {}
+        everyone: list[Any] = [None] * self.ranks
+        launcher = socket.gethostname(), os.getppid()
+        dist.all_gather_object(everyone, (launcher, os.getpid()), group=self.group)
+        return {
+            other: pid
+            for other, (its_launcher, pid) in enumerate(everyone)
+            if its_launcher == launcher and other != rank
+        }
 
     def _agree(self) -> tuple[str, bool]:
         question = torch.tensor([self.stopping.reason(), self._save_is_due()])

@@ -80,6 +80,19 @@ def test_a_survivor_that_was_told_to_go_does_not_wait(config, tmp_path):
     assert time.monotonic() - began < 15  # it was 20 and more
 
 
+def test_a_survivor_that_hangs_leaves(config, tmp_path):
+    """Deaf to its launcher, which would wait half a minute before it kills it."""
+    job = Job(config, tmp_path / "run", 2, module="faulty", env={"FAULT": "sleep:1:8"})
+    assert job.wait_for_checkpoint(2 * REPLAYS)
+    time.sleep(1)
+    began = time.monotonic()
+    job.signal(signal.SIGKILL, 0)
+    assert job.wait(60) == 1
+    assert time.monotonic() - began < 20
+    (line,) = complaints(job)
+    assert line.startswith("dist-adv: rank 1 of 2 lost another rank (0 is gone)")
+
+
 @pytest.mark.parametrize("kind", ["nan", "inf"])
 def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(kind, config, truth, tmp_path):
     """The fourth update of rank 1 is the first of batch 2; only batch 1 has been saved."""

@@ -50,6 +50,23 @@ finally:
     assert "in deep_in_the_work" in done.stderr
 
 
+def test_process_whose_partner_is_gone_ends():
+    script = """
+import os, subprocess, sys
+watchdog._SECONDS_TO_NOTICE = 0.5
+partner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"])
+watchdog.Watchdog(1 / 60, rank=1, ranks=3, others={0: os.getppid(), 2: partner.pid})
+print(partner.wait(), flush=True)
+time.sleep(40)
+"""
+    began = time.monotonic()
+    done = run(script)
+    assert time.monotonic() - began < 20
+    assert done.returncode == 1
+    assert done.stdout == "0\n"
+    assert done.stderr.startswith("dist-adv: rank 1 of 3 lost another rank (2 is gone)")
+
+
 @pytest.mark.parametrize(
     ("script", "why"),
     [
