@@ -70,10 +70,11 @@ class TrainOptions(Options):
 
     epochs: passes over the data (Free's replays come on top). batch_size: the global batch.
     max_steps: stop at the first batch boundary at or after this many optimiser steps; the
-    schedule is fitted to it. log_every: batches between two lines of metrics. compile: `none`,
-    the only choice so far. sync_batchnorm: BatchNorm's statistics are of the global batch instead
-    of each rank's share (on GPUs). threads: CPU threads of a rank (null: the cores divided by the
-    ranks).
+    schedule is fitted to it. log_every: batches between two lines of metrics. compile: `default`
+    fuses the network's layers with torch.compile, which takes a minute or two at the start and a
+    C++ compiler; `max` tunes longer and on GPUs replays whole passes as CUDA graphs.
+    sync_batchnorm: BatchNorm's statistics are of the global batch instead of each rank's share (on
+    GPUs). threads: CPU threads of a rank (null: the cores divided by the ranks).
 
     Checkpoints come at the end of every pass, and every `save_steps` optimiser steps and every
     `save_minutes` (null: not); `keep` of them stay. max_minutes: save and leave after so long, to
@@ -85,7 +86,7 @@ class TrainOptions(Options):
     epochs: PositiveInt = 45
     batch_size: PositiveInt = 128
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    compile: Literal["none"] = "none"
+    compile: Literal["none", "default", "max"] = "none"
     sync_batchnorm: bool = False
     seed: Annotated[int, Field(ge=0)] = 0
     max_steps: PositiveInt | None = None

@@ -5,7 +5,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -137,6 +137,18 @@ def synchronised(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
+def compile_network(model: nn.Module, choice: Literal["none", "default", "max"]) -> None:
+    """Let torch.compile fuse the layers, in place: parameters keep their names.
+
+    Every shape has code of its own, because code for any shape is slower: the short last batch is
+    compiled too. Frozen and trained forwards are two graphs; the frozen one's backward computes
+    no weight gradients. DDP waits for the whole backward, so that its all-reduce no longer
+    overlaps with it: the price of one graph.
+    """
+    if choice != "none":
+        model.compile(dynamic=False, mode="max-autotune" if choice == "max" else None)
+
+
 def settle(accelerator: Accelerator, net: TrainNet, data: Dataset) -> None:
     """Let DDP arrange its gradients for good, by a forward and backward that change nothing.
 
@@ -148,8 +160,9 @@ def settle(accelerator: Accelerator, net: TrainNet, data: Dataset) -> None:
         return
     before = {name: buffer.clone() for name, buffer in net.bare.named_buffers()}
     blank = torch.zeros(2, *data.images.shape[1:], device=accelerator.device)
-    for _ in range(2):  # the second forward is when it happens
-        net(blank.to(memory_format=torch.channels_last)).sum().backward()
+    with torch.compiler.set_stance("force_eager"):  # two images are not worth compiling for
+        for _ in range(2):  # the second forward is when it happens
+            net(blank.to(memory_format=torch.channels_last)).sum().backward()
     for parameter in net.bare.parameters():
         parameter.grad = None
     for name, buffer in net.bare.named_buffers():
@@ -177,6 +190,11 @@ def plain_failures(accelerator: Accelerator, key: str, batch_size: int) -> Itera
             raise LostRank(
                 f"rank {rank} of {ranks} lost another rank ({_reason(error)}); the launcher says "
                 f"which one; the same command goes on from the last checkpoint"
+            ) from error
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            raise RankFailure(
+                f"train.compile: torch.compile failed on rank {rank} of {ranks} "
+                f"({_reason(error)}); set train.compile=none, or install a C++ compiler"
             ) from error
         raise
 

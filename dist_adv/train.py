@@ -131,6 +131,7 @@ class Trainer:
         trained = (
             parallel.synchronised(accelerator, model) if config.train.sync_batchnorm else model
         )
+        parallel.compile_network(trained, config.train.compile)
         sgd = parallel.fused_sgd(trained, config.optim)
         prepared, self.optimizer = accelerator.prepare(trained.train(), sgd)
         self.net = parallel.TrainNet(accelerator, prepared)

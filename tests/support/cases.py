@@ -60,12 +60,17 @@ def make_images(root: Path) -> None:
                 Image.fromarray(pixels).save(folder / f"{i}.png")
 
 
-def config(case: str, norm: str, root: Path, precision: str = "fp32") -> dict:
-    """The configuration tree of a case."""
+def config(
+    case: str, norm: str, root: Path, precision: str = "fp32", compile: str = "none"
+) -> dict:
+    """The configuration tree of a case; a smaller one to be compiled, or it takes minutes."""
     model = {"name": "preact_resnet18", "width": 8, "norm": norm}
     data = {**ROOT_CONFIG["data"], "root": str(root)}
     train = {**TRAIN, "precision": precision}
-    if precision == "bf16":
+    if compile != "none":
+        model = {"name": "wide_resnet", "depth": 8, "widen": 1, "width": 8, "norm": norm}
+        train |= {"compile": compile, "batch_size": 40, "epochs": 1}
+    elif precision == "bf16":
         # Attacks here differentiate the sum of the losses, the published ones the mean: the same
         # bits only where the mean divides by a power of two. All batches are full then.
         train["batch_size"] = 8

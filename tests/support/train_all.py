@@ -1,7 +1,8 @@
 """Train every case with the framework, alone or under torchrun.
 
-Arguments: out, norm, images, numbers (fp32, fp64 or bf16); then, to go on from what an earlier
-call left, its `out` and which checkpoint (0 is the first; there is one a batch).
+Arguments: out, norm, images, numbers (fp32, fp64 or bf16, with `-` and how to compile); then, to
+go on from what an earlier call left, its `out` and which checkpoint (0 is the first; there is one
+a batch).
 """
 
 import os
@@ -16,12 +17,12 @@ from dist_adv.runner import train_run
 
 if __name__ == "__main__":
     out, norm, images = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-    numbers = sys.argv[4]
+    numbers, _, compile = sys.argv[4].partition("-")
     if numbers == "fp64":
         torch.set_default_dtype(torch.float64)
     precision = "bf16" if numbers == "bf16" else "fp32"
     for case in CASES:
-        tree = config(case, norm, images, precision)
+        tree = config(case, norm, images, precision, compile or "none")
         tree["train"] |= {"save_steps": 1, "keep": 100}
         resume = "none"
         if len(sys.argv) > 5:
