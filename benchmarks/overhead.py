@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 
-from dist_adv import checkpoint, parallel, train
+from dist_adv import checkpoint, parallel
+from dist_adv.bench.timing import noise
 from dist_adv.config import parse_config
-from dist_adv.data import Dataset
 from dist_adv.nonfinite import NonFinite
 from dist_adv.progress import bar
 from dist_adv.session import Session
@@ -59,13 +59,6 @@ class Timed:
         return f"{1000 * statistics.median(self.seconds):.2f} ms, {sum(self.seconds) / of:.2%}"
 
 
-def noise(options: Any, split: str, first: Any) -> Dataset:
-    draw = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (12800, 3, 32, 32), dtype=torch.uint8, generator=draw)
-    labels = torch.randint(0, 10, (12800,), generator=draw)
-    return Dataset("noise", images, labels, [str(k) for k in range(10)], 4, True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=64)
@@ -84,7 +77,6 @@ def main() -> None:
         },
         "overhead",
     )
-    train.load_dataset = noise
     Session.boundary = boundary = Timed(Session.boundary)
     NonFinite.before_update = check = Timed(NonFinite.before_update)
     written = Timed(checkpoint.save)
@@ -103,7 +95,7 @@ def main() -> None:
     accelerator = parallel.start("auto")
     with tempfile.TemporaryDirectory() as folder, bar(False) as progress:
         session = Session(accelerator, Path(folder), settings.train)
-        trainer = Trainer(settings, accelerator)
+        trainer = Trainer(settings, accelerator, (noise(12800), noise(100)))
         trainer.fit(Path(folder), session, None, progress)
         session.close()
     if not accelerator.is_main_process:

@@ -138,6 +138,44 @@ def export(run_dir: Path, out: Path) -> None:
     click.echo(f"exported: {out}")
 
 
+@cli.command()
+@click.option("--only", default="", metavar="CASES", help="Cases to run, with commas between.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("bench"), show_default=True)
+@click.option("--width", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--batch-size", type=click.IntRange(2), default=128, show_default=True)
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto")
+@click.option("--run", "run_dir", type=click.Path(path_type=Path), help="A robust run to attack.")
+@click.option("--data", metavar="ROOT", help="Where the images of --run and of `robust` are.")
+@click.option("--quick", is_flag=True, help="Toy sizes: shows that everything runs, and no more.")
+def bench(
+    only: str,
+    out: Path,
+    width: int,
+    batch_size: int,
+    precision: str,
+    run_dir: Path | None,
+    data: str | None,
+    quick: bool,
+) -> None:
+    """Time this machine: training steps, evaluation and data against what people use.
+
+    Cases: peaks, steps, evaluation, data, engine, overhead, ranks, startup, compiled, art; and
+    robust, which trains a CIFAR-10 network for eight minutes. About ten minutes without it. Leave
+    the machine alone meanwhile. Writes bench.md and bench.json; exit status 1 where a bar is
+    missed.
+
+    \b
+    dist-adv bench
+    dist-adv bench --only steps,engine
+    dist-adv bench --only robust --data data
+    """
+    from dist_adv.bench import run_bench
+
+    cases = only.split(",") if only else []
+    if not run_bench(cases, out, width, batch_size, precision, quick, run_dir, data):
+        raise click.exceptions.Exit(1)
+
+
 def main() -> NoReturn:
     """Run a command; errors become one line and an exit status."""
     status = _run(sys.argv[1:])

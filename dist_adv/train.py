@@ -89,12 +89,19 @@ class Meter:
 class Trainer:
     """One experiment on this process: data, model, method, and how far it is.
 
+    data: the train and test split, where they are not to be loaded as `config.data` says.
+
     Raises UserError for what does not fit together: data, model, ranks, precision, checkpoint.
     """
 
-    def __init__(self, config: Config, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        data: tuple[Dataset, Dataset] | None = None,
+    ) -> None:
         self.config, self.accelerator = config, accelerator
-        self.train_data, self.test_data = parallel.on_every(accelerator, self._load)
+        self.train_data, self.test_data = data or parallel.on_every(accelerator, self._load)
         if self.train_data.classes != self.test_data.classes:
             raise UserError(
                 f"data.root: the train split has the classes {self.train_data.classes} and the "
@@ -185,15 +192,7 @@ class Trainer:
             session.watchdog.beat()
             meter.start()
             for batch in self._rest_of_the_pass():
-                for out in self.method.steps(self.net, batch):
-                    self._set_rates()
-                    weight = self.nonfinite.mark(out.loss, batch.weight)
-                    self.accelerator.backward(out.loss * weight)
-                    self.nonfinite.before_update(out.loss)
-                    self.optimizer.step()
-                    self.optimizer.zero_grad()
-                    clock.step += 1
-                    meter.add(out, batch.y)
+                self.learn(batch, meter)
                 clock.batch += 1
                 self._between_batches(run_dir, session, tracker, meter, display)
                 if self.finished:
@@ -202,6 +201,18 @@ class Trainer:
             if self.finished:
                 self.writer.wait()
                 return
+
+    def learn(self, batch: Batch, meter: Meter) -> None:
+        """One optimiser step for each loss that the method yields; nothing waits for the device."""
+        for out in self.method.steps(self.net, batch):
+            self._set_rates()
+            weight = self.nonfinite.mark(out.loss, batch.weight)
+            self.accelerator.backward(out.loss * weight)
+            self.nonfinite.before_update(out.loss)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.clock.step += 1
+            meter.add(out, batch.y)
 
     def _rest_of_the_pass(self) -> Iterator[Batch]:
         """Nothing where a run goes on from a checkpoint of a pass that was not closed yet."""

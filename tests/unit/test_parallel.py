@@ -1,10 +1,22 @@
-"""Which precision a device gets. The GPUs are stand-ins: there is none where the tests run."""
+"""Which precision a device gets, and what is computed once a network is compiled.
+
+The GPUs are stand-ins: there is none where the tests run.
+"""
+
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from functorch.compile import make_boxed_func, nop
+from torch._dynamo.backends.common import aot_autograd
 
+from dist_adv import parallel
+from dist_adv.attacks import ascend, frozen
 from dist_adv.errors import UserError
+from dist_adv.models import layers
 from dist_adv.parallel import resolve_precision
+from dist_adv.threat import Linf
 
 TURING, AMPERE, HOPPER = (7, 5), (8, 0), (9, 0)
 
@@ -55,3 +67,29 @@ def test_cpu_takes_bf16_where_it_has_the_instructions(monkeypatch, features, fou
 def test_cpu_has_no_fp16():
     with pytest.raises(UserError, match=r"train\.precision: fp16 needs a GPU"):
         resolve_precision("fp16", cpu=True)
+
+
+def test_compiled_attack_computes_no_weight_gradients(monkeypatch):
+    """Read off the graphs that torch.compile makes: what each backward convolution is asked for."""
+    masks: list[list[bool]] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        target = torch.ops.aten.convolution_backward.default
+        masks.extend(list(n.args[-1]) for n in graph.graph.nodes if n.target is target)
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(fw_compiler=nop, bw_compiler=record)
+    compile_in_place = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda model, **kwargs: compile_in_place(model, backend=backend, dynamic=False),
+    )
+    model = torch.nn.Sequential(layers.conv(3, 4), torch.nn.Flatten(), torch.nn.Linear(256, 2))
+    parallel.compile_network(model, "default")
+    x, y = torch.rand(5, 3, 8, 8), torch.tensor([0, 1, 0, 1, 0])
+    with frozen(model):
+        ascend(model, x, y, torch.zeros_like(x), Linf(0.1), 3, 0.05)
+    assert masks == [[True, False, False]]  # compiled once for three steps
+    F.cross_entropy(model(x), y).backward()
+    assert masks[1:] == [[False, True, False]]

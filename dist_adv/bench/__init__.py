@@ -1,0 +1,122 @@
+"""`dist-adv bench`: what training and evaluating cost here, against what people use."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from dist_adv import parallel, records
+from dist_adv.bench.cases import CASES, Bench, Row
+from dist_adv.errors import UserError
+from dist_adv.progress import bar, console, start_logging
+
+_OPT_IN = ("robust",)  # eight minutes of training on data that are not here
+
+
+def run_bench(
+    cases: Sequence[str],
+    out: Path,
+    width: int,
+    batch_size: int,
+    precision: str,
+    quick: bool,
+    run_dir: Path | None,
+    data: str | None,
+) -> bool:
+    """Run the cases (all but `robust` where none is named), write `bench.json` and `bench.md`.
+
+    Returns whether every bar was met. Raises UserError for a case that does not exist.
+    """
+    unknown = [case for case in cases if case not in CASES]
+    if unknown:
+        raise UserError(f"--only: {unknown[0]!r} is no case; use {', '.join(CASES)}")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out: {out} is not a folder; name another")
+    accelerator = parallel.start(precision)
+    start_logging(accelerator.is_main_process)
+    if accelerator.num_processes > 1:
+        raise UserError("bench: runs as one process; its case `ranks` starts two by itself")
+    chosen = list(cases) or [case for case in CASES if case not in _OPT_IN]
+    rows: list[Row] = []
+    out.mkdir(parents=True, exist_ok=True)
+    about = _about(accelerator.device, accelerator.mixed_precision.replace("no", "fp32"))
+    with bar(True) as progress:
+        task = progress.add_task("bench", total=None)
+        bench = Bench(
+            accelerator,
+            width,
+            batch_size,
+            quick,
+            run_dir,
+            data,
+            out,
+            lambda: progress.advance(task),
+        )
+        for name in chosen:
+            progress.update(task, description=name)
+            for row in CASES[name](bench):
+                rows.append(row)
+                console.print(f"{row.what}: [bold]{row.measured}[/bold]", highlight=False)
+            _write(out, rows, about)
+    console.print(_table(rows))
+    return all(row.met is not False for row in rows)
+
+
+def _about(device: torch.device, precision: str) -> dict[str, Any]:
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    done = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent)
+    cuda = device.type == "cuda"
+    return {
+        "hardware": torch.cuda.get_device_name() if cuda else _cpu(),
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "commit": done.stdout.strip() or "unknown",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{os.cpu_count()} cores ({name})"
+
+
+_MET = {True: "met", False: "NOT met", None: ""}
+
+
+def _write(out: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
+    text = json.dumps(about | {"rows": [asdict(row) for row in rows]}, indent=1)
+    records.replace(out / "bench.json", text.encode())
+    lines = [
+        ", ".join(f"{key} {value}" for key, value in about.items()) + ".",
+        "",
+        "Sides take turns in one process (A B A B) after warming up; a ratio is the median of the "
+        "pairs', with its quartiles in brackets.",
+        "",
+        "| what | measured | bar | |",
+        "|---|---|---|---|",
+        *(f"| {row.what} | {row.measured} | {row.bar} | {_MET[row.met]} |" for row in rows),
+        "",
+    ]
+    records.replace(out / "bench.md", "\n".join(lines).encode())
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    table = Table("what", "measured", "bar", "")
+    colours = {True: "[green]met[/green]", False: "[red]NOT met[/red]", None: ""}
+    for row in rows:
+        table.add_row(row.what, row.measured, row.bar, colours[row.met])
+    return table
