@@ -25,9 +25,10 @@ from dist_adv.data import Dataset
 from dist_adv.errors import UserError
 from dist_adv.parallel import total
 from dist_adv.threat import Threat
+from dist_adv.unfinished import Entry, Unfinished
 
 Progress = Callable[[str, int, int], None]
-"""Called with (attack, images done by this rank, images of this rank)."""
+"""Called with (attack, images done by all ranks, images)."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,17 @@ def wilson(correct: int, n: int) -> list[float]:
     return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
+def subset(n: int, limit: int | None) -> Tensor:
+    """Numbers of the samples that are measured: the first `limit` in a fixed random order of n."""
+    return rng.permutation(rng.stream_key("subset"), n)[:limit]
+
+
 class _Images:
     """This rank's share of the images to measure on, in chunks on the device.
 
     The first `limit` images of a fixed random order, so that a folder sorted by class gives a
-    balanced set, whatever the ranks. Rank r takes r, r + W, r + 2 W, ...: each image once.
+    balanced set, whatever the ranks. Rank r takes r, r + W, r + 2 W, ...: each image once, and
+    after each round of chunks a beginning of that order is done.
     """
 
     def __init__(
@@ -101,26 +108,74 @@ class _Images:
         accelerator: Accelerator,
         between: Callable[[], None],
     ) -> None:
-        order = rng.permutation(rng.stream_key("subset"), len(dataset))[:limit]
-        self.n = len(order)
+        self.order = subset(len(dataset), limit)
+        self.n = len(self.order)
         self.dataset, self.device = dataset, accelerator.device
-        self.mine = order[accelerator.process_index :: accelerator.num_processes]
-        self.between, self.chunk_size = between, options.batch_size
-        largest_share = math.ceil(self.n / accelerator.num_processes)
-        self.chunks = math.ceil(largest_share / self.chunk_size)
+        self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
+        self.between, self.round = between, options.batch_size * self.ranks
         self.key = rng.stream_key(options.seed, "attack")
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """x (n, C, H, W) in [0, 1], y (n,), keys (n,) of each chunk."""
-        for number in range(self.chunks):
+    def chunks(self, tally: "_Tally") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """x (n, C, H, W) in [0, 1], y (n,), keys (n,) of each chunk that `tally` does not have."""
+        for start in range(tally.done, self.n, self.round):
             self.between()
-            samples = self.mine[number * self.chunk_size : (number + 1) * self.chunk_size]
-            if len(samples) == 0:  # this rank's share is smaller
-                continue
-            x = self.dataset.images[samples].to(self.device).to(torch.get_default_dtype()).div_(255)
-            y = self.dataset.labels[samples].to(self.device)
-            keys = rng.sample_keys(self.key, samples.to(self.device))
-            yield x.contiguous(memory_format=torch.channels_last), y, keys
+            samples = self.order[start : start + self.round][self.rank :: self.ranks]
+            if len(samples):  # else the others' shares are larger by one image
+                yield self.load(samples)
+            tally.close_round(min(self.n, start + self.round))
+
+    def load(self, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.dataset.images[samples].to(self.device).to(torch.get_default_dtype()).div_(255)
+        y = self.dataset.labels[samples].to(self.device)
+        keys = rng.sample_keys(self.key, samples.to(self.device))
+        return x.contiguous(memory_format=torch.channels_last), y, keys
+
+
+class _Tally:
+    """Sums over the images done, of this rank and of all; on disk where there is an `Unfinished`.
+
+    done: how many images, from the beginning of their order, all ranks are through with.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, attack: str, size: int, unfinished: Unfinished | None
+    ) -> None:
+        self.accelerator, self.attack, self.unfinished = accelerator, attack, unfinished
+        found = unfinished.find(attack, size) if unfinished else None
+        before = found or Entry(sums=[0.0] * size)
+        self.done, self.seconds, self.messages = before.done, before.seconds, before.messages
+        self.sums = torch.tensor(before.sums, dtype=torch.float64)
+        self.mine = torch.zeros(size, dtype=torch.float64, device=accelerator.device)
+        self.began = time.perf_counter()
+
+    def add(self, *numbers: Tensor | int) -> None:
+        parts = [torch.as_tensor(n, device=self.mine.device).double() for n in numbers]
+        self.mine += torch.stack(parts)
+
+    def close_round(self, done: int) -> None:
+        self.done = done
+        if self.unfinished:
+            self._collect()
+            entry = Entry(
+                done=done,
+                sums=self.sums.tolist(),
+                seconds=self.elapsed(),
+                messages=self.messages,
+            )
+            self.unfinished.keep(self.attack, entry)
+
+    def totals(self) -> list[float]:
+        """The sums over all ranks."""
+        self._collect()
+        return self.sums.tolist()
+
+    def elapsed(self) -> float:
+        """Seconds of work on this attack, those before an interruption included."""
+        return self.seconds + time.perf_counter() - self.began
+
+    def _collect(self) -> None:
+        self.sums += total(self.accelerator, self.mine).cpu()
+        self.mine.zero_()
 
 
 def evaluate(
@@ -133,6 +188,7 @@ def evaluate(
     limit: int | None = None,
     progress: Progress = lambda attack, done, of: None,
     between: Callable[[], None] = lambda: None,
+    unfinished: Unfinished | None = None,
 ) -> tuple[list[Result], Examples | None]:
     """Accuracy of a plain fp32 model under each attack, on `limit` random images or on all.
 
@@ -140,6 +196,8 @@ def evaluate(
     PGD-50 from the same start had done after ten steps, so it costs nothing more.
 
     `between` is called before every chunk, on every rank as often; what it raises ends it all.
+    With `unfinished` every chunk is kept as soon as all ranks have done theirs, and what it has
+    already is not done again, at whatever number of ranks and chunk size.
 
     Returns the results in the order of `attacks`, and examples of the last attack that was run
     (None without one). Raises UserError where the model does not fit the images.
@@ -151,15 +209,22 @@ def evaluate(
     found: dict[str, Result] = {}
     examples = None
     if "natural" in attacks:
-        found["natural"] = _natural(model, images, accelerator)
+        found["natural"] = _natural(model, images, _Tally(accelerator, "natural", 2, unfinished))
     for leader, members in _shared_runs(wanted):
+        # Survivors of each member, then: images attacked, zero gradients there, sum of losses.
+        tally = _Tally(accelerator, leader.name, len(members) + 3, unfinished)
         results, examples = _attacked(
-            model, images, threat, options, accelerator, leader, members, progress
+            model, images, threat, options, tally, leader, members, progress
         )
         found |= {result.attack: result for result in results}
     if "autoattack" in attacks:
         found["autoattack"], examples = _autoattacked(
-            model, images, threat, options, accelerator, progress
+            model,
+            images,
+            threat,
+            options,
+            _Tally(accelerator, "autoattack", 2, unfinished),
+            progress,
         )
     results = [found[attack.name] for attack in wanted]
     _flag_contradictions(results)
@@ -182,27 +247,23 @@ def _shared_runs(wanted: Sequence[Attack]) -> list[tuple[Attack, list[Attack]]]:
     return runs[::-1]
 
 
-def _natural(model: nn.Module, images: _Images, accelerator: Accelerator) -> Result:
-    began = time.perf_counter()
-    counts = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    jitter = 0.0
+def _natural(model: nn.Module, images: _Images, tally: _Tally) -> Result:
     with torch.inference_mode():
-        for number, (x, y, _) in enumerate(images):
+        x, _, _ = images.load(images.order[:100])
+        jitter = (model(x) - model(x)).abs().max().item()
+        for x, y, _ in images.chunks(tally):
             logits = model(x)
-            if number == 0:
-                jitter = (model(x) - logits).abs().max().item()
             loss = F.cross_entropy(logits, y, reduction="sum")
-            counts += torch.stack([correct(logits, y).sum(), loss])
-    survivors, loss_sum = total(accelerator, counts).tolist()
+            tally.add(correct(logits, y).sum(), loss)
+    survivors, loss_sum = tally.totals()
     flags = []
     if jitter > 1e-3:
         flags.append(
             f"the output is not deterministic (two passes differ by {jitter:.2g}): "
             f"gradient attacks underestimate its weakness"
         )
-    seconds = time.perf_counter() - began
     mean = _mean(loss_sum, images.n)
-    return Result("natural", int(survivors), images.n, mean, seconds, "natural", {}, flags)
+    return Result("natural", int(survivors), images.n, mean, tally.elapsed(), "natural", {}, flags)
 
 
 def _attacked(
@@ -210,34 +271,33 @@ def _attacked(
     images: _Images,
     threat: Threat,
     options: EvalOptions,
-    accelerator: Accelerator,
+    tally: _Tally,
     leader: Attack,
     members: Sequence[Attack],
     progress: Progress,
-) -> tuple[list[Result], Examples | None]:
+) -> tuple[list[Result], Examples]:
     """Run `leader` and read every member off it."""
-    began = time.perf_counter()
     if leader.kind == "fgsm":
         attack = PGD(1, threat.eps, init="zero", loss=options.loss)
     else:
         step_size = options.step_size or threat.eps / 4
         attack = PGD(leader.steps, step_size, leader.restarts, loss=options.loss)
-    # Survivors of each member, then: images attacked, zero gradients among them, sum of losses.
-    counts = torch.zeros(len(members) + 3, dtype=torch.float64, device=accelerator.device)
-    examples, done = None, 0
-    for x, y, keys in images:
+    examples = None
+    for x, y, keys in images.chunks(tally):
         outcome = attack(model, x, y, threat, keys)
+        if examples is None and tally.done == 0:
+            shown = x[:8], outcome.delta[:8], y[:8]
+            examples = _examples(model, leader.name, images.dataset.classes, *shown)
         with torch.inference_mode():
             loss = F.cross_entropy(model(x + outcome.delta), y, reduction="sum")
         survivors = [outcome.survives(each.steps, each.restarts).sum() for each in members]
-        numbers = [*survivors, outcome.attacked, outcome.zero_gradients, loss]
-        counts += torch.stack([torch.as_tensor(n, device=counts.device).double() for n in numbers])
-        if examples is None:
-            shown = x[:8], outcome.delta[:8], y[:8]
-            examples = _examples(model, leader.name, images.dataset.classes, *shown)
-        done += len(x)
-        progress(leader.name, done, len(images.mine))
-    *all_survivors, attacked, zero_gradients, loss_sum = total(accelerator, counts).tolist()
+        tally.add(*survivors, outcome.attacked, outcome.zero_gradients, loss)
+        progress(leader.name, min(images.n, tally.done + images.round), images.n)
+    *all_survivors, attacked, zero_gradients, loss_sum = tally.totals()
+    if examples is None:  # the first chunk was done before an interruption
+        x, y, keys = images.load(images.order[:8])
+        delta = attack(model, x, y, threat, keys).delta
+        examples = _examples(model, leader.name, images.dataset.classes, x, delta, y)
     flags = []
     if attacked and zero_gradients / attacked > 0.05:
         flags.append(
@@ -260,7 +320,7 @@ def _attacked(
             int(survivors),
             images.n,
             _mean(loss_sum, images.n) if member is leader else None,
-            time.perf_counter() - began,
+            tally.elapsed(),
             leader.name,
             {**settings, "steps": member.steps, "restarts": member.restarts},
             list(flags),
@@ -275,26 +335,27 @@ def _autoattacked(
     images: _Images,
     threat: Threat,
     options: EvalOptions,
-    accelerator: Accelerator,
+    tally: _Tally,
     progress: Progress,
-) -> tuple[Result, Examples | None]:
+) -> tuple[Result, Examples]:
     """AutoAttack standard on images that are right without it (it drops the others itself)."""
-    began = time.perf_counter()
-    attack = AutoAttack(model, threat, options.seed, accelerator.device)
-    counts = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    examples, done = None, 0
-    for x, y, _ in images:
+    attack = AutoAttack(model, threat, options.seed, images.device)
+    attack.warnings.messages = tally.messages
+    examples = None
+    for x, y, _ in images.chunks(tally):
         adversarial = attack(x, y)
+        if examples is None and tally.done == 0:
+            shown = x[:8], (adversarial - x)[:8], y[:8]
+            examples = _examples(model, "autoattack", images.dataset.classes, *shown)
         with torch.inference_mode():
             logits = model(adversarial)
         loss = F.cross_entropy(logits, y, reduction="sum")
-        counts += torch.stack([correct(logits, y).sum(), loss])
-        if examples is None:
-            shown = x[:8], (adversarial - x)[:8], y[:8]
-            examples = _examples(model, "autoattack", images.dataset.classes, *shown)
-        done += len(x)
-        progress("autoattack", done, len(images.mine))
-    survivors, loss_sum = total(accelerator, counts).tolist()
+        tally.add(correct(logits, y).sum(), loss)
+        progress("autoattack", min(images.n, tally.done + images.round), images.n)
+    survivors, loss_sum = tally.totals()
+    if examples is None:
+        x, y, _ = images.load(images.order[:8])
+        examples = _examples(model, "autoattack", images.dataset.classes, x, attack(x, y) - x, y)
     settings = {
         "norm": threat.norm,
         "eps": threat.eps,
@@ -302,7 +363,6 @@ def _autoattacked(
         "seed": options.seed,
         "precision": "fp32",
     }
-    seconds = time.perf_counter() - began
     flags = [f"AutoAttack: {message}" for message in gather_object(attack.warnings.messages)]
     return (
         Result(
@@ -310,7 +370,7 @@ def _autoattacked(
             int(survivors),
             images.n,
             _mean(loss_sum, images.n),
-            seconds,
+            tally.elapsed(),
             "autoattack",
             settings,
             sorted(set(flags)),

@@ -120,7 +120,7 @@ class TrainingDisplay:
 
 
 class EvaluationDisplay:
-    """The same for an evaluation; counts are those of the main process."""
+    """The same for an evaluation."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress

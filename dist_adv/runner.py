@@ -1,17 +1,19 @@
 """From a configuration to a finished run folder, and from a run folder to more results."""
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
 from dist_adv import checkpoint, parallel, records, rundir, state, track
 from dist_adv.checkpoint import Checkpoint
 from dist_adv.config import Config, load_config, longer, parse_config
-from dist_adv.data import Dataset, load_dataset
+from dist_adv.data import Dataset, data_root, load_dataset
 from dist_adv.errors import Preempted, RunFailure, UserError
 from dist_adv.evaluate import evaluate
 from dist_adv.models import load_model, read_final, save_model
@@ -21,6 +23,7 @@ from dist_adv.stopping import no_orphan
 from dist_adv.threat import build as build_threat
 from dist_adv.track import Tracker, write_results
 from dist_adv.train import Trainer
+from dist_adv.unfinished import Unfinished
 
 log = logging.getLogger("dist_adv")
 
@@ -245,8 +248,18 @@ def _evaluate(
         bar(accelerator.is_main_process) as progress,
     ):
         display = EvaluationDisplay(progress)
+        unfinished = Unfinished(run_dir, _identity(config, run_dir, attacks, limit), accelerator)
         results, examples = evaluate(
-            model, data, threat, config.eval, accelerator, attacks, limit, display.update, between
+            model,
+            data,
+            threat,
+            config.eval,
+            accelerator,
+            attacks,
+            limit,
+            display.update,
+            between,
+            unfinished,
         )
     if accelerator.is_main_process:
         about = {
@@ -256,9 +269,25 @@ def _evaluate(
             "split": "test",
         }
         write_results(run_dir, results, examples, about)
+        unfinished.finished()
         if tracker:
             tracker.results(results, examples)
         results_table(results)
+
+
+def _identity(
+    config: Config, run_dir: Path, attacks: Sequence[str], limit: int | None
+) -> dict[str, Any]:
+    """Everything that an evaluation's figures depend on, but for the number of ranks."""
+    with (run_dir / "model.safetensors").open("rb") as weights:
+        return {
+            "weights": hashlib.file_digest(weights, "sha256").hexdigest(),
+            "threat": config.threat.model_dump(),
+            "data": config.data.model_dump() | {"root": str(data_root(config.data).resolve())},
+            "eval": {key: getattr(config.eval, key) for key in ("step_size", "loss", "seed")},
+            "attacks": list(attacks),
+            "limit": limit,
+        }
 
 
 def _save_final(run_dir: Path, trainer: Trainer) -> None:

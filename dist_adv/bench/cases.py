@@ -28,7 +28,7 @@ from dist_adv.bench import published
 from dist_adv.bench.timing import PeakMemory, alternate, copy_rate, matmul_rate, noise
 from dist_adv.config import Config, load_config, parse_config
 from dist_adv.data import Batch, Loader, load_dataset
-from dist_adv.evaluate import evaluate
+from dist_adv.evaluate import evaluate, subset
 from dist_adv.models import Classifier, build_model, load_model
 from dist_adv.progress import TrainingDisplay, bar
 from dist_adv.session import Session
@@ -215,8 +215,8 @@ def evaluation(bench: Bench) -> Iterator[Row]:
     n = min(len(data), 100 if bench.quick else 1000)
     threat = build_threat(config.threat.norm, config.threat.eps)
     options = config.eval.model_copy(update={"step_size": config.threat.eps / 4})
-    images = data.images[:n].float().div_(255)
-    labels = data.labels[:n]
+    samples = subset(len(data), n)
+    images, labels = data.images[samples].float().div_(255), data.labels[samples]
     found: dict[str, list[float]] = {"theirs": [], "ours": []}
 
     def theirs() -> None:
@@ -241,7 +241,7 @@ def evaluation(bench: Bench) -> Iterator[Row]:
         f"{ratio:.2f}x ({low:.2f} to {high:.2f}): {n / timings.median('ours'):.0f} images/s; "
         f"accuracy {found['ours'][0]:.1%}, torchattacks {found['theirs'][0]:.1%}",
         "at least 2x",
-        None if bench.quick else ratio >= 2,
+        ratio >= 2 if bench.run_dir and not bench.quick else None,
         {
             "ratio": [ratio, low, high],
             "images_per_s": n / timings.median("ours"),
@@ -252,7 +252,11 @@ def evaluation(bench: Bench) -> Iterator[Row]:
 
 
 def _robust_model(bench: Bench) -> tuple[Config, Classifier]:
-    """That of --run; else one trained on digits here, of whose answers PGD turns a third."""
+    """That of --run; else one trained on digits here.
+
+    The bar is for a network such as one of CIFAR-10: a third of its answers are wrong from the
+    start and another third fall. On digits nearly all are right at first.
+    """
     if bench.run_dir:
         overrides = [f"data.root={bench.data}"] if bench.data else []
         return load_config(bench.run_dir / "config.yaml", overrides), load_model(bench.run_dir)

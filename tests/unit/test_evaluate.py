@@ -14,6 +14,7 @@ from dist_adv.errors import UserError
 from dist_adv.evaluate import Result, _flag_contradictions, evaluate, wilson
 from dist_adv.models import PreActResNet18Options, build_model
 from dist_adv.threat import L2, Linf
+from dist_adv.unfinished import Unfinished
 
 THREAT = Linf(0.2)
 ALL = ["natural", "fgsm", "pgd-10", "pgd-20", "pgd-20-3"]
@@ -394,3 +395,63 @@ def test_progress_counts_images(accelerator, digits, digits_net):
     options = EvalOptions(batch_size=200)
     evaluate(digits_net, digits, THREAT, options, accelerator, ["pgd-2"], None, progress)
     assert said == [("pgd-2", 200, 359), ("pgd-2", 359, 359)]
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("chunks_before", [0, 1, 3, 4, 5])  # three, then three
+def test_an_interrupted_evaluation_goes_on(
+    chunks_before, accelerator, digits, digits_net, tmp_path
+):
+    """In another chunk size too, with the figures of one that nothing happened to."""
+    attacks, settings = ["natural", "pgd-3", "pgd-5-2"], {"seed": 3, "step_size": 0.1}
+    calls = 0
+
+    def between() -> None:
+        nonlocal calls
+        calls += 1
+        if calls > chunks_before:
+            raise Interrupted
+
+    def run(size: int, between=lambda: None, about=None, progress=lambda *what: None):
+        kept = Unfinished(tmp_path, {"about": about}, accelerator)
+        options = EvalOptions(batch_size=size, **settings)
+        results, examples = evaluate(
+            digits_net,
+            digits,
+            THREAT,
+            options,
+            accelerator,
+            attacks,
+            90,
+            progress,
+            between,
+            kept,
+        )
+        kept.finished()
+        return [result.record() | {"seconds": 0, "time": 0} for result in results], examples
+
+    expected, pictures = run(90, about="another")
+    with pytest.raises(Interrupted):
+        run(30, between)
+    assert len(list(tmp_path.iterdir())) == (chunks_before > 0)
+    seen: list[int] = []
+    found, examples = run(20, progress=lambda attack, done, of: seen.append(done))
+    for line, other in zip(found, expected, strict=True):
+        loss, its_loss = line.pop("loss"), other.pop("loss")
+        assert loss == (its_loss and pytest.approx(its_loss, rel=1e-4))
+    assert found == expected
+    assert torch.equal(examples.adversarial, pictures.adversarial)
+    left = 90 - 30 * max(0, chunks_before - 3)
+    assert len(seen) == -(-left // 20)  # nothing is done again
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"natural": 1}', "[" * 10_000, '{"natural": {}}'])
+def test_what_is_left_of_an_evaluation_may_be_damaged(content, accelerator, tmp_path, caplog):
+    kept = Unfinished(tmp_path, {}, accelerator)
+    kept.path.write_text(content)
+    assert Unfinished(tmp_path, {}, accelerator).find("natural", 2) is None
+    assert "measuring from the beginning" in caplog.text
