@@ -185,6 +185,8 @@ _FREE_TO_CHANGE = (
     "track.",
     "eval.",
     "data.root",
+    "data.resident_gb",
+    "data.workers",
     *(
         f"train.{key}"
         for key in ("keep", "log_every", "max_minutes", "on_nan", "save_minutes", "save_steps")

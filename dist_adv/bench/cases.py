@@ -283,10 +283,11 @@ def _robust_model(bench: Bench) -> tuple[Config, Classifier]:
 def data(bench: Bench) -> Iterator[Row]:
     """Whole passes of augmented batches against torchvision's DataLoader with two workers."""
     images = noise(640 if bench.quick else 12800)
-    loader = Loader(images, bench.batch_size, 0, bench.device)
+    loader, pixels = Loader(images, bench.batch_size, 0, bench.device), images.images
+    assert isinstance(pixels, Tensor)
 
     def theirs() -> None:  # its workers start in it, and are gone when the other side has its turn
-        for x, _ in published.batches(images.images, images.labels, bench.batch_size):
+        for x, _ in published.batches(pixels, images.labels, bench.batch_size):
             x.to(bench.device)
 
     def ours() -> None:
@@ -492,7 +493,7 @@ def art(bench: Bench) -> Iterator[Row]:
 
     batches = 2
     images = noise(batches * bench.batch_size)
-    x = images.images.float().div(255).numpy()
+    x = torch.as_tensor(images.images).float().div(255).numpy()
     y = F.one_hot(images.labels, 10).numpy()
     model = bench.network().to(memory_format=torch.contiguous_format)
     classifier = PyTorchClassifier(

@@ -1,4 +1,4 @@
-"""Image data sets, whole, as uint8 tensors.
+"""Image data sets as uint8 tensors, whole; large image folders as files.
 
 `cifar10`, `cifar100` and `svhn` come through torchvision, which checks their MD5 sums; `digits`
 is embedded in scikit-learn; `imagefolder` is any folder with `train/<class>/` and
@@ -6,23 +6,24 @@ is embedded in scikit-learn; `imagefolder` is any folder with `train/<class>/` a
 `data`.
 """
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import Field
 from torch import Tensor
 
 from dist_adv import rng
 from dist_adv.errors import UserError
-from dist_adv.options import Options, PositiveInt
+from dist_adv.options import Options, PositiveInt, Real
 
 
 class DataOptions(Options):
@@ -36,14 +37,73 @@ class DataOptions(Options):
     """Training images held out, always the same; the curve and the best pass are of them then."""
     size: PositiveInt | None = None
     """imagefolder: resize the shorter side and crop the centre to size x size."""
+    resident_gb: Annotated[Real, Field(ge=0)] = 8.0
+    """imagefolder: a split that is larger once decoded stays on disk and is read as it is used."""
+    workers: PositiveInt = 4
+    """Processes of each rank that read such a split ahead of training."""
+
+
+class Files:
+    """Image files of one size, decoded when they are asked for.
+
+    shape: (N, 3, H, W). Raises UserError for a file that is no image or has another size.
+    """
+
+    def __init__(self, paths: list[str], size: int | None, workers: int) -> None:
+        self.paths, self.size, self.workers = paths, size, workers
+        self.shape: tuple[int, ...] = (len(paths), *self.load([0]).shape[1:])
+
+    @property
+    def gigabytes(self) -> float:
+        """Of all images, decoded."""
+        return math.prod(self.shape) / 1e9
+
+    def load(self, samples: list[int], apply: Callable[..., Iterable[Any]] = map) -> Tensor:
+        """uint8 (n, 3, H, W)."""
+        images = list(apply(self._decode, samples))
+        bad = [self.paths[k] for k, image in zip(samples, images, strict=True) if image is None]
+        if bad:
+            raise UserError(
+                f"data.root: {bad[0]}: not a readable image ({len(bad)} of {len(images)} files "
+                f"read); repair or remove it"
+            )
+        shapes = {image.shape for image in images}
+        if len(shapes) > 1 or (hasattr(self, "shape") and shapes != {(*self.shape[2:], 3)}):
+            raise UserError(
+                f"data.size: {self.paths[samples[0]]} and others have {max(2, len(shapes))} "
+                f"different sizes; set data.size, for example data.size=32"
+            )
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+    def _decode(self, sample: int) -> np.ndarray | None:
+        try:
+            with Image.open(self.paths[sample]) as file:
+                image = file.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            return None
+        if self.size is not None:
+            square = (self.size, self.size)
+            image = ImageOps.fit(image, square, Image.Resampling.BILINEAR)
+        return np.asarray(image)
+
+    def __getitem__(self, samples: Tensor) -> Tensor:
+        """uint8 (n, 3, H, W) of these samples, int64 (n,)."""
+        with ThreadPoolExecutor() as pool:
+            return self.load(samples.tolist(), pool.map)
+
+    def all(self) -> Tensor:
+        return self[torch.arange(len(self.paths))].contiguous()
+
+    def part(self, samples: Tensor) -> "Files":
+        return Files([self.paths[k] for k in samples.tolist()], self.size, self.workers)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """One split. images: uint8 (N, C, H, W); labels: int64 (N,), both on the CPU."""
+    """One split. images: uint8 (N, C, H, W), or files that give it; labels: int64 (N,). CPU."""
 
     name: str
-    images: Tensor
+    images: Tensor | Files
     labels: Tensor
     classes: list[str]
     crop_padding: int
@@ -63,20 +123,27 @@ class Dataset:
             )
         order = rng.permutation(rng.stream_key("validation"), len(self))
         rest, held = order[n:].sort().values, order[:n]
-        return tuple(
-            replace(self, images=self.images[part], labels=self.labels[part])
-            for part in (rest, held)
-        )  # type: ignore[return-value]
+        return self._part(rest), self._part(held)
+
+    def _part(self, samples: Tensor) -> "Dataset":
+        images = self.images
+        chosen = images.part(samples) if isinstance(images, Files) else images[samples]
+        return replace(self, images=chosen, labels=self.labels[samples])
 
     def statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation a channel, in pixel units of [0, 1]."""
         if self.name in _STATISTICS:
             return _STATISTICS[self.name]
-        # Exact from the 256 counts a channel; no float copy of the images.
+        # Of some images where all would have to be read. Exact from the 256 counts a channel; no
+        # float copy of the images.
+        images = self.images
+        if isinstance(images, Files):
+            some = rng.permutation(rng.stream_key("statistics"), len(self))
+            images = images[some[:_IMAGES_FOR_STATISTICS]]
         values = torch.arange(256, dtype=torch.float64) / 255
         means, stds = [], []
-        for channel in range(self.images.shape[1]):
-            counts = torch.bincount(self.images[:, channel].flatten(), minlength=256).double()
+        for channel in range(images.shape[1]):
+            counts = torch.bincount(images[:, channel].flatten(), minlength=256).double()
             mean = (counts @ values) / counts.sum()
             means.append(mean.item())
             variance = (counts @ (values - mean) ** 2) / counts.sum()
@@ -84,6 +151,7 @@ class Dataset:
         return means, stds
 
 
+_IMAGES_FOR_STATISTICS = 2000
 _STATISTICS = {
     "cifar10": ([0.4914, 0.4822, 0.4465], [0.2471, 0.2435, 0.2616]),
     "cifar100": ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),
@@ -110,7 +178,7 @@ def load_dataset(
     if options.name == "digits":
         return _digits(split)
     if options.name == "imagefolder":
-        return _imagefolder(data_root(options), split, options.size)
+        return _imagefolder(data_root(options), split, options)
     with main_process_first():
         return _torchvision(options.name, data_root(options), split)
 
@@ -163,7 +231,7 @@ def _torchvision(name: str, root: Path, split: str) -> Dataset:
     )
 
 
-def _imagefolder(root: Path, split: str, size: int | None) -> Dataset:
+def _imagefolder(root: Path, split: str, options: DataOptions) -> Dataset:
     from torchvision.datasets import ImageFolder
 
     folder = root / split
@@ -176,36 +244,8 @@ def _imagefolder(root: Path, split: str, size: int | None) -> Dataset:
         source = ImageFolder(str(folder))
     except (FileNotFoundError, OSError) as error:
         raise UserError(f"data.root: {folder}: {str(error).splitlines()[0]}") from None
-
-    def read(sample: tuple[str, int]) -> np.ndarray | str:
-        try:
-            with Image.open(sample[0]) as file:
-                image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            return sample[0]
-        return np.asarray(image if size is None else _resized(image, size))
-
-    with ThreadPoolExecutor() as pool:
-        images = list(pool.map(read, source.samples))
-    unreadable = [image for image in images if isinstance(image, str)]
-    if unreadable:
-        raise UserError(
-            f"data.root: {unreadable[0]}: not a readable image "
-            f"({len(unreadable)} of {len(images)} files under {folder}); repair or remove it"
-        )
-    shapes = {image.shape for image in images if not isinstance(image, str)}
-    if len(shapes) > 1:
-        raise UserError(
-            f"data.size: images under {folder} have {len(shapes)} different sizes; "
-            f"set data.size, for example data.size=32"
-        )
-    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    files = Files([path for path, _ in source.samples], options.size, options.workers)
+    images = files if files.gigabytes > options.resident_gb else files.all()
     labels = torch.tensor(source.targets)
-    padding = pixels.shape[-1] // 8
-    return Dataset("imagefolder", pixels, labels, source.classes, padding, flip=True)
-
-
-def _resized(image: Image.Image, size: int) -> Image.Image:
-    from PIL import ImageOps
-
-    return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    padding = files.shape[-1] // 8
+    return Dataset("imagefolder", images, labels, source.classes, padding, flip=True)

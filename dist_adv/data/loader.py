@@ -1,22 +1,27 @@
-"""The device-resident loader: order and augmentation are functions of (seed, epoch, sample).
+"""The loader: order and augmentation are functions of (seed, epoch, sample).
 
 All images live on the device as uint8. A batch is one gather: the random crop and the flip are
-in the indices, so nothing is done a sample in Python and nothing waits for the host.
+in the indices, so nothing is done a sample in Python and nothing waits for the host. A set that is
+too large for that is read off the disk by worker processes, a few batches ahead, and goes the same
+way from there on: the same batches, bit for bit.
 
 Rank r of W takes positions r, r + W, r + 2 W, ... of every global batch. A position then belongs
 to the same rank in full and in short batches (what Free's delta needs), and the ranks' shares
 differ by at most one image.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
 from dist_adv import rng
-from dist_adv.data.datasets import Dataset
-from dist_adv.errors import UserError
+from dist_adv.data.datasets import Dataset, Files
+from dist_adv.errors import RankFailure, UserError
 
 
 @dataclass(frozen=True)
@@ -75,51 +80,99 @@ class Loader:
         _, self.channels, self.height, self.width = dataset.images.shape
         self.padding = dataset.crop_padding if augment else 0
         self.flip = dataset.flip and augment
-        # (N, H + 2p, W + 2p, C): a pixel is a row, so that one index_select gathers a batch
-        # and its result is channels-last. Black borders, as torchvision's RandomCrop makes them.
-        padded = torch.nn.functional.pad(dataset.images, [self.padding] * 4)
-        self.pixels = padded.permute(0, 2, 3, 1).to(device).reshape(-1, self.channels)
+        self.pixels = None if isinstance(dataset.images, Files) else self._rows(dataset.images)
         self.labels = dataset.labels.to(device)
         # (2, H * W): where a crop's pixels are, seen from its first one; and those of its mirror.
         self.padded_width = self.width + 2 * self.padding
         rows = torch.arange(self.height, device=device)[:, None] * self.padded_width
         columns = torch.arange(self.width, device=device)
         windows = torch.stack([rows + columns, rows + columns.flip(0)]).flatten(1)
+        area = (self.height + 2 * self.padding) * self.padded_width
+        pixels = area * (batch_size if self.pixels is None else len(dataset))
         # Half the bytes of an int64 index: a batch is gathered in two thirds of the time (CPU).
-        self.windows = windows.to(torch.int32 if len(self.pixels) < 2**31 else torch.int64)
+        self.windows = windows.to(torch.int32 if pixels < 2**31 else torch.int64)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of pass number `epoch`, from batch number `start` on."""
         order = rng.permutation(rng.stream_key(self.seed, "order", epoch), len(self.dataset))
+        spans = [
+            (number * self.batch_size, min(len(order), (number + 1) * self.batch_size))
+            for number in range(start, self.batches)
+        ]
+        shares = [slice(first + self.rank, end, self.world_size) for first, end in spans]
+        read = self._read_ahead([order[mine] for mine in shares])
         order = order.to(self.device)
         # Of the whole pass at once: a batch of 128 would take longer to launch than to compute.
         keys = rng.sample_keys(rng.stream_key(self.seed, "samples", epoch), order)
-        corners, flipped = self._augmentation(order, keys)
-        for number in range(start, self.batches):
-            first, end = number * self.batch_size, (number + 1) * self.batch_size
-            mine = slice(first + self.rank, end, self.world_size)
-            x = self._gather(corners[mine], flipped[mine])
+        crops, flipped = self._augmentation(keys)
+        for (first, end), mine, pixels in zip(spans, shares, read, strict=True):
+            samples = order[mine]
+            # Read ahead, the batch is all the pixels there are.
+            numbers = samples if self.pixels is not None else torch.arange(len(samples)).to(samples)
+            x = self._gather(pixels, numbers, crops[mine], flipped[mine])
             x = x.to(torch.get_default_dtype()).div_(255)
-            weight = len(x) * self.world_size / len(order[first:end])
-            yield Batch(x, self.labels[order[mine]], keys[mine], weight)
+            weight = len(x) * self.world_size / (end - first)
+            yield Batch(x, self.labels[samples], keys[mine], weight)
 
-    def _augmentation(self, samples: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """As each sample's key says: the first pixel of its crop, and 1 where it is flipped."""
-        flipped = torch.zeros_like(samples)
+    def _read_ahead(self, shares: list[Tensor]) -> Iterable[Tensor]:
+        """For each batch the pixels that it is gathered from: all of them, or its own off disk."""
+        files = self.dataset.images
+        if not isinstance(files, Files):
+            assert self.pixels is not None
+            return itertools.repeat(self.pixels, len(shares))
+        ahead = DataLoader(
+            _Share(files),
+            batch_size=None,
+            sampler=[share.tolist() for share in shares],
+            num_workers=files.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        return (self._rows(_checked(images)) for images in ahead)
+
+    def _rows(self, images: Tensor) -> Tensor:
+        """uint8 (N, C, H, W) to a pixel a row, on the device, with borders to crop into.
+
+        One index_select of such rows gathers a batch, and its result is channels-last. Black
+        borders, as torchvision's RandomCrop makes them.
+        """
+        moved = images.to(self.device, non_blocking=True)
+        padded = torch.nn.functional.pad(moved, [self.padding] * 4)
+        return padded.permute(0, 2, 3, 1).reshape(-1, self.channels)
+
+    def _augmentation(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """As each sample's key says: where in its image its crop begins, and 1 for a mirror."""
+        flipped = crop = torch.zeros_like(keys)
         if self.flip:
             flipped = rng.integers(rng.substream(keys, "flip"), 2)
-        row = column = torch.zeros_like(samples)
         if self.padding:
             offsets = 2 * self.padding + 1
             row = rng.integers(rng.substream(keys, "row"), offsets)
-            column = rng.integers(rng.substream(keys, "column"), offsets)
-        padded_height = self.height + 2 * self.padding
-        corners = (samples * padded_height + row) * self.padded_width + column
-        return corners.to(self.windows.dtype), flipped
+            crop = row * self.padded_width + rng.integers(rng.substream(keys, "column"), offsets)
+        return crop, flipped
 
-    def _gather(self, corners: Tensor, flipped: Tensor) -> Tensor:
-        """uint8 (n, C, H, W), channels-last, of crops with these first pixels."""
+    def _gather(self, pixels: Tensor, numbers: Tensor, crops: Tensor, flipped: Tensor) -> Tensor:
+        """uint8 (n, C, H, W), channels-last: the crops of the images with these numbers."""
+        area = (self.height + 2 * self.padding) * self.padded_width
+        corners = (numbers * area + crops).to(self.windows.dtype)
         index = corners[:, None] + self.windows[flipped]
-        pixels = self.pixels.index_select(0, index.flatten())
-        shape = (len(corners), self.height, self.width, self.channels)
-        return pixels.view(shape).permute(0, 3, 1, 2)
+        shape = (len(numbers), self.height, self.width, self.channels)
+        return pixels.index_select(0, index.flatten()).view(shape).permute(0, 3, 1, 2)
+
+
+class _Share(TorchDataset):
+    """A rank's share of a batch, read by a worker process: images, or what is wrong with them."""
+
+    def __init__(self, files: Files) -> None:
+        self.files = files
+
+    def __getitem__(self, samples: list[int]) -> Tensor | str:
+        try:
+            return self.files.load(samples)
+        except UserError as error:
+            return str(error)
+
+
+def _checked(images: Tensor | str) -> Tensor:
+    if isinstance(images, str):
+        raise RankFailure(images)
+    return images

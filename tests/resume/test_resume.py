@@ -149,3 +149,15 @@ def test_the_guard_stops_with_the_last_good_weights(mode, passes, images, tmp_pa
     assert all(torch.equal(found[name], kept[passes][name]) for name in found)
     log = (tmp_path / "run" / "log.txt").read_text()
     assert ("catastrophic overfitting in pass 3" in log) == (mode != "none")
+
+
+def test_a_run_goes_on_from_images_on_disk(images, tmp_path):
+    """Where the images are, in memory or read as they are used, changes no bit of the weights."""
+    tree = config("free", "batch", images)
+    tree["train"] |= {"save_steps": 1, "keep": 100}
+    train_run(parse_config(tree, "free"), tmp_path / "memory", "none")
+    tree["data"] |= {"resident_gb": 0, "workers": 2}
+    middle = sorted((tmp_path / "memory" / "checkpoints").iterdir())[1]
+    train_run(parse_config(tree, "free"), tmp_path / "disk", str(middle))
+    expected, found = (load_model(tmp_path / name).state_dict() for name in ("memory", "disk"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)

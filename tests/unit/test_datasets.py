@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 
 from dist_adv.config import parse_config
 from dist_adv.data import DataOptions, Dataset, load_dataset
+from dist_adv.data.datasets import Files
 from dist_adv.errors import UserError
 from dist_adv.train import Trainer
 
@@ -345,3 +346,13 @@ def test_root_below_a_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"data\.root: cifar10 in .*file/data"):
         load_dataset(DataOptions(name="cifar10", root=str(tmp_path / "file" / "data")), "train")
+
+
+def test_large_folders_stay_on_disk(folder):
+    """By their decoded size: five images of 6 x 8."""
+    gigabytes = 5 * 6 * 8 * 3 / 1e9
+    assert isinstance(read(folder, resident_gb=gigabytes).images, torch.Tensor)
+    streamed = read(folder, resident_gb=gigabytes / 2)
+    assert isinstance(streamed.images, Files)
+    assert torch.equal(streamed.images[torch.tensor([3, 0])], read(folder).images[[3, 0]])
+    assert streamed.images.shape == read(folder).images.shape

@@ -1,5 +1,6 @@
 """The loader: every sample once, its augmentation its own, the same at any number of ranks."""
 
+from dataclasses import replace
 from itertools import islice, product
 
 import numpy as np
@@ -10,7 +11,8 @@ from scipy import stats
 from torch import Tensor
 
 from dist_adv.data import Batch, Dataset, Loader
-from dist_adv.errors import UserError
+from dist_adv.data.datasets import Files
+from dist_adv.errors import RankFailure, UserError
 
 N, BATCH, SEED = 37, 8, 5
 
@@ -225,3 +227,45 @@ def test_sizes_that_do(batch_size, options):
     assert all(
         len(batch.y) for batch in loader(batch_size=batch_size, rank=last, **options).epoch(0)
     )
+
+
+@pytest.fixture
+def files(tmp_path):
+    """`files(images)`: the images of a data set as files, read by two processes."""
+
+    def write(images: Tensor) -> Files:
+        paths = [str(tmp_path / f"{k}.png") for k in range(len(images))]
+        for path, pixels in zip(paths, images, strict=True):
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+        return Files(paths, None, 2)
+
+    return write
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("start", [0, 3])
+def test_images_read_off_the_disk_give_the_same_batches(ranks, start, files):
+    resident = made_up()
+    streamed = replace(resident, images=files(resident.images))
+    for rank in range(ranks):
+        sides = [loader(data, rank=rank, world_size=ranks) for data in (resident, streamed)]
+        batches = [list(side.epoch(2, start)) for side in sides]
+        assert len(batches[0]) == len(batches[1]) == 5 - start
+        assert all(same(*pair) for pair in zip(*batches, strict=True))
+        assert batches[1][0].x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_held_out_images_and_statistics_of_files(files):
+    resident = made_up()
+    streamed = replace(resident, images=files(resident.images))
+    assert streamed.statistics() == resident.statistics()
+    for one, other in zip(resident.hold_out(5), streamed.hold_out(5), strict=True):
+        assert torch.equal(one.images, other.images.all())
+        assert torch.equal(one.labels, other.labels)
+
+
+def test_image_that_breaks_while_it_is_needed(files, tmp_path):
+    streamed = replace(made_up(), images=files(made_up().images))
+    (tmp_path / "30.png").write_bytes(b"no more")
+    with pytest.raises(RankFailure, match=r"^data\.root: .*30\.png: not a readable image"):
+        list(loader(streamed).epoch(0))

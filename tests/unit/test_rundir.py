@@ -226,6 +226,8 @@ DECIDED: dict[str, tuple[Any, str]] = {
     "data.drop_last": (True, "no"),
     "data.validation": (10, "no"),
     "data.size": (8, "no"),
+    "data.resident_gb": (0.0, "yes"),
+    "data.workers": (1, "yes"),
     "optim.lr": (0.1, "no"),
     "optim.momentum": (0.8, "no"),
     "optim.weight_decay": (0.0, "no"),
