@@ -1,5 +1,6 @@
 # make demo    set up, train four methods on embedded data, write a report (a few minutes)
 # make test    set up, run every check and test
+# make bench   time this machine against what people use (about ten minutes; leave it alone)
 # make faults  kill sixty runs at random moments and resume them (half an hour)
 # make check   formatting, types, quick tests (under 2 minutes)
 
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 # Small models: more threads than one a process only get in each other's way.
 RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: setup demo check test faults lint schema lock clean
+.PHONY: setup demo check test bench faults lint schema lock clean
 
 setup: $(VENV)/.installed
 
@@ -35,6 +36,11 @@ check: lint
 
 test: lint
 	$(RUN_TESTS) --durations=10
+
+# With DATA, a folder of CIFAR-10, and RUN, a robust run on it, the attack is timed on that.
+bench: setup
+	$(BIN)/pip install --quiet -c requirements.lock -e '.[bench]'
+	$(BIN)/dist-adv bench $(if $(RUN),--run $(RUN)) $(if $(DATA),--data $(DATA))
 
 # Sixty runs killed at random moments (about half an hour); the seed is printed.
 faults: setup
