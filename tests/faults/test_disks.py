@@ -210,16 +210,18 @@ def test_full_while_metrics_are_written(images, truth, disk, tmp_path):
     goes_on(config, job.run_dir, truth)
 
 
-@pytest.mark.parametrize("file", ["examples.safetensors", "results.jsonl"])
+@pytest.mark.parametrize("file", ["unfinished-", "examples.safetensors", "results.jsonl"])
 def test_full_while_the_evaluation_is_written(file, images, truth, disk, tmp_path):
     """The weights are safe; the same command measures them and writes what is missing."""
     config = settings(tmp_path, images)
     job = Job(config, disk.path / "run")
     stopped_at(job, job.run_dir / "model.safetensors")
     pictures = -(-(truth / "examples.safetensors").stat().st_size // PAGE)
-    disk.fill(pages_left=pictures if file == "results.jsonl" else pictures - 1)
+    # What is measured so far takes a page.
+    left = {"unfinished-": 0, "examples.safetensors": pictures, "results.jsonl": pictures + 1}
+    disk.fill(pages_left=left[file])
     job.signal(signal.SIGCONT)
-    failed(job, f"run/{file}: could not be written", "No space left on device")
+    failed(job, f"run/{file}", "could not be written", "No space left on device")
     assert weights_hash(job.run_dir) == weights_hash(truth)
     intact(job.run_dir, BATCHES, STEPS)
     assert [line["attack"] for line in lines(job.run_dir / "results.jsonl")] == []
