@@ -46,12 +46,16 @@ class ThreatOptions(Options):
 
 
 class OptimOptions(Options):
-    """SGD and its schedule over all optimiser steps of the run."""
+    """SGD and its schedule over all optimiser steps of the run.
+
+    rise: the share of the run in which the rate of `cyclic` rises; short runs like 0.25.
+    """
 
     lr: Annotated[Real, Field(gt=0)] = 0.2
     momentum: Annotated[Real, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[Real, Field(ge=0)] = 5e-4
     schedule: Schedule = "cyclic"
+    rise: Annotated[Real, Field(gt=0, lt=1)] = 0.5
     cycle_momentum: bool = False
     """Momentum m -> m - 0.1 -> m over the run, as torch's CyclicLR does unless told otherwise."""
 

@@ -9,15 +9,16 @@ from typing import Literal
 Schedule = Literal["cyclic", "multistep", "cosine", "constant"]
 
 
-def lr_at(schedule: Schedule, peak: float, step: int, total: int) -> float:
+def lr_at(schedule: Schedule, peak: float, step: int, total: int, rise: float = 0.5) -> float:
     """Learning rate of update number `step` (from 0) of `total`.
 
-    cyclic: a triangle, 0 -> peak -> 0 (Wong et al. 2020, torch's CyclicLR); the first update
-    has rate 0. multistep: x 0.1 at total / 2 and again at 3 total / 4 (their alternative).
+    cyclic: a triangle, 0 -> peak -> 0, which rises for the share `rise` of the run (Wong et al.
+    2020, torch's CyclicLR: one half); the first update has rate 0. multistep: x 0.1 at total / 2
+    and again at 3 total / 4 (their alternative).
     """
     done = step / total
     if schedule == "cyclic":
-        return peak * (1 - abs(2 * done - 1))
+        return peak * (1 - _from_peak(done, rise))
     if schedule == "multistep":
         return peak * 0.1 ** (int(step >= total // 2) + int(step >= total * 3 // 4))
     if schedule == "cosine":
@@ -25,10 +26,15 @@ def lr_at(schedule: Schedule, peak: float, step: int, total: int) -> float:
     return peak
 
 
-def momentum_at(base: float, cycle: bool, step: int, total: int) -> float:
-    """Momentum of update number `step`: constant, or base -> base - 0.1 -> base.
+def momentum_at(base: float, cycle: bool, step: int, total: int, rise: float = 0.5) -> float:
+    """Momentum of update number `step`: constant, or base -> base - 0.1 -> base with the rate.
 
     The cycle is what torch's CyclicLR does unless told otherwise (`cycle_momentum=True`), and
     so what the published Free-against-Fast runs did.
     """
-    return base - 0.1 * (1 - abs(2 * step / total - 1)) if cycle else base
+    return base - 0.1 * (1 - _from_peak(step / total, rise)) if cycle else base
+
+
+def _from_peak(done: float, rise: float) -> float:
+    """1 at the beginning, 0 when the share `rise` of the run is done, 1 at the end."""
+    return 1 - done / rise if done < rise else (done - rise) / (1 - rise)

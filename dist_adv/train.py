@@ -225,8 +225,10 @@ class Trainer:
         optim = self.config.optim
         step, total = self.clock.step, self.total_steps
         for group in self.optimizer.param_groups:
-            group["lr"] = lr_at(optim.schedule, optim.lr, step, total)
-            group["momentum"] = momentum_at(optim.momentum, optim.cycle_momentum, step, total)
+            group["lr"] = lr_at(optim.schedule, optim.lr, step, total, optim.rise)
+            group["momentum"] = momentum_at(
+                optim.momentum, optim.cycle_momentum, step, total, optim.rise
+            )
 
     def _between_batches(
         self,

@@ -49,6 +49,25 @@ def test_rates_are_torch_s(schedule, total):
     assert ours == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("rise", [0.1, 0.25, 0.8])
+@pytest.mark.parametrize("total", [10, 390])
+def test_a_triangle_may_rise_faster_than_it_falls(rise, total):
+    """As torch's CyclicLR with a step_size_up other than its step_size_down."""
+
+    def lopsided(sgd, total):
+        up = rise * total
+        return lr_scheduler.CyclicLR(
+            sgd, 0, PEAK, up, total - up, base_momentum=0.8, max_momentum=0.9
+        )
+
+    expected = rates(lopsided, total)
+    ours = [
+        (lr_at("cyclic", PEAK, step, total, rise), momentum_at(0.9, True, step, total, rise))
+        for step in range(total)
+    ]
+    assert ours == [pytest.approx(pair, abs=1e-12) for pair in expected]
+
+
 @pytest.mark.parametrize("total", [4, 10, 390])
 def test_momentum_cycles_as_torch_s(total):
     ours = [momentum_at(0.9, True, step, total) for step in range(total)]
