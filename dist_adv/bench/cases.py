@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -345,11 +345,7 @@ def engine(bench: Bench) -> Iterator[Row]:
     trainer, meter = bench.trainer({"name": "fast"}, bench.small, epochs=10**6), Meter(bench.device)
     bare = _Bare(bench)
     endless = (batch for epoch in range(10**6) for batch in trainer.loader.epoch(epoch))
-    with tempfile.TemporaryDirectory() as folder, bar(False) as progress:
-        run_dir = Path(folder)
-        session = Session(bench.accelerator, run_dir, trainer.config.train)
-        tracker = Tracker(run_dir, trainer.config)
-        display = TrainingDisplay(progress, trainer.total_steps, 0)
+    with _run_of(trainer) as (run_dir, session, tracker, display):
 
         def ours() -> None:
             trainer.learn(next(endless), meter)
@@ -358,7 +354,6 @@ def engine(bench: Bench) -> Iterator[Row]:
 
         sides = {"engine": ours, "bare": lambda: bare.step(next(endless))}
         timings = alternate(sides, bench.device, bench.rounds(120), 5, bench.tick)
-        session.close()
     ratio, low, high = timings.ratio("engine", "bare")
     yield Row(
         "engine",
@@ -371,15 +366,23 @@ def engine(bench: Bench) -> Iterator[Row]:
     )
 
 
+@contextmanager
+def _run_of(trainer: Trainer) -> Iterator[tuple[Path, Session, Tracker, TrainingDisplay]]:
+    """What `Trainer.fit` is given: a run folder, a session, records, a display that is silent."""
+    with tempfile.TemporaryDirectory() as folder, bar(False) as progress:
+        session = Session(trainer.accelerator, Path(folder), trainer.config.train)
+        tracker = Tracker(Path(folder), trainer.config)
+        try:
+            yield Path(folder), session, tracker, TrainingDisplay(progress, trainer.total_steps, 0)
+        finally:
+            session.close()
+
+
 def overhead(bench: Bench) -> Iterator[Row]:
     """What a pass of 391 Fast steps spends on lines of metrics, a checkpoint and the curve."""
     trainer, meter = bench.trainer({"name": "fast"}), Meter(bench.device)
     batch = next(trainer.loader.epoch(0))
-    with tempfile.TemporaryDirectory() as folder, bar(False) as progress:
-        run_dir = Path(folder)
-        session = Session(bench.accelerator, run_dir, trainer.config.train)
-        tracker = Tracker(run_dir, trainer.config)
-        display = TrainingDisplay(progress, trainer.total_steps, 0)
+    with _run_of(trainer) as (run_dir, session, tracker, display):
 
         def line() -> None:
             trainer.clock.batch = trainer.config.train.log_every
@@ -400,13 +403,11 @@ def overhead(bench: Bench) -> Iterator[Row]:
         timings = alternate(sides, bench.device, bench.rounds(5), tick=bench.tick)
         once = alternate({"curve": curve}, bench.device, 1 + bench.quick, 0, bench.tick)
         trainer.writer.wait()
-        session.close()
     pass_ = 391 * timings.median("step")
     shares = {
         "8 lines of metrics": 8 * timings.median("line") / pass_,
         "a checkpoint": timings.median("save") / pass_,
-        "the curve (natural, FGSM, PGD-10 on 100 images; as a rule 1,000)": once.median("curve")
-        / pass_,
+        "the curve (natural, FGSM, PGD-10) on 100 images": once.median("curve") / pass_,
     }
     yield Row(
         "overhead",
