@@ -31,6 +31,7 @@ def cli() -> None:
     dist-adv train configs/cifar10/fast.yaml   train a robust CIFAR-10 classifier
     dist-adv eval runs/cifar10-fast --attacks pgd-50-10
     dist-adv report runs/* --out report        tables, curves, adversarial images
+    dist-adv sweep configs/sweeps/paper.yaml   every row of the paper
     """
 
 
@@ -120,6 +121,56 @@ def report(run_dirs: tuple[Path, ...], out: Path) -> None:
     from dist_adv.report import write_report
 
     click.echo(f"report: {write_report(run_dirs, out)}")
+
+
+@cli.command()
+@click.argument("file", metavar="SWEEP", type=click.Path(path_type=Path))
+@_OVERRIDES
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="[default: runs/NAME of the sweep file]"
+)
+@click.option("--only", metavar="RUN", help="One run in this process, by name or number from 0.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Side by side.")
+@click.option("--dry-run", is_flag=True, help="Check every run, list them, and stop.")
+@click.option("--wandb", is_flag=True, help="Print the sweep as one for W&B agents, and stop.")
+def sweep(
+    file: Path,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    only: str | None,
+    jobs: int,
+    dry_run: bool,
+    wandb: bool,
+) -> None:
+    """Train every run that SWEEP describes, go on where an earlier start stopped, report.
+
+    A run that fails does not stop the others; the exit status is then 1. Under a launcher, or as
+    a task of a job array, --only takes one run.
+
+    \b
+    dist-adv sweep configs/sweeps/digits.yaml --jobs 2
+    dist-adv sweep configs/sweeps/paper.yaml --dry-run
+    dist-adv sweep configs/sweeps/free_m.yaml model.width=16 --out runs/free-m-small
+    torchrun --nproc-per-node 8 -m dist_adv sweep configs/sweeps/paper.yaml --only fast-16
+    dist-adv sweep configs/sweeps/seeds.yaml --wandb > wandb.yaml; wandb sweep wandb.yaml
+    """
+    stopping.catch_signals()
+    from dist_adv.sweep import as_wandb, listing, load_sweep
+
+    checked = load_sweep(file, overrides)
+    folder = out or Path("runs") / checked.name
+    if dry_run:
+        from rich.console import Console
+
+        Console().print(listing(checked))
+    elif wandb:
+        click.echo(as_wandb(checked, file, overrides, folder), nl=False)
+    elif only is None:
+        raise click.UsageError("Missing option '--only'.")
+    else:
+        from dist_adv.sweep_runner import run_one
+
+        run_one(checked, only, folder)
 
 
 @cli.command()

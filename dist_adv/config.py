@@ -272,23 +272,29 @@ def _shown(text: str) -> str:
     return repr(line if len(line) <= 40 else line[:40] + "...")
 
 
-def _read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping of a file with everything that it extends."""
-    if path.resolve() in seen:
-        raise UserError(f"{path}: extends itself; remove the circle of 'extends'")
+def read_mapping(path: Path, needs: str, wanted: str = "") -> dict[str, Any]:
+    """The mapping that a YAML file holds; `needs` and `wanted` are for what is said of others."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        wanted = f" (which {seen[-1]} extends)" if seen else ""
         raise UserError(f"{path}: no such configuration file{wanted}; see configs/") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"{path}: cannot be read ({reason})") from None
     tree = _parse_yaml(text, str(path))
     if tree is None:
-        raise UserError(f"{path}: is empty; it needs at least 'method: {{name: fast}}'")
+        raise UserError(f"{path}: is empty; it needs at least {needs!r}")
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: is no mapping of sections such as 'method:' and 'train:'")
+        raise UserError(f"{path}: is no mapping of keys; it needs at least {needs!r}")
+    return tree
+
+
+def _read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping of a file with everything that it extends."""
+    if path.resolve() in seen:
+        raise UserError(f"{path}: extends itself; remove the circle of 'extends'")
+    wanted = f" (which {seen[-1]} extends)" if seen else ""
+    tree = read_mapping(path, "method: {name: fast}", wanted)
     base = tree.pop("extends", None)
     if base is None:
         return tree
@@ -332,13 +338,15 @@ def _overrides(assignments: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a file and what it extends, apply `key.path=value` overrides, check everything.
+
+    path: None where the overrides say all that differs from the defaults.
 
     Raises UserError naming the file and the key, with the nearest known name where there is one.
     """
-    tree = _merge(_read_file(Path(path)), _overrides(overrides))
-    return parse_config(tree, str(path))
+    tree = _merge(_read_file(Path(path)) if path else {}, _overrides(overrides))
+    return parse_config(tree, str(path or "overrides"))
 
 
 def parse_config(tree: Mapping[str, Any], source: str) -> Config:
@@ -359,19 +367,19 @@ def _explain(error: ErrorDetails, tree: Mapping[str, Any]) -> str:
     context = error.get("ctx", {})
     match error["type"]:
         case "extra_forbidden":
-            return f"{key}: unknown key{_nearest(place[-1], _known_keys(place[:-1]))}"
+            return f"{key}: unknown key{nearest(place[-1], _known_keys(place[:-1]))}"
         case "missing":
             return f"{key}: missing; a method is needed: 'method: {{name: fast}}'"
         case "union_tag_invalid":
             kinds = re.findall("'(.*?)'", context["expected_tags"])
             found = context["tag"]
-            return f"{key}.name: {found!r} is not known{_nearest(found, kinds)}"
+            return f"{key}.name: {found!r} is not known{nearest(found, kinds)}"
         case "union_tag_not_found":
-            return f"{key}.name: missing{_nearest('', _kinds(place[0]))}"
+            return f"{key}.name: missing{nearest('', _kinds(place[0]))}"
         case "literal_error":
             found = error["input"]
             kinds = re.findall("'(.*?)'", context["expected"])
-            return f"{key}: {found!r} is not known{_nearest(str(found), kinds)}"
+            return f"{key}: {found!r} is not known{nearest(str(found), kinds)}"
         case "model_type" | "model_attributes_type":
             return f"{key}: is a section with keys of its own, not {error['input']!r}"
         case "value_error":
@@ -406,7 +414,7 @@ def _kinds(section: str) -> list[str]:
     return list(Config.model_json_schema()["properties"][section]["discriminator"]["mapping"])
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
+def nearest(word: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; choose from {', '.join(known)}"
 

@@ -381,9 +381,14 @@ IN_PROCESS = [
     Row("config-folder", "train my", ("my: cannot be read", "directory"), {"my/a.yaml": "a: 1"}),
     Row("config-empty", "train my.yaml", ("my.yaml: is empty", "name: fast"), {"my.yaml": ""}),
     Row("config-comment", "train my.yaml", ("my.yaml: is empty",), {"my.yaml": "# later\n"}),
-    Row("config-list", "train my.yaml", ("my.yaml: is no mapping", "'train:'"), {"my.yaml": "- a"}),
     Row(
-        "config-text", "train my.yaml", ("my.yaml: is no mapping", "'train:'"), {"my.yaml": "fast"}
+        "config-list", "train my.yaml", ("my.yaml: is no mapping", "name: fast"), {"my.yaml": "- a"}
+    ),
+    Row(
+        "config-text",
+        "train my.yaml",
+        ("my.yaml: is no mapping", "name: fast"),
+        {"my.yaml": "fast"},
     ),
     Row(
         "config-binary", "train my.yaml", ("my.yaml", "UTF-8"), {"my.yaml": b"\x7fELF\xff\xfe\x00"}
@@ -431,6 +436,109 @@ IN_PROCESS = [
     ),
     Row(
         "extends-list", "train a.yaml", ("a.yaml: extends", "one file"), {"a.yaml": "extends: [b]"}
+    ),
+]
+
+GRID = f"base: {DIGITS}/fast.yaml\ngrid: "
+IN_PROCESS += [
+    # Sweeps: in each of them nothing runs.
+    Row("sweep-missing", "sweep my.yaml", ("my.yaml: no such configuration file", "configs/")),
+    Row("sweep-empty", "sweep my.yaml", ("my.yaml: is empty", "grid: "), {"my.yaml": ""}),
+    Row("sweep-of-nothing", "sweep my.yaml", ("no run", "'grid:'"), {"my.yaml": "set: {}"}),
+    Row(
+        "sweep-key",
+        "sweep my.yaml",
+        ("my.yaml: gird: unknown key; did you mean 'grid'",),
+        {"my.yaml": "gird: {train.seed: [1]}"},
+    ),
+    Row(
+        "sweep-key-of-a-run",
+        "sweep my.yaml",
+        ("runs.0.nmae: unknown key; did you mean 'name'", "runs.0.name: missing"),
+        {"my.yaml": "runs: [{nmae: a}]"},
+    ),
+    Row(
+        "sweep-is-a-run",
+        "sweep DIGITS/fast.yaml",
+        ("fast.yaml: extends: unknown key", "base, set, grid, runs"),
+    ),
+    Row(
+        "sweep-grid-no-list",
+        "sweep my.yaml",
+        ("my.yaml: grid.train.seed: ", "list", "it is 3"),
+        {"my.yaml": GRID + "{train.seed: 3}"},
+    ),
+    Row(
+        "sweep-grid-of-nothing",
+        "sweep my.yaml",
+        ("my.yaml: grid.train.seed: ", "at least 1"),
+        {"my.yaml": GRID + "{train.seed: []}"},
+    ),
+    Row(
+        "sweep-key-of-a-config",
+        "sweep my.yaml",
+        ("my.yaml: run 'alpa-0.1': ", "method.alpa: unknown key; did you mean 'alpha'"),
+        {"my.yaml": GRID + "{method.alpa: [0.1]}"},
+    ),
+    Row(
+        "sweep-value-of-the-last",
+        "sweep my.yaml",
+        ("my.yaml: run 'eps-8': ", "threat.eps: 8 ", "8/255"),
+        {"my.yaml": GRID + "{threat.eps: [8/255, 8]}"},
+    ),
+    Row(
+        "sweep-override",
+        "sweep my.yaml train.epoch=3",
+        ("my.yaml: run 'seed-1': ", "train.epoch: unknown key; did you mean 'epochs'"),
+        {"my.yaml": GRID + "{train.seed: [1]}"},
+    ),
+    Row(
+        "sweep-base",
+        "sweep my.yaml",
+        ("my.yaml: run 'a': ", "fst.yaml: no such configuration file"),
+        {"my.yaml": "runs: [{name: a, base: fst.yaml}]"},
+    ),
+    Row(
+        "sweep-no-base",
+        "sweep my.yaml",
+        ("my.yaml: run 'seed-1': ", "method: missing"),
+        {"my.yaml": "grid: {train.seed: [1]}"},
+    ),
+    Row(
+        "sweep-same-name",
+        "sweep my.yaml",
+        ("my.yaml: two runs have the name 'seed-1'", "its own"),
+        {"my.yaml": GRID + "{train.seed: [1, 1]}"},
+    ),
+    Row(
+        "sweep-name-of-a-path",
+        "sweep my.yaml",
+        ("my.yaml: the run name '../a' is no folder name", "letters"),
+        {"my.yaml": "runs: [{name: ../a}]"},
+    ),
+    Row(
+        "sweep-name-of-its-own",
+        "sweep my.yaml",
+        ("my.yaml: the run name 'report'", "another"),
+        {"my.yaml": "runs: [{name: report}]"},
+    ),
+    Row(
+        "sweep-only",
+        "sweep my.yaml --only sed-1",
+        ("--only", "no run 'sed-1'; did you mean 'seed-1'"),
+        {"my.yaml": GRID + "{train.seed: [0, 1]}"},
+    ),
+    Row(
+        "sweep-only-number",
+        "sweep my.yaml --only 2",
+        ("--only", "no run '2'; 0 to 1, or a name"),
+        {"my.yaml": GRID + "{train.seed: [0, 1]}"},
+    ),
+    Row(
+        "sweep-into-a-run",
+        "sweep my.yaml --only 0 --out run",
+        ("run: is not empty and no sweep's folder", "--out"),
+        {"my.yaml": GRID + "{train.seed: [0, 1]}", **RUN},
     ),
 ]
 
