@@ -227,6 +227,33 @@ def bench(
         raise click.exceptions.Exit(1)
 
 
+@cli.command()
+@click.argument(
+    "run_dirs", nargs=-1, required=True, metavar="RUN_DIR...", type=click.Path(path_type=Path)
+)
+@click.option(
+    "--offline",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Push nothing: write W&B's offline files of what would be pushed to DIR.",
+)
+def sync(run_dirs: tuple[Path, ...], offline: Path | None) -> None:
+    """Push runs to Weights & Biases that were recorded offline or only in part.
+
+    Each becomes one run with the id that it has had from its first start on, however often it was
+    killed and resumed since. Written from the run folder: `wandb/` may be missing. Again is safe.
+
+    \b
+    dist-adv sync runs/*
+    WANDB_ENTITY=my-team dist-adv sync runs/cifar10-fast
+    dist-adv sync runs/cifar10-fast --offline /tmp/look
+    """
+    from dist_adv.sync import sync_runs
+
+    for name, where in sync_runs(run_dirs, offline):
+        click.echo(f"{name}: {where}")
+
+
 def main() -> NoReturn:
     """Run a command; errors become one line and an exit status."""
     status = _run(sys.argv[1:])

@@ -143,14 +143,20 @@ class EvalOptions(Options):
 
 
 class WandbOptions(Options):
-    """Weights & Biases. `auto` is online where a key is known and offline elsewhere."""
+    """Weights & Biases. `auto` is online where a key is known and offline elsewhere.
+
+    name: null is the run folder's name. tags: none is method, data set and model. W&B's own
+    environment variables (WANDB_PROJECT, WANDB_RUN_GROUP, ...) go before what is said here.
+    """
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    project: str = "dist-adv"
+    project: Annotated[str, Field(max_length=128, pattern=r"^[^/\\#?%:]+$")] = "dist-adv"
     entity: str | None = None
     name: str | None = None
     group: str | None = None
-    tags: list[str] = []
+    job_type: str = "train"
+    notes: str | None = None
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = []
 
 
 class TrackOptions(Options):

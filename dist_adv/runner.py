@@ -98,7 +98,7 @@ def _train(
     if not exists:
         stack.enter_context(log_file(run_dir / "log.txt", main))
     wandb_id = start[1].state["wandb_id"] if start else None
-    tracker = Tracker(run_dir, config, wandb_id) if main else None
+    tracker = Tracker(run_dir, config, wandb_id, trainer.clock.step) if main else None
     log.info(
         "%s: %s on %s, %d images, %d steps, %s, %s with %d rank(s)",
         run_dir,
@@ -143,13 +143,15 @@ def _evaluate_the_rest(config: Config, run_dir: Path, accelerator: Accelerator) 
             rundir.mark(run_dir, "done")  # it was killed right before
         return
     trained = read_final(run_dir / "model.safetensors")["trained"]
+    main = accelerator.is_main_process
+    tracker = Tracker(run_dir, config) if main else None
 
     def where() -> dict[str, float]:
         return {key: trained[key] for key in ("step", "epoch")}
 
     with (
-        log_file(run_dir / "log.txt", accelerator.is_main_process),
-        _supervised(run_dir, config, accelerator, None, where) as session,
+        log_file(run_dir / "log.txt", main),
+        _supervised(run_dir, config, accelerator, tracker, where) as session,
     ):
         _evaluate(
             config,
@@ -157,6 +159,7 @@ def _evaluate_the_rest(config: Config, run_dir: Path, accelerator: Accelerator) 
             accelerator,
             missing,
             config.eval.limit,
+            tracker=tracker,
             between=session.between_chunks,
         )
 
@@ -170,7 +173,8 @@ def _supervised(
     where: Callable[[], dict[str, float]],
 ) -> Iterator[Session]:
     """A session; status.json and the dashboards are told how it ended."""
-    main, finish = accelerator.is_main_process, tracker.finish if tracker else lambda status: None
+    main = accelerator.is_main_process
+    finish = tracker.finish if tracker else lambda status, failure="": None
     session = Session(accelerator, run_dir, config.train)
     try:
         yield session
@@ -186,8 +190,8 @@ def _supervised(
         finish(stop.status)
         session.leave()  # the first to go gets the others killed
         raise
-    except Exception:
-        finish(1)
+    except Exception as error:
+        finish(1, f"{run_dir}: {error}")
         raise
     finally:
         session.close()
@@ -271,7 +275,7 @@ def _evaluate(
         write_results(run_dir, results, examples, about)
         unfinished.finished()
         if tracker:
-            tracker.results(results, examples)
+            tracker.results()
         results_table(results)
 
 

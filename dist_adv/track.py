@@ -12,14 +12,19 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from safetensors.torch import save
 
-from dist_adv import records
+from dist_adv import records, wandb_run
 from dist_adv.config import Config
 from dist_adv.errors import UserError
 from dist_adv.evaluate import Examples, Result
+from dist_adv.wandb_run import caption, final, named, picture
+
+if TYPE_CHECKING:
+    from dist_adv.report.runs import Run
 
 log = logging.getLogger("dist_adv")
 
@@ -41,48 +46,88 @@ def check(config: Config) -> None:
 
 
 class Tracker:
-    """Records of one run. `wandb_id` of an earlier part of the run goes on as the same run."""
+    """Records of one run. `wandb_id` of an earlier part of the run goes on as the same run.
 
-    def __init__(self, run_dir: Path, config: Config, wandb_id: str | None = None) -> None:
-        self.run_dir = run_dir
+    step: from where the run goes on; TensorBoard hides what lies beyond.
+    """
+
+    def __init__(
+        self, run_dir: Path, config: Config, wandb_id: str | None = None, step: int = 0
+    ) -> None:
+        self.run_dir, self.skipped = run_dir, 0
         records.drop_torn_line(run_dir / "metrics.jsonl")
-        self.wandb = _start_wandb(run_dir, config, wandb_id)
+        self.wandb = wandb_run.start(run_dir, config, wandb_id)
         self.wandb_id: str | None = self.wandb.id if self.wandb else wandb_id
-        self.tensorboard = _start_tensorboard(run_dir) if config.track.tensorboard else None
+        self.tensorboard: Any = (
+            _start_tensorboard(run_dir, config, step) if config.track.tensorboard else None
+        )
 
-    def metrics(self, record: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl; `kind` is `train` (a logged step) or `epoch`."""
+    def metrics(self, record: Mapping[str, Any], examples: Examples | None = None) -> None:
+        """One line of metrics.jsonl; `kind` is `train` (a logged step) or `epoch`.
+
+        examples: of the evaluation whose figures the line has.
+        """
         records.append(self.run_dir / "metrics.jsonl", record)
-        numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
-        named = {f"{record['kind']}/{key}": value for key, value in numbers.items()}
         with self._views():
+            image = picture(examples) if examples else None
             if self.wandb:
-                self.wandb.log({**named, "step": record["step"], "epoch": record["epoch"]})
+                self.wandb.metrics(record, image, caption(examples) if examples else "")
             if self.tensorboard:
-                for name, value in named.items():
+                for name, value in named(record).items():
                     self.tensorboard.add_scalar(name, value, record["step"])
+                if image is not None:
+                    self._tensorboard_image("epoch/examples", image, record["step"])
+            self._alert(record)
 
-    def results(self, results: Sequence[Result], examples: Examples | None) -> None:
+    def results(self) -> None:
         """The final figures on the dashboards; `write_results` keeps the record."""
         with self._views():
-            for result in results:
-                if self.wandb:
-                    self.wandb.summary[f"final/{result.attack}"] = result.accuracy
-                if self.tensorboard:
-                    self.tensorboard.add_scalar(f"final/{result.attack}", result.accuracy)
-            if self.wandb and examples:
-                self.wandb.log({f"examples/{examples.attack}": _table(examples)})
-
-    def finish(self, status: int = 0) -> None:
-        """Flush everything; the run may not be used afterwards. status: as of the process."""
-        with self._views():
-            if self.tensorboard:
-                self.tensorboard.close()
+            run = self._read()
             if self.wandb:
-                import wandb
+                self.wandb.results(run)
+            if self.tensorboard:
+                for name, accuracy in final(run).items():
+                    self.tensorboard.add_scalar(name, accuracy, run.steps)
+                if run.examples:
+                    self._tensorboard_image("final/examples", picture(run.examples), run.steps)
 
-                self.wandb.finish(exit_code=status)
-                wandb.teardown()  # `finish` returns before the last records are in the file
+    def finish(self, status: int = 0, failure: str = "") -> None:
+        """Flush everything; the run may not be used afterwards.
+
+        status: as of the process; failure: why it is not 0, for an alert.
+        """
+        wandb, tensorboard = self.wandb, self.tensorboard
+        with self._views():
+            if wandb and failure:
+                wandb.alert("Run failed", failure)
+            if wandb and not status:
+                wandb.artifacts(self._read())
+        with self._views():
+            if tensorboard:
+                tensorboard.close()
+            if wandb:
+                wandb.finish(status)
+
+    def _alert(self, record: Mapping[str, Any]) -> None:
+        if self.wandb is None:
+            return
+        where = f"{self.run_dir}, pass {record['epoch']:g}"
+        skipped = record.get("skipped_updates", 0)
+        if skipped > self.skipped:
+            self.wandb.alert("Not finite", f"{where}: {skipped} updates skipped since this start")
+            self.skipped = skipped
+        if record.get("guard_tripped"):
+            accuracy = f"{record['guard_accuracy']:.1%}"
+            text = f"{where}: PGD-5 accuracy on training images fell to {accuracy}"
+            self.wandb.alert("Catastrophic overfitting", text)
+
+    def _read(self) -> "Run":
+        from dist_adv.report.runs import read_runs
+
+        return read_runs([self.run_dir])[0]
+
+    def _tensorboard_image(self, name: str, image: np.ndarray, step: int) -> None:
+        self.tensorboard.add_image(name, image, step, dataformats="HWC")
 
     @contextmanager
     def _views(self) -> Iterator[None]:
@@ -108,64 +153,9 @@ def write_results(
         records.append(run_dir / "results.jsonl", {**result.record(), **about})
 
 
-def _table(examples: Examples) -> Any:
-    """A W&B table of images before and after the attack, with the predictions."""
-    import wandb
-
-    table = wandb.Table(columns=["image", "adversarial", "label", "predicted", "attacked"])
-    answers = (examples.label, examples.clean_prediction, examples.adversarial_prediction)
-    for i in range(len(examples.label)):
-        pictures = [
-            wandb.Image((images[i] * 255).byte().permute(1, 2, 0).numpy().squeeze())
-            for images in (examples.clean, examples.adversarial)
-        ]
-        table.add_data(*pictures, *(examples.classes[int(answer[i])] for answer in answers))
-    return table
-
-
-def _start_wandb(run_dir: Path, config: Config, wandb_id: str | None) -> Any:
-    """A W&B run, offline where nobody is logged in or the server is out of reach; or None."""
-    options = config.track.wandb
-    mode = os.environ.get("WANDB_MODE", options.mode)
-    if mode == "disabled":
-        return None
-    import wandb
-
-    def start(mode: Any) -> Any:
-        run = wandb.init(
-            dir=run_dir,
-            project=options.project,
-            entity=options.entity,
-            name=options.name or run_dir.name,
-            group=options.group,
-            tags=options.tags or [config.method.name, config.data.name, config.model.name],
-            config=config.model_dump(),
-            id=wandb_id,
-            resume="allow" if wandb_id else None,
-            mode=mode,
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                # Long enough for a slow network; W&B's own 90 s are long for a run that waits.
-                init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", "30")),
-            ),
-        )
-        # Points are placed by these and not by W&B's own counter, which drops what a resumed
-        # run logs again.
-        run.define_metric("train/*", step_metric="step")
-        run.define_metric("epoch/*", step_metric="epoch")
-        return run
-
-    try:
-        if mode == "auto":
-            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-        return start(mode)
-    except (wandb.Error, OSError) as error:
-        log.warning("W&B is out of reach (%s): recording offline in %s/wandb", error, run_dir)
-        return start("offline")
-
-
-def _start_tensorboard(run_dir: Path) -> Any:
+def _start_tensorboard(run_dir: Path, config: Config, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(run_dir / "tensorboard")
+    writer = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1 if step else None)
+    writer.add_text("config", f"```yaml\n{config.dump()}```")
+    return writer

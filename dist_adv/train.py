@@ -22,7 +22,7 @@ from dist_adv import checkpoint, parallel, state
 from dist_adv.config import Config
 from dist_adv.data import Batch, Dataset, Loader, load_dataset
 from dist_adv.errors import Preempted, RunFailure, UserError
-from dist_adv.evaluate import evaluate
+from dist_adv.evaluate import Examples, evaluate
 from dist_adv.guard import FALL, robust_accuracy
 from dist_adv.methods import Step, build_method
 from dist_adv.models import build_model
@@ -78,12 +78,19 @@ class Meter:
         self.sums += torch.where(loss.isfinite(), step, 0)
 
     def take(self, accelerator: Accelerator) -> Tensor:
-        """[loss, correct, samples] of all ranks and seconds since the last call; waits for them."""
-        sums = parallel.total(accelerator, self.sums).cpu()
-        seconds = time.perf_counter() - self.began
+        """[loss, correct, samples] of all ranks and seconds since the last call; waits for them.
+
+        `rates` then has each rank's samples a second, until its own device was through.
+        """
+        mine = self.sums.cpu()
+        seconds = torch.tensor([time.perf_counter() - self.began], dtype=mine.dtype)
+        mine = torch.cat([mine, seconds]).to(self.sums.device)
+        everyone = accelerator.gather(mine[None]).cpu()
+        self.rates = everyone[:, 2] / everyone[:, 3]
+        seconds[0] = time.perf_counter() - self.began
         self.sums.zero_()
         self.start()
-        return torch.cat([sums, torch.tensor([seconds], dtype=sums.dtype)])
+        return torch.cat([everyone[:, :3].sum(0), seconds])
 
 
 class Trainer:
@@ -222,13 +229,17 @@ class Trainer:
 
     def _set_rates(self) -> None:
         """Before the backward pass: some engines take the step inside it."""
-        optim = self.config.optim
-        step, total = self.clock.step, self.total_steps
+        lr, momentum = self._rates(self.clock.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr_at(optim.schedule, optim.lr, step, total, optim.rise)
-            group["momentum"] = momentum_at(
-                optim.momentum, optim.cycle_momentum, step, total, optim.rise
-            )
+            group["lr"], group["momentum"] = lr, momentum
+
+    def _rates(self, step: int) -> tuple[float, float]:
+        """The learning rate and the momentum of an optimiser step, counted from 0."""
+        optim, total = self.config.optim, self.total_steps
+        return (
+            lr_at(optim.schedule, optim.lr, step, total, optim.rise),
+            momentum_at(optim.momentum, optim.cycle_momentum, step, total, optim.rise),
+        )
 
     def _between_batches(
         self,
@@ -252,7 +263,7 @@ class Trainer:
             self.pass_sums += latest
             clock.seconds += latest[3].item()
             if latest[2] > 0:  # else every update was skipped
-                record = self._record("train", latest)
+                record = self._record("train", latest) | self._ranks(meter)
                 display.update(record)
                 if tracker:
                     tracker.metrics(record)
@@ -269,10 +280,11 @@ class Trainer:
         """The curve, the guard and the line of a pass, all of which a resumed run can do again."""
         if self.clock.batch == self.loader.batches:
             self.clock.epoch, self.clock.batch = self.clock.epoch + 1, 0
-        record = self._record("epoch", self.pass_sums) | self._curve(session) | self._guard()
+        curve, examples = self._curve(session)
+        record = self._record("epoch", self.pass_sums) | curve | self._guard()
         display.passed(record, self.config.train.epochs)
         if tracker:
-            tracker.metrics(record)
+            tracker.metrics(record, examples)
         self.pass_sums = torch.zeros_like(self.pass_sums)
 
     def _heed_trouble(self) -> None:
@@ -303,7 +315,7 @@ class Trainer:
         loss, correct, n, seconds = sums.tolist()
         if n == 0:
             raise RunFailure(f"no update of pass {self.passes:g} was finite: nothing is learnt")
-        group = self.optimizer.param_groups[0]
+        lr, momentum = self._rates(self.clock.step - 1)
         prefix = "train_" if kind == "epoch" else ""
         return {
             "kind": kind,
@@ -311,20 +323,35 @@ class Trainer:
             "step": self.clock.step,
             f"{prefix}loss": loss / n,
             f"{prefix}accuracy": correct / n,
-            "lr": group["lr"],
-            "momentum": group["momentum"],
+            "lr": lr,
+            "momentum": momentum,
             "images_per_s": n / self.method.steps_per_batch / seconds,
             "epoch_seconds" if kind == "epoch" else "lap_seconds": seconds,
             "seconds": self.clock.seconds,
+            **({"skipped_updates": self.skipped} if self.skipped else {}),
         }
 
-    def _curve(self, session: Session) -> dict[str, Any]:
+    def _ranks(self, meter: Meter) -> dict[str, float]:
+        """The slowest and the fastest rank, where there are several.
+
+        They wait for each other's gradients: what differs is their share of a batch, and what
+        they do after the last exchange.
+        """
+        if len(meter.rates) == 1:
+            return {}
+        rates = meter.rates / self.method.steps_per_batch
+        return {
+            "rank_images_per_s_min": rates.min().item(),
+            "rank_images_per_s_max": rates.max().item(),
+        }
+
+    def _curve(self, session: Session) -> tuple[dict[str, Any], Examples | None]:
         """Copy the weights and measure the copy on some held-out or test images."""
         parallel.snapshot(self.accelerator, self.net, self.copy)
         options = self.config.eval
         if not options.every or (self.clock.epoch % options.every and not self.finished):
-            return {}
-        (natural, fgsm, pgd), _ = evaluate(
+            return {}, None
+        (natural, fgsm, pgd), examples = evaluate(
             self.copy,
             self.curve_data,
             self.threat,
@@ -337,7 +364,7 @@ class Trainer:
         # Test images choose nothing: a best pass is one on held-out training images.
         if self.config.data.validation and (not self.best or pgd.accuracy > self.best.accuracy):
             self.best = Best(self.clock.step, self.passes, pgd.accuracy)
-        return {
+        figures = {
             "curve_split": "held-out" if self.config.data.validation else "test",
             "test_loss": natural.loss,
             "test_accuracy": natural.accuracy,
@@ -347,6 +374,7 @@ class Trainer:
             "curve_attack": pgd.attack,
             "curve_n": pgd.n,
         }
+        return figures, examples
 
     def _guard(self) -> dict[str, Any]:
         """The rule of `guard.py`; `stop` puts the weights of the pass before into `copy`."""

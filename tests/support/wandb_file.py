@@ -1,7 +1,9 @@
 """Reads W&B's offline file: records of wandb_internal.proto in LevelDB's log format."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from wandb.proto.wandb_internal_pb2 import Record
 
@@ -29,3 +31,33 @@ def records(path: Path) -> Iterator[Record]:
             record = Record()
             record.ParseFromString(b"".join(pieces))
             yield record
+
+
+def pieces(folder: Path) -> list[Path]:
+    """The files of a run's starts under `folder`, the oldest first."""
+    return sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def history(path: Path) -> list[dict[str, Any]]:
+    """What was logged, row by row."""
+    return [_values(r.history.item) for r in records(path) if r.HasField("history")]
+
+
+def summary(path: Path) -> dict[str, Any]:
+    """The last value of everything."""
+    found: dict[str, Any] = {}
+    for record in records(path):
+        found |= _values(record.summary.update)
+    return found
+
+
+def settings(path: Path) -> dict[str, Any]:
+    """The configuration."""
+    found: dict[str, Any] = {}
+    for record in records(path):
+        found |= _values(record.run.config.update) | _values(record.config.update)
+    return found
+
+
+def _values(items: Iterable[Any]) -> dict[str, Any]:
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}

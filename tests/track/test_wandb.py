@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from cases import config
+import cases
 from dist_adv import track
 from dist_adv.config import parse_config
 from dist_adv.errors import UserError
 from dist_adv.runner import train_run
-from wandb_file import records
+from wandb_file import history, pieces, records, settings, summary
 
 
 def tracked(images: Path, **track: object):
-    tree = config("fast-random", "batch", images)
+    tree = cases.config("fast-random", "batch", images)
     tree["eval"] = {"attacks": ["natural", "pgd-2"], "every": 1, "curve_attack": "pgd-1"}
     tree["train"] = {**tree["train"], "log_every": 1}
     return parse_config({**tree, "track": track}, "tracked")
@@ -25,44 +25,37 @@ def test_offline_run_holds_every_metric_once(images, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))  # nobody is logged in
     run_dir = tmp_path / "run"
-    wandb = {"mode": "auto", "project": "p", "name": "n", "group": "g", "tags": ["a", "b"]}
+    wandb = {
+        "mode": "auto",
+        "project": "p",
+        "name": "n",
+        "group": "g",
+        "tags": ["a", "b"],
+        "notes": "why",
+    }
     train_run(tracked(images, wandb=wandb), run_dir, "none")
-    (path,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
-    found = list(records(path))
-
-    (run,) = [record.run for record in found if record.HasField("run")]
+    (path,) = pieces(run_dir)
+    (run,) = [record.run for record in records(path) if record.HasField("run")]
     assert (run.project, run.display_name, run.run_group) == ("p", "n", "g")
+    assert (run.job_type, run.notes) == ("train", "why")
     assert set(run.tags) == {"a", "b"}
-    settings = {item.key: json.loads(item.value_json) for item in run.config.update}
-    assert settings["method"]["name"] == "fast"
-    assert settings["threat"] == {"norm": "linf", "eps": 0.1}
+    assert run.git.commit
+    found = settings(path)
+    assert found["method"]["name"] == "fast"
+    assert found["threat"] == {"norm": "linf", "eps": 0.1}
+    assert found["env"] == json.loads((run_dir / "env.json").read_text())
+    assert [r for r in records(path) if r.HasField("stats")]  # of the system
 
-    def key(item) -> str:
-        return item.key or "/".join(item.nested_key)
-
-    rows = [
-        {key(item): json.loads(item.value_json) for item in record.history.item}
-        for record in found
-        if record.HasField("history")
-    ]
+    rows = history(path)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     for kind, shown in (("train", "loss"), ("epoch", "pgd_accuracy")):
         logged = [(row["step"], row[f"{kind}/{shown}"]) for row in rows if f"{kind}/{shown}" in row]
         assert logged == [(line["step"], line[shown]) for line in lines if line["kind"] == kind]
     assert len([line for line in lines if line["kind"] == "train"]) == 8
 
-    summary = {
-        key(item): json.loads(item.value_json)
-        for record in found
-        if record.HasField("summary")
-        for item in record.summary.update
-    }
     results = [json.loads(line) for line in (run_dir / "results.jsonl").read_text().splitlines()]
     for result in results:
-        assert summary[f"final/{result['attack']}"] == result["accuracy"]
-    table = next(row for row in rows if "examples/pgd-2/_type" in row)
-    assert table["examples/pgd-2/_type"] == "table-file"
-    assert table["examples/pgd-2/nrows"] == 6
+        assert summary(path)[f"final/{result['attack']}"] == result["accuracy"]
 
 
 @pytest.mark.slow
@@ -87,8 +80,8 @@ def test_tensorboard_on_request(images, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run_dir = tmp_path / "run"
-    settings = tracked(images, wandb={"mode": "disabled"}, tensorboard=True)
-    train_run(settings, run_dir, "none")
+    config = tracked(images, wandb={"mode": "disabled"}, tensorboard=True)
+    train_run(config, run_dir, "none")
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
     losses = [event.value for event in events.Scalars("train/loss")]
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -98,6 +91,6 @@ def test_tensorboard_on_request(images, tmp_path):
 
 def test_tensorboard_that_is_not_installed(images, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    settings = tracked(images, wandb={"mode": "disabled"}, tensorboard=True)
+    config = tracked(images, wandb={"mode": "disabled"}, tensorboard=True)
     with pytest.raises(UserError, match=r"track\.tensorboard"):
-        track.check(settings)
+        track.check(config)

@@ -1,0 +1,81 @@
+"""Push runs to Weights & Biases from their folders, each as one whole run.
+
+The pieces that the starts of a resumed run left in `wandb/` are not merged. A start that was
+killed has lost the rows that it had not written yet; `wandb sync` lets a later piece take the
+place of an earlier one; and their format is W&B's own. The run folder has every line and every
+figure, so the run is written anew from it, under its id. W&B lets a run that is started anew take
+the place of what it has under the same id: a second push doubles nothing and fills gaps.
+
+Of the pieces only the images of each pass are used. System metrics stay in them.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dist_adv.config import load_config
+from dist_adv.errors import RunFailure, UserError
+from dist_adv.report.runs import Record, Run, read_runs
+from dist_adv.rundir import state_of
+from dist_adv.wandb_run import WandbRun, identity, place
+
+_STATUS = {"done": 0, "failed": 1}
+
+
+def sync_runs(run_dirs: Sequence[Path], offline: Path | None) -> Iterator[tuple[str, str]]:
+    """Yields (name of the run, where it is now) as each is pushed, or written under `offline`.
+
+    Raises UserError where nobody is logged in, before anything is done; RunFailure where W&B
+    cannot be reached.
+    """
+    import wandb
+
+    runs = read_runs(run_dirs)
+    if offline is None and not wandb.login(prompt=False, verify=False):
+        raise UserError(
+            "sync: nobody is logged in to W&B; run `wandb login`, set WANDB_API_KEY, or see what "
+            "would be pushed with --offline DIR"
+        )
+    for run in runs:
+        try:
+            yield run.label, _push(run, offline)
+        except (wandb.Error, OSError) as error:
+            raise RunFailure(
+                f"{run.folder}: not pushed ({error}); run the command again, nothing gets doubled"
+            ) from error
+
+
+def _push(run: Run, offline: Path | None) -> str:
+    config = load_config(run.folder / "config.yaml")
+    try:
+        about = identity(run.folder, config, keep=True)
+    except ValueError as error:
+        path = run.folder / "wandb" / "run.json"
+        raise UserError(f"{path}: not valid JSON ({error}); remove it for a new id") from None
+    folder = offline / run.label if offline else run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    view = WandbRun(
+        run.folder,
+        config,
+        about,
+        "offline" if offline else "online",
+        resume=False,
+        folder=folder,
+        x_disable_machine_info=True,  # this is not the machine that trained
+        x_save_requirements=False,
+        git_commit=run.env.get("git_commit"),
+    )
+    for record in run.metrics:
+        view.metrics(record, _image(run, record))
+    view.results(run)
+    if run.finished:
+        view.artifacts(run)
+    where = view.run.dir if offline else view.run.url
+    view.finish(_STATUS.get(state_of(run.folder) or "", 143))
+    return str(where)
+
+
+def _image(run: Run, record: Record) -> str | None:
+    """The picture that a start has left for W&B with this line."""
+    name = f"examples_{place(record['step'], record['kind'])}_*.png"
+    found = sorted(run.folder.glob(f"wandb/*run-*/files/media/images/epoch/{name}"))
+    return str(found[0]) if found else None

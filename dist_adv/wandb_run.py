@@ -1,0 +1,230 @@
+"""A run on Weights & Biases: what is logged there, and under which names.
+
+The run folder is the record and this is a view of it, made while training (`track.py`) or from
+the folder alone (`sync.py`).
+"""
+
+import json
+import logging
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dist_adv import records
+from dist_adv.config import Config
+
+if TYPE_CHECKING:  # the report imports matplotlib, for which no start of a run should wait
+    from dist_adv import evaluate
+    from dist_adv.report import runs
+
+    Examples = evaluate.Examples | runs.Examples
+
+log = logging.getLogger("dist_adv")
+
+# Each is W&B's own where it is set: it belongs to this launch, the configuration to all of them.
+_VARIABLES = {
+    "project": "WANDB_PROJECT",
+    "entity": "WANDB_ENTITY",
+    "name": "WANDB_NAME",
+    "group": "WANDB_RUN_GROUP",
+    "job_type": "WANDB_JOB_TYPE",
+    "notes": "WANDB_NOTES",
+    "tags": "WANDB_TAGS",
+}
+_KINDS = ("train", "epoch", "final")  # of lines, in their order at one optimiser step
+
+
+def place(step: int, kind: str) -> int:
+    """W&B's own step of a line: it drops rows at or before the last that it has.
+
+    So what a resumed run does again is there once.
+    """
+    return len(_KINDS) * step + _KINDS.index(kind)
+
+
+def named(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a line of metrics.jsonl as dashboards know them: `train/loss`, ..."""
+    kind = record["kind"]
+    return {f"{kind}/{key}": v for key, v in record.items() if isinstance(v, int | float)}
+
+
+def final(run: "runs.Run") -> dict[str, float]:
+    """The accuracy of the final weights under each attack; `robust` is the lowest of them."""
+    accuracies = {attack: each.accuracy for attack, each in run.evaluations.items()}
+    attacked = [accuracies[attack] for attack in accuracies if attack != "natural"]
+    found = accuracies | ({"robust": min(attacked)} if attacked else {})
+    return {f"final/{name}": accuracy for name, accuracy in found.items()}
+
+
+def picture(examples: "Examples") -> np.ndarray:
+    """(height, width, 1 or 3) bytes: a row of clean images and, below, the attacked ones."""
+    rows = [
+        np.concatenate(list(np.asarray(images)), axis=2)
+        for images in (examples.clean, examples.adversarial)
+    ]
+    return (np.concatenate(rows, axis=1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
+
+
+def caption(examples: "Examples") -> str:
+    """What each image is, what it is taken for, and what for after the attack."""
+    answers = (examples.label, examples.clean_prediction, examples.adversarial_prediction)
+    names = ([examples.classes[int(i)] for i in numbers] for numbers in answers)
+    each = ", ".join(
+        f"{label}: {clean} > {attacked}" for label, clean, attacked in zip(*names, strict=True)
+    )
+    return f"clean and {examples.attack} (label: answer > answer when attacked): {each}"
+
+
+def start(run_dir: Path, config: Config, saved_id: str | None) -> "WandbRun | None":
+    """The W&B run, offline where nobody is logged in or the server is out of reach.
+
+    None where there is none to be: `disabled`, or W&B refuses even that, which is said aloud.
+    """
+    mode: Any = os.environ.get("WANDB_MODE", config.track.wandb.mode)
+    if mode == "disabled":
+        return None
+    import wandb
+
+    try:
+        about = identity(run_dir, config, saved_id)
+        try:
+            if mode == "auto":
+                mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+            return WandbRun(run_dir, config, about, mode)
+        except (wandb.Error, OSError) as error:
+            log.warning("W&B is out of reach (%s): recording offline in %s/wandb", error, run_dir)
+            wandb.teardown()  # or the id counts as in use
+            return WandbRun(run_dir, config, about, "offline")
+    except Exception as error:  # whatever it comes up with: a name that it does not like, a disk
+        log.warning("no W&B (%s); metrics.jsonl is the record", error)
+        return None
+
+
+def identity(
+    run_dir: Path, config: Config, saved_id: str | None = None, keep: bool = False
+) -> dict[str, Any]:
+    """What W&B knows the run by, kept in wandb/run.json: id, project, name, group, tags, ...
+
+    The first start settles the id: WANDB_RUN_ID, or else `saved_id`, of the checkpoint that it
+    goes on from, or a new one. Of the rest W&B's variables go before the configuration; with
+    `keep` what an earlier start wrote does too.
+    """
+    path = run_dir / "wandb" / "run.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    options = config.track.wandb
+    about = {
+        **options.model_dump(exclude={"mode"}),
+        "name": options.name or run_dir.resolve().name,
+        "tags": options.tags or [config.method.name, config.data.name, config.model.name],
+        **(known if keep else {}),
+    }
+    said = {key: os.environ[name] for key, name in _VARIABLES.items() if os.environ.get(name)}
+    if "tags" in said:
+        about["tags"] = said.pop("tags").split(",")
+    first = os.environ.get("WANDB_RUN_ID") or saved_id or secrets.token_hex(8)
+    about |= {**said, "id": known.get("id", first)}
+    path.parent.mkdir(exist_ok=True)
+    records.replace(path, json.dumps(about, indent=1).encode())
+    return about
+
+
+class WandbRun:
+    """A run of W&B's own, open until `finish`.
+
+    about: of `identity`. resume: go on with what W&B has of this id, else take its place.
+    folder: where its files go, if not to the run folder.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        about: Mapping[str, Any],
+        mode: Any,
+        resume: bool = True,
+        folder: Path | None = None,
+        **settings: Any,
+    ) -> None:
+        import wandb
+
+        self.id: str = about["id"]
+        self.run = wandb.init(
+            **about,
+            dir=folder or os.environ.get("WANDB_DIR") or run_dir,
+            config={**config.model_dump(), "env": json.loads((run_dir / "env.json").read_text())},
+            allow_val_change=True,  # `env` is of the last start
+            resume="allow" if resume else None,
+            mode=mode,
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                git_root=str(Path(__file__).parent),  # of this code, wherever it is started
+                # Long enough for a slow network; W&B's own 90 s are long for a run that waits.
+                init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", "30")),
+                **settings,
+            ),
+        )
+        # Points are placed by these and not by W&B's own counter (see `place`).
+        self.run.define_metric("train/*", step_metric="step")
+        self.run.define_metric("epoch/*", step_metric="epoch")
+
+    def metrics(self, record: Mapping[str, Any], image: Any = None, caption: str = "") -> None:
+        """A line of metrics.jsonl; image: a picture of `picture`, or the file of one."""
+        import wandb
+
+        row = named(record) | {"step": record["step"], "epoch": record["epoch"]}
+        if image is not None:
+            row["epoch/examples"] = wandb.Image(image, caption=caption)
+        self._log(row, record["step"], record["kind"])
+
+    def results(self, run: "runs.Run") -> None:
+        """What is known of the final weights: the accuracies, and images after the last attack."""
+        import wandb
+
+        self.run.summary.update(final(run))
+        if run.examples:
+            image = wandb.Image(picture(run.examples), caption=caption(run.examples))
+            self._log({"final/examples": image}, run.steps, "final")
+
+    def artifacts(self, run: "runs.Run") -> None:
+        """The final weights and the report on them.
+
+        Files are referred to and not copied: an offline run would leave a copy of every model in
+        the home directory.
+        """
+        import wandb
+
+        from dist_adv.report import write_report
+
+        metadata = {"method": run.config["method"]["name"], "threat": run.config["threat"]}
+        metadata |= {"passes": run.passes, "steps": run.steps, "results": final(run)}
+        folder = Path(self.run.dir).resolve().with_name("report")
+        write_report([run.folder], folder)
+        weights = [run.folder / name for name in ("model.safetensors", "config.yaml")]
+        pages = [path for path in folder.rglob("*") if path.is_file()]
+        for kind, files in (("model", weights), ("report", pages)):
+            artifact = wandb.Artifact(f"{kind}-{self.id}", kind, metadata=metadata)
+            for path in files:
+                name = str(path.relative_to(folder if kind == "report" else run.folder))
+                artifact.add_file(str(path), name, policy="immutable", skip_cache=True)
+            self.run.log_artifact(artifact)
+
+    def alert(self, title: str, text: str) -> None:
+        """A message to whoever has asked W&B for them."""
+        self.run.alert(title, text, level="ERROR")
+
+    def finish(self, status: int = 0) -> None:
+        """Flush everything; status: as of the process."""
+        import wandb
+
+        if status in (130, 143):
+            self.run.mark_preempting()  # it will go on: no crash
+        self.run.finish(exit_code=status)
+        wandb.teardown()  # `finish` returns before the last records are in the file
+
+    def _log(self, row: Mapping[str, Any], step: int, kind: str) -> None:
+        self.run.log(dict(row), step=place(step, kind), commit=True)
