@@ -232,6 +232,7 @@ DECIDED: dict[str, tuple[Any, str]] = {
     "optim.momentum": (0.8, "no"),
     "optim.weight_decay": (0.0, "no"),
     "optim.schedule": ("constant", "no"),
+    "optim.rise": (0.25, "no"),
     "optim.cycle_momentum": (True, "no"),
     "train.epochs": (46, "longer"),
     "train.max_steps": (10, "shorter"),
@@ -264,6 +265,8 @@ DECIDED: dict[str, tuple[Any, str]] = {
     "track.wandb.entity": ("e", "yes"),
     "track.wandb.name": ("n", "yes"),
     "track.wandb.group": ("g", "yes"),
+    "track.wandb.job_type": ("j", "yes"),
+    "track.wandb.notes": ("why", "yes"),
     "track.wandb.tags": (["t"], "yes"),
 }
 
