@@ -209,7 +209,7 @@ _FREE_TO_GROW = ("train.epochs", "train.max_steps")
 
 def differences(old: Config, new: Config) -> list[str]:
     """`key: old -> new` for every key that is not the same."""
-    before, after = _flatten(old.model_dump()), _flatten(new.model_dump())
+    before, after = flatten(old.model_dump()), flatten(new.model_dump())
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
@@ -219,7 +219,7 @@ def differences(old: Config, new: Config) -> list[str]:
 
 def longer(old: Config, new: Config) -> list[str]:
     """The differences by which a run gets longer; what is trained is the same until then."""
-    before, after = _flatten(old.model_dump()), _flatten(new.model_dump())
+    before, after = flatten(old.model_dump()), flatten(new.model_dump())
     # null: no limit
     grown = [key for key in _FREE_TO_GROW if _limit(after[key]) > _limit(before[key])]
     return [line for line in differences(old, new) if line.split(":")[0] in grown]
@@ -239,11 +239,12 @@ def _limit(value: int | None) -> float:
     return math.inf if value is None else value
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{'train.epochs': 3}` for `{'train': {'epochs': 3}}`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

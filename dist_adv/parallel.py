@@ -2,10 +2,11 @@
 
 import os
 import re
+import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,8 +25,9 @@ T = TypeVar("T")
 def start(precision: str = "fp32", threads: int | None = None) -> Accelerator:
     """The Accelerator of this process, on CUDA where there is any, else on the CPU with gloo.
 
-    Raises UserError for a precision that the device does not have, and where the launcher's
-    processes do not see each other (each would train alone and overwrite the others' files).
+    Raises UserError for a precision that the device does not have, for a port that is in use, and
+    where the launcher's processes do not see each other (each would train alone and overwrite the
+    others' files). Raises RankFailure where rank 0 cannot be reached.
     """
     cpu = not torch.cuda.is_available()
     if cpu:
@@ -36,11 +38,12 @@ def start(precision: str = "fp32", threads: int | None = None) -> Accelerator:
     # torch 2.14 renames the option, Accelerate does not pass the new name yet.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     mixed = resolve_precision(precision, cpu)
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision="no" if mixed == "fp32" else mixed,
-        kwargs_handlers=[ddp],
-    )
+    with _meeting():
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision="no" if mixed == "fp32" else mixed,
+            kwargs_handlers=[ddp],
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(
@@ -49,6 +52,42 @@ def start(precision: str = "fp32", threads: int | None = None) -> Accelerator:
             f"accelerate launch --multi_gpu --num_processes N, or torchrun --nproc-per-node N"
         )
     return accelerator
+
+
+@contextmanager
+def _meeting() -> Iterator[None]:
+    """The ranks meet at MASTER_ADDR and MASTER_PORT, or say in one line why they do not."""
+    try:
+        yield
+    except dist.DistError as error:
+        port, place = os.environ.get("MASTER_PORT"), os.environ.get("MASTER_ADDR")
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"MASTER_PORT: {port} is in use on {socket.gethostname()}; set another one, below "
+                f"32768 and the same for every rank"
+            ) from error
+        raise RankFailure(
+            f"rank {os.environ.get('RANK')} on {socket.gethostname()} did not meet the others at "
+            f"{place}:{port} ({_reason(error)}); see MASTER_ADDR, MASTER_PORT and the firewall"
+        ) from error
+
+
+def check_same_start(accelerator: Accelerator, about: Mapping[str, Any]) -> None:
+    """Raises UserError on every rank where one was started with something else than rank 0."""
+    mine = (socket.gethostname(), dict(about))
+    everyone = gather_object([mine]) if accelerator.num_processes > 1 else [mine]
+    first, expected = everyone[0]
+    for rank, (host, found) in enumerate(everyone):
+        different = [
+            f"{key}: {found.get(key)} there, {expected.get(key)} on rank 0"
+            for key in sorted(expected.keys() | found.keys())
+            if found.get(key) != expected.get(key)
+        ]
+        if different:
+            raise UserError(
+                f"rank {rank} on {host} and rank 0 on {first} were not started alike "
+                f"({'; '.join(different)}); give every rank the same command and the same code"
+            )
 
 
 def _threads_per_rank() -> int:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -185,6 +186,15 @@ def _cpu_name() -> str:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def code_version() -> str:
+    """The version, and a hash of the sources that run: a commit would not tell what is changed."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for source in sorted(package.rglob("*.py")):
+        digest.update(source.relative_to(package).as_posix().encode() + source.read_bytes())
+    return f"{__version__} ({digest.hexdigest()[:12]})"
 
 
 def _git_commit() -> str | None:

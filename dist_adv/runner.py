@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from dist_adv import checkpoint, parallel, records, rundir, state, track
 from dist_adv.checkpoint import Checkpoint
-from dist_adv.config import Config, load_config, longer, parse_config
+from dist_adv.config import Config, flatten, load_config, longer, parse_config
 from dist_adv.data import Dataset, data_root, load_dataset
 from dist_adv.errors import Preempted, RunFailure, UserError
 from dist_adv.evaluate import evaluate
@@ -35,8 +36,9 @@ def train_run(config: Config, run_dir: Path, resume: str) -> None:
     insists on a new folder; anything else is a checkpoint folder to start from. What is finished
     already is not done again. Every rank calls this.
 
-    Raises UserError before anything is written where the pieces do not fit; Preempted where the
-    run was asked to stop, and goes on when it is started again; RunFailure where it cannot go on.
+    Raises UserError before anything is written where the pieces do not fit, or the ranks were not
+    started alike; Preempted where the run was asked to stop, and goes on when it is started again;
+    RunFailure where it cannot go on.
     """
     track.check(config)
     with no_orphan():
@@ -53,9 +55,25 @@ def train_run(config: Config, run_dir: Path, resume: str) -> None:
             raise
 
 
+def _what_is_started(
+    config: Config, accelerator: Accelerator, run_dir: Path, resume: str
+) -> dict[str, Any]:
+    """What has to be the same on every rank; the images may lie elsewhere on each machine."""
+    settings = flatten(config.model_dump()) | {"train.precision": accelerator.mixed_precision}
+    del settings["data.root"]
+    return settings | {
+        "--run-dir": str(run_dir),
+        "--resume": resume,
+        "code": rundir.code_version(),
+        "torch": torch.__version__,
+    }
+
+
 def _train(
     config: Config, run_dir: Path, resume: str, accelerator: Accelerator, stack: ExitStack
 ) -> None:
+    parallel.check_same_start(accelerator, _what_is_started(config, accelerator, run_dir, resume))
+
     def claim() -> bool:
         lock = rundir.check(run_dir, config, resume != "none")
         if lock:

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,7 +35,8 @@ class Job:
     """One `dist-adv train`. Its output is in `output()`, whatever becomes of it.
 
     module: what runs instead of dist_adv, for faults that only a changed program has. wrapper: a
-    command that runs the whole of it, such as `prlimit`.
+    command that runs the whole of it, such as `prlimit`. launcher: what comes before `train`,
+    where that is another program.
     """
 
     def __init__(
@@ -45,12 +48,10 @@ class Job:
         module: str = "dist_adv",
         env: Mapping[str, str] | None = None,
         wrapper: tuple[str, ...] = (),
+        launcher: tuple[str, ...] = (),
     ) -> None:
-        launcher = [*wrapper, sys.executable]
-        if ranks > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone"]
-            launcher += ["--nproc-per-node", str(ranks)]
-        command = [*launcher, "-m", module, "train", str(config), "--run-dir", str(run_dir)]
+        command = [*wrapper, *(launcher or own_launcher(ranks, module))]
+        command += ["train", str(config), "--run-dir", str(run_dir)]
         path = os.pathsep.join(filter(None, [str(SUPPORT), os.environ.get("PYTHONPATH")]))
         settings = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **(env or {})}
         self.run_dir, self.count = run_dir, ranks
@@ -124,6 +125,20 @@ class Job:
         """Must end well."""
         status = self.wait(timeout)
         assert status == 0, f"exit status {status}:\n{self.output()[-4000:]}"
+
+
+def own_launcher(ranks: int, module: str) -> list[str]:
+    """Python, or torchrun where there are several ranks."""
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [sys.executable, *(several if ranks > 1 else []), "-m", module]
+
+
+def free_port() -> int:
+    """One below those that the kernel gives to connections, so that none takes it meanwhile."""
+    while True:
+        port = random.randrange(20000, 32768)
+        with suppress(OSError), socket.create_server(("", port)):
+            return port
 
 
 def weights_hash(run_dir: Path) -> str:
