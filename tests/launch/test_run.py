@@ -1,0 +1,174 @@
+"""`launch/run.sh`: what it starts, what it refuses, and how signals reach the ranks."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from launch import Job, checkpoints, free_port, status, weights_hash, write_config
+
+RUN = str(Path(__file__).parents[2] / "launch" / "run.sh")
+PLAIN = "-m dist_adv"
+TORCHRUN = "-m torch.distributed.run"
+CORES = len(os.sched_getaffinity(0))
+
+# Stand-ins for an interpreter that sees $GPUS GPUs, and for the driver's program.
+PYTHON = '#!/bin/sh\nif [ "$1" = -c ]; then echo "$GPUS"; else echo "$OMP_NUM_THREADS" "$@"; fi\n'
+NVIDIA_SMI = "#!/bin/sh\n"
+OURS = ("NPROC", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+
+
+def run(
+    *arguments: str, path: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """run.sh with these variables of its own and no others."""
+    kept = {name: value for name, value in os.environ.items() if name not in OURS}
+    if path:
+        kept["PATH"] = os.pathsep.join([str(path), kept["PATH"]])
+    return subprocess.run(
+        [RUN, *arguments], env=kept | variables, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path) -> Path:
+    for name, text in (("python-stand-in", PYTHON), ("nvidia-smi", NVIDIA_SMI)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("command", "gpus", "variables", "threads", "started"),
+    [
+        ("train", 0, {}, CORES, PLAIN),
+        ("train", 1, {}, CORES, PLAIN),
+        ("train", 4, {}, max(1, CORES // 4), f"{TORCHRUN} --standalone --nproc-per-node 4 {PLAIN}"),
+        ("eval", 4, {}, max(1, CORES // 4), f"{TORCHRUN} --standalone --nproc-per-node 4 {PLAIN}"),
+        ("report", 4, {}, CORES, PLAIN),
+        ("train", 4, {"NPROC": "1"}, CORES, PLAIN),
+        ("train", 0, {"NPROC": "2", "OMP_NUM_THREADS": "3"}, 3, f"{TORCHRUN} --standalone "
+         f"--nproc-per-node 2 {PLAIN}"),
+        (
+            "train",
+            8,
+            {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29400"},
+            max(1, CORES // 8),
+            f"{TORCHRUN} --nnodes 2 --node-rank 1 --master-addr localhost --master-port 29400 "
+            f"--nproc-per-node 8 {PLAIN}",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_started(
+    stand_ins: Path,
+    command: str,
+    gpus: int,
+    variables: Mapping[str, str],
+    threads: int,
+    started: str,
+) -> None:
+    python = {"PYTHON": "python-stand-in", "GPUS": str(gpus)}
+    done = run(command, "a b", "k=v", path=stand_ins, **python, **variables)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{threads} {started} {command} a b k=v\n"
+
+
+TWO = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "localhost"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"NPROC": "two"}, "NPROC: 'two' is no number of processes"),
+        ({"NPROC": "0"}, "NPROC: '0' is no number of processes"),
+        ({"NNODES": "-1"}, "NNODES: '-1' is no number of machines"),
+        ({"NNODES": "2"}, "NODE_RANK: '' is no number of a machine; write 0 to 1"),
+        ({**TWO, "NODE_RANK": "2"}, "NODE_RANK: '2' is no number of a machine; write 0 to 1"),
+        ({**TWO, "MASTER_ADDR": ""}, "MASTER_ADDR: not set; write the name of machine 0"),
+        ({**TWO, "MASTER_ADDR": "no.invalid"}, "MASTER_ADDR: 'no.invalid' is not known"),
+        ({**TWO, "MASTER_PORT": "http"}, "MASTER_PORT: 'http' is no number of a port"),
+        ({"PYTHON": "/absent/python"}, "/absent/python: no such interpreter"),
+    ],
+)
+def test_refused(variables: Mapping[str, str], says: str) -> None:
+    refused(run("train", "x.yaml", **{"PYTHON": sys.executable, **variables}), says)
+
+
+def refused(done: subprocess.CompletedProcess[str], says: str) -> None:
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"run.sh: {says}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_only_training_and_evaluating_are_for_several_machines() -> None:
+    refused(run("report", "x", PYTHON=sys.executable, **TWO), "NNODES: 'report' is no work")
+
+
+def test_a_port_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = run("train", "x.yaml", PYTHON=sys.executable, **TWO, MASTER_PORT=port)
+    refused(done, f"MASTER_PORT: {port} is in use on localhost; set another one")
+
+
+def test_help() -> None:
+    done = run("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(name in done.stdout for name in (*OURS, "PYTHON", "PET_SHUTDOWN_TIMEOUT"))
+    assert "launch/run.sh train configs/digits/fast.yaml" in done.stdout
+    nothing = run()
+    assert (nothing.returncode, nothing.stdout) == (2, "")
+    assert nothing.stderr.startswith("Usage: launch/run.sh")
+
+
+def start(config: Path, run_dir: Path, ranks: int = 1, **variables: str) -> Job:
+    return Job(config, run_dir, ranks, env={"PYTHON": sys.executable, **variables}, launcher=(RUN,))
+
+
+def stop(job: Job, step: int) -> int:
+    """The exit status after a SIGTERM to run.sh, once there is a checkpoint of `step`."""
+    assert job.wait_for_checkpoint(step)
+    os.kill(job.process.pid, signal.SIGTERM)
+    exit_status = job.wait(60)
+    found = status(job.run_dir)
+    assert (found["state"], found["reason"]) == ("preempted", "SIGTERM"), job.output()
+    assert checkpoints(job.run_dir)[-1] == f"step-{found['step']:09d}"
+    return exit_status
+
+
+def finish_all(jobs: list[Job]) -> None:
+    try:
+        for job in jobs:
+            job.finish()
+    finally:
+        for job in jobs:
+            job.kill()
+
+
+@pytest.mark.slow
+def test_one_process_two_processes_two_machines(images: Path, tmp_path: Path) -> None:
+    """Stopped on one, stopped on two, and ended on two 'machines', which are both this one.
+
+    The last part ends as torchrun's own c10d rendezvous of two machines ends it, bit for bit.
+    """
+    config = write_config(tmp_path / "run.yaml", "free", images, train={"epochs": 12})
+    assert stop(start(config, tmp_path / "alone"), 12) == 143  # of dist-adv itself
+    assert stop(start(config, tmp_path / "run", 2, NPROC="2"), 12) == 1  # torchrun's
+    port = str(free_port())
+    machines = [{"NPROC": "1", **TWO, "NODE_RANK": rank, "MASTER_PORT": port} for rank in "01"]
+    finish_all([start(config, tmp_path / "run", **machine) for machine in machines])
+    assert status(tmp_path / "run")["state"] == "done"
+    assert json.loads((tmp_path / "run" / "env.json").read_text())["world_size"] == 2
+
+    c10d = (sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1")
+    meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
+    launcher = (*c10d, *meeting, "--rdzv-id", "test", "-m", "dist_adv")
+    finish_all([Job(config, tmp_path / "whole", launcher=launcher) for _ in range(2)])
+    assert weights_hash(tmp_path / "run") == weights_hash(tmp_path / "whole")
