@@ -7,8 +7,8 @@ usage() {
 Usage: launch/run.sh COMMAND [ARGUMENT]...
 
 dist-adv COMMAND with as many processes as this machine is good for: one for each GPU, under
-torchrun; else a single one with all CPU cores, which is as fast as several. Only `train` and `eval`
-are work for many: every other command runs as one process.
+torchrun; else a single one with all CPU cores, which is as fast as several. Only `train`, `eval`
+and `sweep --only` are work for many: every other command runs as one process.
 
   launch/run.sh train configs/digits/fast.yaml                  this machine
   NPROC=2 launch/run.sh train configs/digits/fast.yaml          two processes
@@ -64,12 +64,13 @@ gpus() {
 
 nnodes=${NNODES:-1} nproc=1
 is_count NNODES "$nnodes" machines
-if [[ $1 == train || $1 == eval ]]; then
-  found=${NPROC:-$(gpus)}
-  [[ -z ${NPROC-} && $found == 0 ]] || nproc=$found
-elif ((nnodes > 1)); then
-  fail "NNODES: '$1' is no work for several machines; run it on one, without NNODES"
-fi
+case " $* " in
+  " train "* | " eval "* | " sweep "*"--only"*)
+    found=${NPROC:-$(gpus)}
+    [[ -z ${NPROC-} && $found == 0 ]] || nproc=$found
+    ;;
+  *) ((nnodes == 1)) || fail "NNODES: '$1' is no work for several machines; run it without" ;;
+esac
 is_count NPROC "$nproc" processes
 
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)

@@ -55,6 +55,9 @@ def stand_ins(tmp_path: Path) -> Path:
         ("train", 4, {"NPROC": "1"}, CORES, PLAIN),
         ("train", 0, {"NPROC": "2", "OMP_NUM_THREADS": "3"}, 3, f"{TORCHRUN} --standalone "
          f"--nproc-per-node 2 {PLAIN}"),
+        ("sweep", 2, {}, CORES, PLAIN),
+        ("sweep --only fast", 2, {}, max(1, CORES // 2), f"{TORCHRUN} --standalone "
+         f"--nproc-per-node 2 {PLAIN}"),
         (
             "train",
             8,
@@ -74,7 +77,7 @@ def test_what_is_started(
     started: str,
 ) -> None:
     python = {"PYTHON": "python-stand-in", "GPUS": str(gpus)}
-    done = run(command, "a b", "k=v", path=stand_ins, **python, **variables)
+    done = run(*command.split(), "a b", "k=v", path=stand_ins, **python, **variables)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{threads} {started} {command} a b k=v\n"
 
