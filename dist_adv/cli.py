@@ -165,12 +165,34 @@ def sweep(
         Console().print(listing(checked))
     elif wandb:
         click.echo(as_wandb(checked, file, overrides, folder), nl=False)
-    elif only is None:
-        raise click.UsageError("Missing option '--only'.")
-    else:
+    elif only is not None:
         from dist_adv.sweep_runner import run_one
 
         run_one(checked, only, folder)
+    else:
+        from dist_adv.sweep_runner import run_sweep
+
+        run_sweep(checked, folder, jobs)
+
+
+@cli.command()
+@click.argument(
+    "folders", nargs=-1, required=True, metavar="RUNS...", type=click.Path(path_type=Path)
+)
+@click.option("--watch", is_flag=True, help="Look again every two seconds, until Ctrl-C.")
+def status(folders: tuple[Path, ...], watch: bool) -> None:
+    """What has become of runs: queued, running, preempted, killed, failed or done, and how far.
+
+    RUNS are folders of runs, or of sweeps with all of their runs. Slurm's queue is asked where
+    there is one; the runs themselves are left alone.
+
+    \b
+    dist-adv status runs/*
+    dist-adv status runs/paper --watch
+    """
+    from dist_adv.status import show
+
+    show(folders, watch)
 
 
 @cli.command()

@@ -31,7 +31,7 @@ def start(precision: str = "fp32", threads: int | None = None) -> Accelerator:
     """
     cpu = not torch.cuda.is_available()
     if cpu:
-        torch.set_num_threads(threads or _threads_per_rank())
+        torch.set_num_threads(threads or threads_per_rank())
     # Buffers: BatchNorm's statistics stay each rank's own while training and are averaged in
     # `snapshot`. Broadcasting rank 0's at every forward would cost a collective and lose them.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -90,7 +90,7 @@ def check_same_start(accelerator: Accelerator, about: Mapping[str, Any]) -> None
             )
 
 
-def _threads_per_rank() -> int:
+def threads_per_rank() -> int:
     """Ranks times threads never exceed the cores: two threads too many slow a run tenfold."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1

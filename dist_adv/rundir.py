@@ -1,16 +1,12 @@
 """The folder of a run: created once, never overwritten, recognised when a run goes on."""
 
-import errno
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import logging
 import os
 import platform
-import socket
 import subprocess
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -21,40 +17,10 @@ from accelerate import Accelerator
 from dist_adv import __version__, records
 from dist_adv.config import Config, differences, load_config, longer, training_differences
 from dist_adv.errors import UserError
+from dist_adv.lock import Lock, unusable
 from dist_adv.models import read_final
 
 log = logging.getLogger("dist_adv")
-
-
-class Lock:
-    """One process writes to a run folder. The kernel lets go when that process ends, however."""
-
-    def __init__(self, run_dir: Path) -> None:
-        """Raises UserError where another process holds the lock."""
-        path = run_dir / ".lock"
-        try:
-            self.file = path.open("a+", errors="replace")
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.seek(0)
-            holder = self.file.read().strip() or "another process"
-            raise UserError(
-                f"{run_dir}: is in use by {holder}; wait for it, or choose another --run-dir"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise _unusable(run_dir, error) from None
-            log.warning("%s: no locks on this file system; start no second run there", run_dir)
-            return
-        holder = f"process {os.getpid()} on {socket.gethostname()}"
-        with suppress(OSError):  # on a full disk the lock holds and does not say whose it is
-            os.ftruncate(self.file.fileno(), 0)
-            os.write(self.file.fileno(), holder.encode())
-
-    def release(self) -> None:
-        with suppress(OSError):  # a full or read-only disk
-            self.file.truncate(0)
-        self.file.close()
 
 
 def check(run_dir: Path, config: Config, resume: bool) -> Lock | None:
@@ -67,7 +33,7 @@ def check(run_dir: Path, config: Config, resume: bool) -> Lock | None:
     try:
         content = list(run_dir.iterdir()) if run_dir.exists() else []
     except OSError as error:
-        raise _unusable(run_dir, error) from None
+        raise unusable(run_dir, error) from None
     if not content:
         return None
     if not saved.is_file():
@@ -101,7 +67,7 @@ def create(run_dir: Path, config: Config, accelerator: Accelerator, about: dict[
             lock.release()
             raise UserError(f"{run_dir}: has just become another run; run the command again")
     except OSError as error:
-        raise _unusable(run_dir, error) from None
+        raise unusable(run_dir, error) from None
     records.replace(run_dir / "config.yaml", config.dump().encode())
     _write_environment(run_dir, accelerator, about)
     return lock
@@ -141,11 +107,6 @@ def state_of(run_dir: Path) -> State | None:
 def _write_environment(run_dir: Path, accelerator: Accelerator, about: dict[str, Any]) -> None:
     text = json.dumps(_environment(accelerator) | about, indent=1)
     records.replace(run_dir / "env.json", text.encode())
-
-
-def _unusable(run_dir: Path, error: OSError) -> UserError:
-    reason = error.strerror or str(error)
-    return UserError(f"{run_dir}: cannot be a run folder ({reason}); choose another --run-dir")
 
 
 def check_same_experiment(old: Config, new: Config, where: Path) -> None:

@@ -97,6 +97,7 @@ def _train(
         _say_what_differs(config, accelerator, saved)
     about = {
         "precision": accelerator.mixed_precision.replace("no", "fp32"),
+        "total_steps": trainer.total_steps,
         "dataset": {
             "name": config.data.name,
             "train": len(trainer.train_data),

@@ -18,6 +18,10 @@ REASONS = ("", "train.max_minutes", "stop file", "launcher died", "SIGUSR1", "SI
 _STOP_FILE = "STOP"
 _SECONDS_BETWEEN_LOOKS = 1.0
 
+# Variables of processes that a launcher or a sweep has started.
+STARTED_BY_SWEEP = "DIST_ADV_SWEEP"
+_STARTED = ("TORCHELASTIC_RUN_ID", STARTED_BY_SWEEP)
+
 _received: int | None = None
 _parent = os.getppid()  # this module is imported first, seconds before torch is
 
@@ -59,11 +63,11 @@ def no_orphan() -> Iterator[None]:
 
 
 def _orphaned() -> bool:
-    """Has a launcher started this rank, and died? Its ranks would train on unseen.
+    """Has a launcher or a sweep started this process, and died? It would train on unseen.
 
     A plain process may lose its parent to a closed terminal, and go on.
     """
-    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != _parent
+    return any(name in os.environ for name in _STARTED) and os.getppid() != _parent
 
 
 def asked() -> bool:

@@ -30,8 +30,8 @@ from dist_adv.options import Options
 from dist_adv.report.tables import pixels
 
 SAVED = "sweep.yaml"
-REPORT, LOGS = "report", "logs"
-_TAKEN = (SAVED, REPORT, LOGS)
+REPORT = "report"
+_TAKEN = (SAVED, REPORT, "logs")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,99}")
 
 

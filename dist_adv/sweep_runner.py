@@ -1,13 +1,192 @@
-"""The runs of a sweep, each in a folder of its own."""
+"""The runs of a sweep: one of them here, or all of them as processes, and the report at the end."""
 
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from rich.console import Group
+from rich.live import Live
+
+from dist_adv import parallel, rundir, status
+from dist_adv.errors import Preempted, RunFailure, UserError
+from dist_adv.lock import Lock, held
+from dist_adv.progress import console, start_logging
+from dist_adv.report import write_report
 from dist_adv.runner import train_run
-from dist_adv.sweep import Sweep, claim
+from dist_adv.stopping import REASONS, STARTED_BY_SWEEP, Stopping
+from dist_adv.sweep import REPORT, SAVED, Sweep, SweepRun, claim
+
+log = logging.getLogger("dist_adv")
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def run_one(sweep: Sweep, which: str, out: Path) -> None:
     """Train a run of the sweep in this process; every rank of a launcher calls this."""
     run = sweep.find(which)
     claim(sweep, out)
+    os.environ.setdefault("WANDB_RUN_GROUP", out.resolve().name)
     train_run(run.config, out / run.name, "auto")
+
+
+def run_sweep(sweep: Sweep, out: Path, jobs: int) -> None:
+    """Train every run that is not done, `jobs` of them side by side, and report on those done.
+
+    Raises UserError before anything starts; Preempted where the sweep was asked to stop, after its
+    runs have stopped; RunFailure naming the runs that failed, after all others.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("a sweep starts processes itself: use no launcher, or --only RUN under it")
+    start_logging(True)
+    claim(sweep, out)
+    lock = Lock(out, "--out")
+    try:
+        runs = _Runs(sweep, out, jobs)
+        runs.run()
+        done = [out / name for name, run in runs.known.items() if run.state == "done"]
+        if done:
+            print(f"report: {write_report(done, out / REPORT)}")
+        failed = [run for run in runs.known.values() if run.state == "failed"]
+        if failed:
+            why = "; ".join(f"{run.name}: {run.reason}" for run in failed)
+            raise RunFailure(f"{len(failed)} of {len(sweep.runs)} runs failed ({why})")
+    finally:
+        lock.release()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The process of a run. share: of the machine, what it was given; said: its output before."""
+
+    run: SweepRun
+    process: "subprocess.Popen[bytes]"
+    share: dict[str, str]
+    log: Path
+    said: int
+
+    def trouble(self) -> str:
+        """Why it did not end well: its own last word, or else what ended it."""
+        code = self.process.returncode
+        how = f"exit status {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
+        return status.last_word(self.log, self.said) or f"{how}; see {self.log}"
+
+
+class _Runs:
+    """All runs of a sweep: waiting, running, and what is known of each."""
+
+    def __init__(self, sweep: Sweep, out: Path, jobs: int) -> None:
+        self.out, self.shares = out, _shares(jobs)
+        self.running: list[_Job] = []
+        self.waiting = [run for run in sweep.runs if not _is_done(run, out)]
+        self.known = {run.name: status.read(out / run.name, run.name) for run in sweep.runs}
+        for run in self.waiting:
+            self._know(run.name, "queued")
+
+    def run(self) -> None:
+        """Until there is none left. Raises Preempted when all have stopped that were asked to."""
+        stopping, stop = Stopping(self.out, None, main=True), ""
+        try:
+            with Live(console=console, auto_refresh=False, transient=True) as live:
+                while self.running or (self.waiting and not stop):
+                    if not stop:
+                        self._start()
+                    time.sleep(_SECONDS_BETWEEN_LOOKS)
+                    self._collect(stop)
+                    live.update(self._table(), refresh=console.is_terminal)
+                    if not stop and (stop := REASONS[stopping.reason()]):
+                        self._ask_to_stop()
+        finally:
+            self._ask_to_stop()  # where this could not go on
+            console.print(self._table())
+        if stop:
+            stopping.heeded()
+            raise Preempted(stop)
+
+    def _start(self) -> None:
+        """As many as there are shares; a run that another process is at comes later."""
+        for run in list(self.waiting):
+            if not self.shares:
+                return
+            if held(self.out / run.name):
+                self._know(run.name, "queued", "in use by another process")
+                continue
+            self.waiting.remove(run)
+            self.running.append(_start(run, self.out, self.shares.pop(0)))
+            self._know(run.name, "running")
+            log.info("%s: started", run.name)
+
+    def _collect(self, stop: str) -> None:
+        for job in list(self.running):
+            name, code = job.run.name, job.process.poll()
+            if code is None:
+                self._know(name, "running")
+                continue
+            self.running.remove(job)
+            self.shares.append(job.share)
+            if code == 0:
+                self._know(name, "done")
+            elif stop:
+                self.known[name] = status.read(self.out / name, name)
+            else:
+                self._know(name, "failed", job.trouble())
+            log.info("%s: %s", name, self.known[name].state)
+
+    def _ask_to_stop(self) -> None:
+        """They save and leave."""
+        for job in self.running:
+            job.process.terminate()
+
+    def _table(self) -> Group:
+        return status.table(list(self.known.values()))
+
+    def _know(self, name: str, state: str, reason: str = "") -> None:
+        """What is known here; status.json may not say it yet, or no more."""
+        found = status.read(self.out / name, name)
+        self.known[name] = replace(found, state=state, reason=reason)
+
+
+def _is_done(run: SweepRun, out: Path) -> bool:
+    """As it is wanted now; whatever is not clear is for the run itself to say."""
+    folder = out / run.name
+    with suppress(UserError):
+        return rundir.state_of(folder) == "done" and rundir.config_of(folder) == run.config
+    return False
+
+
+def _start(run: SweepRun, out: Path, share: dict[str, str]) -> _Job:
+    path = status.log_of(out, run.name)
+    path.parent.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "dist_adv", "sweep", str(out / SAVED), "--out", str(out)]
+    with path.open("ab") as file:
+        said = file.tell()
+        process = subprocess.Popen(
+            [*command, "--only", run.name],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | share,
+        )
+    return _Job(run, process, share, path, said)
+
+
+def _shares(jobs: int) -> list[dict[str, str]]:
+    """The environment of each of so many processes: its part of the cores, and a GPU in turn."""
+    threads = max(1, parallel.threads_per_rank() // jobs)
+    common = {STARTED_BY_SWEEP: "1", "OMP_NUM_THREADS": str(threads)}
+    gpus = _gpus()
+    if len(gpus) < 2:
+        return [common] * jobs
+    return [common | {"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(jobs)]
+
+
+def _gpus() -> list[str]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [str(index) for index in range(torch.cuda.device_count())]
+    return visible.split(",")

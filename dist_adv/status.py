@@ -1,0 +1,206 @@
+"""What has become of runs, read off their folders and Slurm's queue. Nothing here writes."""
+
+import json
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.box import SIMPLE
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Column, Table
+from rich.text import Text
+
+from dist_adv import records
+from dist_adv.errors import UserError
+from dist_adv.lock import held
+from dist_adv.report.tables import duration
+
+SLURM_JOB = "slurm_job"
+"""In the folder of a run or sweep that was submitted: a line with the number of the job."""
+
+_COLOURS = {
+    "running": "cyan",
+    "done": "green",
+    "queued": "blue",
+    "preempted": "yellow",
+    "killed": "red",
+    "failed": "red",
+}
+_SECONDS_BETWEEN_LOOKS = 2.0
+
+
+@dataclass(frozen=True)
+class Status:
+    """A run. total: steps; images: in a pass; robust: the strongest attack, and accuracy under it.
+
+    The state is one of those of `rundir.State`, or killed, queued or not started.
+    """
+
+    name: str
+    state: str
+    reason: str = ""
+    step: int = 0
+    total: int | None = None
+    passes: float = 0.0
+    images: int = 0
+    images_per_s: float | None = None
+    robust: tuple[str, float] | None = None
+
+    @property
+    def left(self) -> float | None:
+        """Seconds of training still to go, at the latest rate."""
+        if not (self.step and self.total and self.images_per_s):
+            return None
+        return self.passes * self.images * (self.total / self.step - 1) / self.images_per_s
+
+
+def show(folders: Sequence[Path], watch: bool) -> None:
+    """Print a table of runs, and of all runs of sweeps; over and over until Ctrl-C with `watch`.
+
+    Raises UserError for a folder that is neither.
+    """
+    if not watch:
+        Console().print(table(gather(folders)))
+        return
+    with suppress(KeyboardInterrupt), Live(table(gather(folders)), auto_refresh=False) as live:
+        while True:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            live.update(table(gather(folders)), refresh=True)
+
+
+def gather(folders: Sequence[Path]) -> list[Status]:
+    """The runs in these folders, sweeps in the order of their files."""
+    queue = _queue()
+    found = []
+    for folder in folders:
+        if (folder / "config.yaml").is_file():
+            found.append(read(folder, str(folder), queue.get(_job(folder))))
+        elif (folder / "sweep.yaml").is_file():
+            found += _sweep(folder, queue)
+        else:
+            raise UserError(f"{folder}: is no folder of a run or of a sweep; name one")
+    return found
+
+
+def _sweep(folder: Path, queue: dict[str, tuple[str, str]]) -> Iterable[Status]:
+    try:
+        names = [run["name"] for run in yaml.safe_load((folder / "sweep.yaml").read_text())["runs"]]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}/sweep.yaml: cannot be read ({error}); restore it") from None
+    coming = held(folder)  # by a sweep that starts them one after another
+    for number, name in enumerate(names):
+        run = folder / name
+        task = queue.get(_job(run)) or queue.get(f"{_job(folder)}_{number}")
+        if task is None and coming:
+            task = "PENDING", ""
+        found = read(run, str(run), task)
+        if found.state == "not started" and (word := last_word(log_of(folder, name))):
+            found = replace(found, state="failed", reason=word)
+        yield found
+
+
+def log_of(sweep: Path, name: str) -> Path:
+    """What a run of a sweep said when it was started as a process of its own."""
+    return sweep / "logs" / f"{name}.txt"
+
+
+def last_word(log: Path, start: int = 0) -> str:
+    """The last complaint of dist-adv after byte `start` of such a file; '' where there is none."""
+    with suppress(OSError), log.open("rb") as file:
+        file.seek(start)
+        for line in reversed(file.read().decode(errors="replace").splitlines()):
+            if line.startswith("dist-adv: "):
+                return line.removeprefix("dist-adv: ")
+    return ""
+
+
+def read(run_dir: Path, name: str, task: tuple[str, str] | None = None) -> Status:
+    """One run. task: what Slurm or a sweep says of it, as `squeue` does."""
+    state, reason = _state(run_dir, task)
+    env = _object(run_dir / "env.json")
+    metrics = [record for _, record in records.read(run_dir / "metrics.jsonl")]
+    last = metrics[-1] if metrics else {}
+    return Status(
+        name,
+        state,
+        reason,
+        step=last.get("step", 0),
+        total=env.get("total_steps"),
+        passes=last.get("epoch", 0.0),
+        images=env.get("dataset", {}).get("train", 0),
+        images_per_s=last.get("images_per_s"),
+        robust=_robust(run_dir, metrics),
+    )
+
+
+def _state(run_dir: Path, task: tuple[str, str] | None) -> tuple[str, str]:
+    said = _object(run_dir / "status.json")
+    state, reason = said.get("state", "not started"), said.get("reason", "")
+    if state == "running" and held(run_dir) is False:
+        state = "killed"
+    if task and state not in ("running", "done", "failed"):
+        where, why = task
+        return ("queued", why) if where == "PENDING" else ("running", "")
+    return state, reason
+
+
+def _robust(run_dir: Path, metrics: Sequence[dict[str, Any]]) -> tuple[str, float] | None:
+    """Under the strongest attack on the final weights, or at the last point of the curve."""
+    final = [record for _, record in records.read(run_dir / "results.jsonl")]
+    attacked = [record for record in final if record.get("attack", "natural") != "natural"]
+    if attacked:
+        latest = {record["attack"]: record.get("accuracy", 1.0) for record in attacked}
+        return min(latest.items(), key=lambda item: item[1])
+    curve = [record for record in metrics if "pgd_accuracy" in record]
+    return (curve[-1].get("curve_attack", "pgd"), curve[-1]["pgd_accuracy"]) if curve else None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none to be read."""
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text())
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _job(folder: Path) -> str:
+    with suppress(OSError):
+        return (folder / SLURM_JOB).read_text().strip()
+    return ""
+
+
+def _queue() -> dict[str, tuple[str, str]]:
+    """State and reason of the user's jobs in Slurm, array tasks one by one; none without Slurm."""
+    command = ["squeue", "--noheader", "--array", "--me", "--format=%i|%T|%r"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    rows = [line.split("|", 2) for line in said.splitlines()]
+    return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
+
+
+def table(runs: Sequence[Status]) -> Group:
+    """A row a run, and below them what there is to say."""
+    right = [Column(title, justify="right") for title in ("steps", "passes", "images/s", "left")]
+    robust = Column("robust", no_wrap=True)
+    made = Table(Column("run", overflow="fold"), "state", *right, robust, box=SIMPLE)
+    for run in runs:
+        live = run.state == "running"
+        made.add_row(
+            run.name,
+            Text(run.state, _COLOURS.get(run.state, "")),
+            f"{run.step:,} of {run.total:,}" if run.total else "",
+            f"{run.passes:.1f}" if run.passes else "",
+            f"{run.images_per_s:,.0f}" if live and run.images_per_s else "",
+            duration(run.left) if live and run.left is not None else "",
+            f"{run.robust[0]} {run.robust[1]:.1%}" if run.robust else "",
+        )
+    return Group(made, *(Text(f"{run.name}: {run.reason}") for run in runs if run.reason))

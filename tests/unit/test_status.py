@@ -1,0 +1,153 @@
+"""The table of runs: each state, read off folders as training leaves them."""
+
+import fcntl
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_adv import cli, rundir, status
+from dist_adv.lock import Lock, held
+from dist_adv.sweep import claim, load_sweep
+
+DIGITS = Path(__file__).parents[2] / "configs" / "digits"
+Make = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+
+
+def write(folder: Path, state: str, **about: Any) -> Path:
+    """A run of 200 steps that is in the middle of its fifth pass of 1,000 images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").touch()
+    env = {"total_steps": 200, "dataset": {"train": 1000}}
+    (folder / "env.json").write_text(json.dumps(env))
+    curve = {"kind": "epoch", "step": 40, "epoch": 4.0, "images_per_s": 100.0}
+    curve |= {"pgd_accuracy": 0.25, "curve_attack": "pgd-10"}
+    train = {"kind": "train", "step": 50, "epoch": 5.0, "images_per_s": 500.0}
+    lines = [json.dumps(record) for record in (curve, train)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "tr')  # just being written
+    rundir.mark(folder, state, **about)  # type: ignore[arg-type]
+    return folder
+
+
+def only(folder: Path) -> status.Status:
+    (found,) = status.gather([folder])
+    return found
+
+
+def test_a_running_one_has_progress_rate_and_time_left(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", "running")
+    lock = Lock(run)
+    found = only(run)
+    assert (found.state, found.step, found.total, found.passes) == ("running", 50, 200, 5.0)
+    assert found.images_per_s == 500.0
+    assert found.left == pytest.approx(15 * 1000 / 500)  # 15 more passes
+    assert found.robust == ("pgd-10", 0.25)
+    lock.release()
+    assert only(run).state == "killed"  # says that it runs, and nobody is there
+
+
+def test_others_say_why(tmp_path: Path) -> None:
+    preempted = only(write(tmp_path / "a", "preempted", reason="SIGTERM"))
+    failed = only(write(tmp_path / "b", "failed", reason="the loss was not finite"))
+    assert (preempted.state, preempted.reason) == ("preempted", "SIGTERM")
+    assert (failed.state, failed.reason) == ("failed", "the loss was not finite")
+
+
+def test_a_finished_one_is_judged_by_its_strongest_attack(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", "done")
+    results = [("natural", 0.9), ("pgd-50", 0.5), ("pgd-10", 0.6), ("pgd-50", 0.4)]
+    lines = [json.dumps({"attack": attack, "accuracy": figure}) for attack, figure in results]
+    (run / "results.jsonl").write_text("\n".join(lines))
+    assert (only(run).state, only(run).robust) == ("done", ("pgd-50", 0.4))
+
+
+def test_looking_does_not_keep_a_run_from_starting(tmp_path: Path) -> None:
+    """A run that finds somebody looking waits for that instant."""
+    run = write(tmp_path / "run", "running")
+    with (run / ".lock").open("w") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.02, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
+        Lock(run).release()
+    assert held(run) is False
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Six runs, of which some have come to something."""
+    path = tmp_path / "many.yaml"
+    names = "done, killed, failed, early, next, last"
+    runs = ", ".join(f"{{name: {name}}}" for name in names.split(", "))
+    path.write_text(f"base: {DIGITS}/fast.yaml\nruns: [{runs}]")
+    out = tmp_path / "out"
+    claim(load_sweep(path), out)
+    write(out / "done", "done")
+    write(out / "killed", "running")
+    write(out / "failed", "failed", reason="out of memory")
+    (out / "logs").mkdir()
+    complaint = "Traceback\ndist-adv: one\ndist-adv: data.root: is no folder\n"
+    (out / "logs/early.txt").write_text(complaint)
+    return out
+
+
+def states(out: Path) -> dict[str, str]:
+    return {Path(run.name).name: run.state for run in status.gather([out])}
+
+
+def test_a_sweep_is_all_of_its_runs(sweep: Path) -> None:
+    assert list(states(sweep).items()) == [
+        ("done", "done"),
+        ("killed", "killed"),
+        ("failed", "failed"),
+        ("early", "failed"),  # before it had a folder
+        ("next", "not started"),
+        ("last", "not started"),
+    ]
+    assert status.gather([sweep])[3].reason == "data.root: is no folder"
+
+
+def test_a_sweep_that_is_at_work_has_runs_that_wait(sweep: Path) -> None:
+    lock = Lock(sweep)
+    found = states(sweep)
+    assert [found[name] for name in ("done", "killed", "failed")] == ["done", "queued", "failed"]
+    assert [found[name] for name in ("next", "last")] == ["queued", "queued"]
+    lock.release()
+
+
+def test_slurm_is_asked(sweep: Path, tmp_path: Path) -> None:
+    """A stand-in for squeue: job 7 is the sweep's array, 8 was submitted for one of its runs."""
+    (tmp_path / "bin").mkdir()
+    squeue = tmp_path / "bin/squeue"
+    queue = ["7_0|PENDING|x", "7_1|RUNNING|None", "7_5|PENDING|Priority", "8|PENDING|Dependency"]
+    squeue.write_text("#!/bin/sh\n" + "\n".join(f"echo '{line}'" for line in queue))
+    squeue.chmod(0o755)
+    (sweep / "slurm_job").write_text("7\n")
+    (sweep / "next").mkdir()
+    (sweep / "next/slurm_job").write_text("8\n")
+    found = {Path(run.name).name: (run.state, run.reason) for run in status.gather([sweep])}
+    assert found["done"] == ("done", "")
+    assert found["killed"] == ("running", "")  # elsewhere, behind a lock that is not seen here
+    assert found["failed"] == ("failed", "out of memory")
+    assert found["next"] == ("queued", "Dependency")
+    assert found["last"] == ("queued", "Priority")
+
+
+def test_the_command_prints_a_row_each(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli._run(["status", str(sweep)]) == 0
+    said = capsys.readouterr().out
+    rows = {line.split()[0]: line for line in said.splitlines() if line.startswith("  /")}
+    assert "50 of 200" in rows[str(sweep / "killed")]
+    assert "pgd-10 25.0%" in rows[str(sweep / "done")]
+    assert f"{sweep / 'failed'}: out of memory" in said
+    assert cli._run(["status", str(tmp_path)]) == 2
+    assert "is no folder of a run or of a sweep" in capsys.readouterr().err

@@ -1,0 +1,55 @@
+"""What each process of a sweep is given, and what is said of one that did not end well."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dist_adv import cli, sweep_runner
+from dist_adv.stopping import STARTED_BY_SWEEP
+from dist_adv.sweep import load_sweep
+
+DIGITS = Path(__file__).parents[2] / "configs" / "sweeps" / "digits.yaml"
+
+
+def test_gpus_are_dealt_out_and_cores_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5")
+    shares = sweep_runner._shares(3)
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in shares] == ["2", "GPU-5", "2"]
+    assert [share["OMP_NUM_THREADS"] for share in shares] == ["4"] * 3
+    assert all(STARTED_BY_SWEEP in share for share in shares)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    (share, *_) = sweep_runner._shares(20)
+    assert "CUDA_VISIBLE_DEVICES" not in share  # the only one is what it sees anyway
+    assert share["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("does", "reason"),
+    [
+        ("echo dist-adv: first; echo dist-adv: the disk is full; exit 1", "the disk is full"),
+        ("echo Traceback; exit 3", "exit status 3; see LOG"),
+        ("kill -9 $$", "ended by SIGKILL; see LOG"),
+    ],
+)
+def test_why_a_run_failed(does: str, reason: str, tmp_path: Path) -> None:
+    """A shell stands in for the process of the run; an earlier start has complained, too."""
+    log = tmp_path / "run.txt"
+    before = log.write_text("dist-adv: of yesterday\n")
+    with log.open("a") as file:
+        process = subprocess.Popen(["sh", "-c", does], stdout=file)
+    process.wait()
+    job = sweep_runner._Job(load_sweep(DIGITS).runs[0], process, {}, log, before)
+    assert job.trouble() == reason.replace("LOG", str(log))
+
+
+def test_under_a_launcher_a_sweep_needs_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli._run(["sweep", str(DIGITS), "--out", str(tmp_path / "out")]) == 2
+    assert "use no launcher, or --only RUN under it" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
