@@ -276,6 +276,29 @@ def sync(run_dirs: tuple[Path, ...], offline: Path | None) -> None:
         click.echo(f"{name}: {where}")
 
 
+@cli.command()
+@click.option("--project", default="dist-adv", show_default=True, envvar="WANDB_PROJECT")
+@click.option("--entity", envvar="WANDB_ENTITY", help="User or team.  [default: your own]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("dashboard.json"), show_default=True
+)
+def dashboard(project: str, entity: str | None, out: Path) -> None:
+    """A W&B workspace and report: accuracy by pass and by time, trade-off, Free against Fast.
+
+    Their specification is written to --out; where you are logged in both are saved to W&B, each
+    time as new ones.
+
+    \b
+    dist-adv dashboard --out dashboard.json
+    dist-adv dashboard --project dist-adv --entity my-team
+    """
+    from dist_adv.dashboard import make_dashboard
+
+    saved = make_dashboard(out, project, entity)
+    click.echo(f"dashboard: {out}")
+    click.echo("\n".join(saved) or "not saved to W&B: nobody is logged in; run `wandb login`")
+
+
 def main() -> NoReturn:
     """Run a command; errors become one line and an exit status."""
     status = _run(sys.argv[1:])

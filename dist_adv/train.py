@@ -332,13 +332,11 @@ class Trainer:
         }
 
     def _ranks(self, meter: Meter) -> dict[str, float]:
-        """The slowest and the fastest rank, where there are several.
+        """The slowest and the fastest rank.
 
         They wait for each other's gradients: what differs is their share of a batch, and what
         they do after the last exchange.
         """
-        if len(meter.rates) == 1:
-            return {}
         rates = meter.rates / self.method.steps_per_batch
         return {
             "rank_images_per_s_min": rates.min().item(),

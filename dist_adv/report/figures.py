@@ -134,14 +134,16 @@ def _trade_off(album: _Album, drawn: Sequence[_Drawn]) -> None:
         run = each.run
         pair = [run.evaluations["natural"], run.evaluations[attack]]
         x, y = (100 * evaluation.accuracy for evaluation in pair)
-        (x_low, x_high), (y_low, y_high) = (
-            (100 * low, 100 * high) for low, high in (evaluation.interval for evaluation in pair)
+        # Not below 0: at an accuracy of exactly 0 or 1 an interval's end may be an ulp beyond it.
+        x_bar, y_bar = (
+            [[max(0.0, 100 * (accuracy - low))], [max(0.0, 100 * (high - accuracy))]]
+            for accuracy, (low, high) in ((each.accuracy, each.interval) for each in pair)
         )
         axes.errorbar(
             x,
             y,
-            xerr=[[x - x_low], [x_high - x]],
-            yerr=[[y - y_low], [y_high - y]],
+            xerr=x_bar,
+            yerr=y_bar,
             fmt=each.marker,
             color=each.colour,
             markersize=_marker_size(run.seconds or 0, longest),

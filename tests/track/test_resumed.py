@@ -2,6 +2,7 @@
 
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +148,45 @@ def test_sync_writes_one_whole_run(run: Run, tmp_path: Path):
     check_artifacts(path, run)
     assert summary(path)["final/robust"] == run.evaluations["pgd-2"].accuracy
     assert len([row for row in rows if "epoch/examples/path" in row]) == PASSES
+
+
+def test_dashboard_shows_what_is_logged(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every name in the workspace and the report is one that this run has."""
+    monkeypatch.setenv("HOME", str(tmp_path))  # nobody is logged in
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    out = tmp_path / "dashboard.json"
+    result = CliRunner().invoke(cli.cli, ["dashboard", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "not saved to W&B" in result.output
+    files = pieces(run.folder)
+    logged = {name.removesuffix("/path") for path in files for row in history(path) for name in row}
+    final, config = summary(files[-1]), settings(files[-1])
+    for view in json.loads(out.read_text()).values():
+        found = list(names(view))
+        assert {"epoch/pgd_accuracy", "summary:final/robust", "final/examples"} < set(found)
+        for name in found:
+            if name.startswith("summary:"):
+                assert name.removeprefix("summary:") in final
+            elif "." in name:  # of the configuration
+                section, value, key = name.split(".")
+                assert value == "value"
+                assert key in config[section]
+            else:
+                assert name in logged, name
+
+
+def names(view: Any) -> Iterator[str]:
+    """What panels, groups and filters refer to; not the default axis, which is W&B's counter."""
+    if isinstance(view, list):
+        for each in view:
+            yield from names(each)
+    elif isinstance(view, dict):
+        for key, value in view.items():
+            if key in ("metrics", "mediaKeys"):
+                yield from value
+            elif key in ("xAxis", "yAxis") and value != "_step":
+                yield value
+            elif key in ("grouping", "filters") and isinstance(value, list):
+                yield from (each.get("key", each)["name"] for each in value)
+            else:
+                yield from names(value)

@@ -1,15 +1,18 @@
 """What a dashboard gets is what the run folder has: read back from W&B's own offline file."""
 
+import importlib
 import json
+import logging
 from pathlib import Path
 
 import pytest
 
 import cases
 from dist_adv import track
-from dist_adv.config import parse_config
-from dist_adv.errors import UserError
+from dist_adv.config import Config, parse_config
+from dist_adv.errors import RunFailure, UserError
 from dist_adv.runner import train_run
+from dist_adv.wandb_run import identity
 from wandb_file import history, pieces, records, settings, summary
 
 
@@ -70,10 +73,127 @@ def test_unreachable_server_means_a_warning_and_an_offline_run(images, tmp_path,
     assert "W&B is out of reach" in (run_dir / "log.txt").read_text()
 
 
-def test_environment_variable_wins(images, tmp_path, monkeypatch):
+VARIABLES = {
+    "WANDB_PROJECT": "project of the environment",
+    "WANDB_ENTITY": "team",
+    "WANDB_NAME": "name",
+    "WANDB_RUN_GROUP": "group",
+    "WANDB_JOB_TYPE": "job",
+    "WANDB_NOTES": "notes",
+    "WANDB_TAGS": "one,two",
+    "WANDB_RUN_ID": "abc",
+}
+
+
+def test_environment_goes_before_the_configuration(images, tmp_path, monkeypatch):
+    """But the id of a run that goes on; and what was pushed later is as it was at the start."""
+    for name, value in VARIABLES.items():
+        monkeypatch.setenv(name, value)
+    said = {"project": "p", "entity": "e", "name": "n", "group": "g", "tags": ["t"]}
+    config, run_dir = tracked(images, wandb=said), tmp_path / "run"
+    run_dir.mkdir()
+    expected = {
+        "project": "project of the environment",
+        "entity": "team",
+        "name": "name",
+        "group": "group",
+        "job_type": "job",
+        "notes": "notes",
+        "tags": ["one", "two"],
+        "id": "abc",
+    }
+    assert identity(run_dir, config) == expected
+    for name in VARIABLES:
+        monkeypatch.delenv(name)
+    assert identity(run_dir, config, keep=True) == expected
+    monkeypatch.setenv("WANDB_RUN_ID", "another")
+    monkeypatch.setenv("WANDB_RUN_GROUP", "later")
+    assert identity(run_dir, config, keep=True) == {**expected, "group": "later"}
+    assert identity(run_dir, config, "of a checkpoint") == {
+        **said,
+        "job_type": "train",
+        "notes": None,
+        "group": "later",
+        "id": "abc",
+    }
+
+
+def test_id_of_a_checkpoint_is_gone_on_with(images, tmp_path):
+    config = tracked(images, wandb={})
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    assert identity(tmp_path / "a", config, "of a checkpoint")["id"] == "of a checkpoint"
+    fresh = identity(tmp_path / "b", config)["id"]
+    assert fresh
+    assert identity(tmp_path / "b", config, "of a checkpoint")["id"] == fresh
+
+
+def test_disabled_by_the_environment(images, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     train_run(tracked(images, wandb={"mode": "offline"}), tmp_path / "run", "none")
     assert not (tmp_path / "run" / "wandb").exists()
+
+
+def alerts(run_dir: Path) -> list[tuple[str, str]]:
+    (path,) = pieces(run_dir)
+    found = [record.alert for record in records(path) if record.HasField("alert")]
+    return [(alert.title, alert.text) for alert in found]
+
+
+@pytest.mark.slow
+def test_alerts(images, tmp_path, monkeypatch):
+    """Of a collapse, of updates that were skipped, and of a run that fails."""
+    monkeypatch.setattr("dist_adv.train.FALL", -2.0)  # what the guard sees is always a collapse
+    config, run_dir = tracked(images, wandb={"mode": "offline"}), tmp_path / "collapse"
+    train_run(config, run_dir, "none")
+    ((title, text),) = alerts(run_dir)
+    assert title == "Catastrophic overfitting"
+    assert text.startswith(f"{run_dir}, pass 2: PGD-5 accuracy on training images fell to ")
+
+    monkeypatch.setenv("FAULT", "nan:0:2")
+    faulty = importlib.import_module("faulty")
+    monkeypatch.setattr("dist_adv.train.build_method", faulty.Faulty)
+    tree = {**config.model_dump(), "method": {"name": "natural", "guard": "none"}}
+    skip = {**tree, "train": {**tree["train"], "on_nan": "skip"}}
+    train_run(parse_config(skip, "skip"), tmp_path / "skip", "none")
+    path = tmp_path / "skip"
+    assert alerts(path) == [("Not finite", f"{path}, pass 0.75: 1 updates skipped since this start")]
+    with pytest.raises(RunFailure) as failure:
+        train_run(parse_config(tree, "stop"), tmp_path / "stop", "none")
+    path = tmp_path / "stop"
+    assert alerts(path) == [("Run failed", f"{path}: {failure.value}")]
+
+
+@pytest.mark.slow
+def test_evaluation_after_a_kill_is_of_the_same_run(images, tmp_path):
+    """Training was over, and the results were not measured or not pushed yet."""
+    config, run_dir = tracked(images, wandb={"mode": "offline"}), tmp_path / "run"
+    train_run(config, run_dir, "none")
+    (run_dir / "results.jsonl").unlink()
+    train_run(config, run_dir, "auto")
+    first, second = pieces(run_dir)
+    assert first.name == second.name  # the id
+    assert summary(second)["final/pgd-2"] == summary(first)["final/pgd-2"]
+    assert {r.artifact.type for r in records(second) if r.HasField("artifact")} == {
+        "model",
+        "report",
+    }
+
+
+def test_name_that_wandb_does_not_take(images, tmp_path, monkeypatch, caplog):
+    """Tracking is given up aloud, training is not."""
+    monkeypatch.setenv("WANDB_PROJECT", "a/b")
+    logging.getLogger("dist_adv").addHandler(caplog.handler)
+    config = tracked(images, wandb={"mode": "offline"})
+    tracker = track.Tracker(run_folder(tmp_path, config), config)
+    assert tracker.wandb is None
+    assert "no W&B (Invalid project name" in caplog.text
+
+
+def run_folder(path: Path, config: Config) -> Path:
+    (path / "config.yaml").write_text(config.dump())
+    (path / "env.json").write_text("{}")
+    return path
 
 
 def test_tensorboard_on_request(images, tmp_path):
@@ -87,6 +207,14 @@ def test_tensorboard_on_request(images, tmp_path):
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     expected = [line["loss"] for line in lines if line["kind"] == "train"]
     assert losses == pytest.approx(expected)
+    results = [json.loads(line) for line in (run_dir / "results.jsonl").read_text().splitlines()]
+    for result in results:
+        (event,) = events.Scalars(f"final/{result['attack']}")
+        assert event.value == pytest.approx(result["accuracy"])
+    assert [event.step for event in events.Images("epoch/examples")] == [4, 8]
+    assert [event.step for event in events.Images("final/examples")] == [8]
+    (text,) = events.Tensors("config/text_summary")
+    assert b"name: fast" in text.tensor_proto.string_val[0]
 
 
 def test_tensorboard_that_is_not_installed(images, monkeypatch):

@@ -510,3 +510,10 @@ def test_a_quick_look_does_not_replace_a_figure_on_more_images(tmp_path: Path) -
     ]
     (run,) = read_runs([make_run(tmp_path / "run", results=results)])
     assert (run.evaluations["pgd-10"].n, run.evaluations["pgd-10"].accuracy) == (1000, 0.5)
+
+
+def test_accuracies_of_0_and_1_whose_intervals_end_an_ulp_beyond(tmp_path):
+    nothing = evaluation("pgd-10", 0.0, n=6, ci95=[5e-17, 0.4])
+    everything = evaluation("natural", 1.0, n=6, ci95=[0.6, 1 - 1e-16])
+    run = make_run(tmp_path / "run", results=[everything, nothing])
+    assert write_report([run], tmp_path / "report").exists()
