@@ -60,9 +60,8 @@ def _push(run: Run, offline: Path | None) -> str:
         "offline" if offline else "online",
         resume=False,
         folder=folder,
-        x_disable_machine_info=True,  # this is not the machine that trained
+        x_disable_machine_info=True,  # this may not be the machine that trained
         x_save_requirements=False,
-        git_commit=run.env.get("git_commit"),
     )
     for record in run.metrics:
         view.metrics(record, _image(run, record))

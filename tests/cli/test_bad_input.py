@@ -296,6 +296,20 @@ REAL = [
         prepare=results_damaged,
         run=True,
     ),
+    Row(
+        "sync-nobody-is-logged-in",
+        "sync run",
+        ("nobody is logged in", "`wandb login`", "WANDB_API_KEY", "--offline DIR"),
+        environment={"WANDB_API_KEY": "", "NETRC": "none"},
+        run=True,
+    ),
+    Row(
+        "sync-identity-damaged",
+        "sync run --offline new",
+        ("run/wandb/run.json: not valid JSON", "remove it"),
+        {"run/wandb/run.json": "{"},
+        run=True,
+    ),
 ]
 
 # More of the kinds above, all of which end while the configuration is read.
@@ -316,6 +330,7 @@ IN_PROCESS = [
     Row("norm", TRAIN + "threat.norm=linff", ("threat.norm: 'linff'", "'linf'")),
     Row("precision", TRAIN + "train.precision=fp8", ("train.precision: 'fp8'", "'fp32'")),
     Row("schedule", TRAIN + "optim.schedule=cosin", ("optim.schedule: 'cosin'", "'cosine'")),
+    Row("wandb-project", TRAIN + "track.wandb.project=a/b", ("track.wandb.project",)),
     Row("word-of-yaml", TRAIN + "track.wandb.mode=off", ("track.wandb.mode: False", "disabled")),
     Row("section-as-value", TRAIN + "method=fast", ("method: is a section", "'fast'")),
     # Numbers out of range, and what is no number.

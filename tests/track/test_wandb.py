@@ -157,7 +157,9 @@ def test_alerts(images, tmp_path, monkeypatch):
     skip = {**tree, "train": {**tree["train"], "on_nan": "skip"}}
     train_run(parse_config(skip, "skip"), tmp_path / "skip", "none")
     path = tmp_path / "skip"
-    assert alerts(path) == [("Not finite", f"{path}, pass 0.75: 1 updates skipped since this start")]
+    assert alerts(path) == [
+        ("Not finite", f"{path}, pass 0.75: 1 updates skipped since this start")
+    ]
     with pytest.raises(RunFailure) as failure:
         train_run(parse_config(tree, "stop"), tmp_path / "stop", "none")
     path = tmp_path / "stop"
