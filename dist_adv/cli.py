@@ -15,6 +15,9 @@ from dist_adv.errors import Preempted, RankFailure, RunFailure, UserError
 
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+_RUN_DIR = click.option(
+    "--run-dir", type=click.Path(path_type=Path), help="[default: runs/FOLDER-NAME of the config]"
+)
 
 
 @click.group(
@@ -54,9 +57,7 @@ def demo(out: Path) -> None:
 @cli.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @_OVERRIDES
-@click.option(
-    "--run-dir", type=click.Path(path_type=Path), help="[default: runs/FOLDER-NAME of the config]"
-)
+@_RUN_DIR
 @click.option(
     "--resume",
     default="auto",
@@ -78,9 +79,11 @@ def train(config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume
     from dist_adv.config import load_config
     from dist_adv.runner import train_run
 
-    checked = load_config(config, overrides)
-    folder = run_dir or Path("runs") / f"{config.resolve().parent.name}-{config.stem}"
-    train_run(checked, folder, resume)
+    train_run(load_config(config, overrides), run_dir or _run_dir(config), resume)
+
+
+def _run_dir(config: Path) -> Path:
+    return Path("runs") / f"{config.resolve().parent.name}-{config.stem}"
 
 
 @cli.command(name="eval")
@@ -299,6 +302,29 @@ def dashboard(project: str, entity: str | None, out: Path) -> None:
     click.echo("\n".join(saved) or "not saved to W&B: nobody is logged in; run `wandb login`")
 
 
+@cli.command()
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@_OVERRIDES
+@_RUN_DIR
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def doctor(
+    config: Path | None, overrides: tuple[str, ...], run_dir: Path | None, as_json: bool
+) -> None:
+    """What this machine has, what `train CONFIG` would use here, and what to do about the rest.
+
+    Writes nothing. Exit status 1 where something would keep training from working.
+
+    
+    dist-adv doctor
+    dist-adv doctor configs/cifar10/fast.yaml train.precision=bf16 --run-dir runs/fast
+    """
+    from dist_adv.doctor import run_doctor
+
+    folder = run_dir or (_run_dir(config) if config else Path("runs"))
+    if not run_doctor(config, overrides, folder, as_json):
+        raise click.exceptions.Exit(1)
+
+
 def main() -> NoReturn:
     """Run a command; errors become one line and an exit status."""
     status = _run(sys.argv[1:])
@@ -312,9 +338,8 @@ def main() -> NoReturn:
 
 def _run(arguments: list[str]) -> int:
     try:
-        cli.main(arguments, prog_name="dist-adv", standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
+        # What a command raises as click's Exit comes back as a number.
+        status = cli.main(arguments, prog_name="dist-adv", standalone_mode=False)
     except click.ClickException as error:
         _let_rank_0_speak()
         error.show()
@@ -340,7 +365,7 @@ def _run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         _complain("interrupted; the same command goes on from the last checkpoint")
         return 130
-    return 0
+    return status or 0
 
 
 def _let_rank_0_speak() -> None:

@@ -90,12 +90,16 @@ def check_same_start(accelerator: Accelerator, about: Mapping[str, Any]) -> None
             )
 
 
+def cores() -> int:
+    """Those that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def threads_per_rank() -> int:
     """Ranks times threads never exceed the cores: two threads too many slow a run tenfold."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    share = max(1, cores // ranks)
+    share = max(1, cores() // ranks)
     # A list such as `2,1` is for nested levels; the first is ours.
     wanted = (os.environ.get("OMP_NUM_THREADS") or str(share)).split(",")[0]
     if not wanted.isdecimal() or wanted == "0":
@@ -113,9 +117,7 @@ def resolve_precision(wanted: str, cpu: bool) -> str:
         if wanted == "fp16":
             raise UserError("train.precision: fp16 needs a GPU; use bf16, fp32 or auto here")
         if wanted == "auto":
-            features = torch.cpu.get_capabilities()
-            native = features.get("avx512_bf16") or features.get("amx_bf16") or features.get("bf16")
-            return "bf16" if native else "fp32"
+            return "bf16" if native_bf16() else "fp32"
         return wanted
     ampere = torch.cuda.get_device_capability() >= (8, 0)
     if wanted == "auto":
@@ -125,6 +127,12 @@ def resolve_precision(wanted: str, cpu: bool) -> str:
             f"train.precision: {torch.cuda.get_device_name()} has no native bf16; use fp16 or auto"
         )
     return wanted
+
+
+def native_bf16() -> bool:
+    """Has this CPU instructions for it?"""
+    features = torch.cpu.get_capabilities()
+    return any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 class TrainNet:

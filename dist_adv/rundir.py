@@ -29,13 +29,18 @@ def check(run_dir: Path, config: Config, resume: bool) -> Lock | None:
     Raises UserError for a folder that belongs to something else, that another process is using,
     or that exists although the caller wants a new one.
     """
+    return Lock(run_dir) if holds(run_dir, config, resume) else None
+
+
+def holds(run_dir: Path, config: Config, resume: bool = True) -> bool:
+    """Is there a run of this experiment, rather than nothing? Raises UserError as `check` does."""
     saved = run_dir / "config.yaml"
     try:
         content = list(run_dir.iterdir()) if run_dir.exists() else []
     except OSError as error:
         raise unusable(run_dir, error) from None
     if not content:
-        return None
+        return False
     if not saved.is_file():
         raise UserError(f"{run_dir}: is not empty and no run folder; choose another --run-dir")
     if not resume:
@@ -43,7 +48,7 @@ def check(run_dir: Path, config: Config, resume: bool) -> Lock | None:
             f"{run_dir}: exists already; choose another --run-dir, or --resume auto to go on"
         )
     check_same_experiment(load_config(saved), config, run_dir)
-    return Lock(run_dir)
+    return True
 
 
 def trained(run_dir: Path, config: Config) -> bool:

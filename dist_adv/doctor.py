@@ -1,0 +1,331 @@
+"""What this machine has, what a run would use here, and what to do about what is missing.
+
+Every look is on its own: where one fails that is a line of the table, and the others go on. Nothing
+heavy is imported before it is looked at. Nothing is written.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from dist_adv.config import Config, load_config
+from dist_adv.errors import UserError
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A line of the table. `problem`: training would not work; `warning`: not as well as it could.
+
+    advice: the remedy, or a word on what is found.
+    """
+
+    what: str
+    found: str
+    level: Literal["ok", "warning", "problem"] = "ok"
+    advice: str = ""
+
+
+Findings = Iterator[Finding]
+
+
+def run_doctor(path: Path | None, overrides: Sequence[str], run_dir: Path, as_json: bool) -> bool:
+    """Print the table, or JSON. False where something would keep `train` from working."""
+    findings = examine(path, overrides, run_dir)
+    if as_json:
+        print(json.dumps([asdict(each) for each in findings], indent=1))
+    else:
+        _show(findings)
+    return all(each.level != "problem" for each in findings)
+
+
+def examine(path: Path | None, overrides: Sequence[str], run_dir: Path) -> list[Finding]:
+    """Look at everything; at what a run of the configuration at `path` would use, where given."""
+    config, mistake = None, ""
+    if path:
+        try:
+            config = load_config(path, overrides)
+        except UserError as error:
+            mistake = str(error)
+    looks: dict[str, Callable[[], Findings]] = {
+        "Python": _python,
+        "torch": _torch,
+        "GPUs": _gpus,
+        "CPU": _cpu,
+        "C++ compiler": lambda: _compiler(config),
+        "packages": _packages,
+        "Slurm": _slurm,
+        "W&B": lambda: _wandb(config),
+        "data": lambda: _data(config),
+        "run folder": lambda: _run_folder(config, run_dir),
+        "limits": _limits,
+        "a run here": lambda: _use(config),
+    }
+    findings = [Finding("configuration", mistake, "problem", "correct it")] if mistake else []
+    for what, look in looks.items():
+        try:
+            findings += look()
+        except Exception as error:  # whatever a broken installation comes up with
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            findings.append(Finding(what, f"could not be looked at: {reason}", "warning"))
+    return findings
+
+
+def _show(findings: Sequence[Finding]) -> None:
+    styles = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+    table = Table("", "what", title=f"dist-adv doctor, {platform.node()}")
+    table.add_column("found", overflow="fold")
+    table.add_column("what to do", overflow="fold")
+    for each in findings:
+        level = f"[{styles[each.level]}]{each.level}[/]"
+        table.add_row(level, *(_plain(text) for text in (each.what, each.found, each.advice)))
+    Console().print(table)
+
+
+def _plain(text: str) -> str:
+    """Brackets are no markup."""
+    return text.replace("[", r"\[")
+
+
+def _output(*command: str) -> str | None:
+    """What a program prints; None where it is absent, fails or takes longer than two seconds."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=2)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _python() -> Findings:
+    yield Finding("Python", f"{platform.python_version()}, {sys.executable}")
+
+
+def _torch() -> Findings:
+    try:
+        import torch
+        import torchvision  # noqa: F401  (of another build it fails at import)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        remedy = "install torch and torchvision again, of one and the same build"
+        yield Finding("torch", f"cannot be imported: {reason}", "problem", remedy)
+        return
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs only"
+    if torch.version.cuda and torch.distributed.is_nccl_available():
+        build += f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+    yield Finding("torch", f"{torch.__version__} ({build})")
+
+
+def _gpus() -> Findings:
+    import torch
+
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    versions = driver.splitlines() if driver else []  # a line for each GPU
+    if not torch.cuda.is_available():
+        found, remedy = "none: training takes the CPU", ""
+        if versions:
+            found = f"{len(versions)} (driver {versions[0]}), of which torch sees none"
+            remedy = "see CUDA_VISIBLE_DEVICES; a newer driver, or a torch for an older CUDA"
+        yield Finding("GPUs", found, "warning" if versions else "ok", remedy)
+        return
+    for number in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(number)
+        yield Finding(
+            f"GPU {number}",
+            f"{gpu.name}, {gpu.total_memory / GB:.0f} GB, compute capability {gpu.major}."
+            f"{gpu.minor}" + (f", driver {versions[0]}" if versions else ""),
+        )
+
+
+def _cpu() -> Findings:
+    from dist_adv.parallel import cores, native_bf16
+
+    mine, everyone = cores(), os.cpu_count() or 1
+    found = f"{mine} cores" if mine == everyone else f"{mine} of {everyone} cores (affinity)"
+    yield Finding("CPU", f"{found}, bf16 instructions: {'yes' if native_bf16() else 'no'}")
+
+
+def _compiler(config: Config | None) -> Findings:
+    name = os.environ.get("CXX", "g++")
+    where = shutil.which(name)
+    if where:
+        yield Finding("C++ compiler", where)
+    elif config and config.train.compile != "none":
+        remedy = "install g++, name another one in CXX, or set train.compile=none"
+        yield Finding("C++ compiler", f"no {name}", "problem", remedy)
+    else:
+        yield Finding("C++ compiler", f"no {name}", advice="only train.compile needs one")
+
+
+def _packages() -> Findings:
+    yield Finding("accelerate", _version("accelerate") or "absent")
+    found, advice = _version("deepspeed"), "only ZeRO needs it: pip install 'dist-adv[deepspeed]'"
+    yield Finding("deepspeed", found or "not installed", advice="" if found else advice)
+
+
+def _slurm() -> Findings:
+    if not shutil.which("sbatch"):
+        yield Finding("Slurm", "no sbatch on this machine")
+        return
+    partitions = _output("sinfo", "--noheader", "--format=%P %D nodes, %G, up to %l")
+    if partitions is None:
+        remedy = "ask whether the controller runs; see sinfo"
+        yield Finding("Slurm", "sbatch is there, and sinfo gives no answer", "warning", remedy)
+    else:
+        yield Finding("Slurm", "; ".join(partitions.splitlines()) or "no partitions")
+
+
+def _wandb(config: Config | None) -> Findings:
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE", config.track.wandb.mode if config else "auto")
+    if mode == "disabled":
+        yield Finding("W&B", f"{wandb.__version__}, disabled")
+        return
+    known = wandb.login(prompt=False, verify=False)
+    who = "logged in" if known else "nobody is logged in"
+    if mode == "auto":
+        mode = "online" if known else "offline"
+    level: Literal["ok", "warning"] = "warning" if mode == "online" and not known else "ok"
+    advice = "" if known else "`wandb login` or WANDB_API_KEY; dist-adv sync uploads later"
+    yield Finding("W&B", f"{wandb.__version__}, {who}: records {mode}", level, advice)
+
+
+# What torchvision unpacks or downloads, by which a set is known to be there.
+_FILES = {
+    "cifar10": ("cifar-10-batches-py",),
+    "cifar100": ("cifar-100-python",),
+    "svhn": ("train_32x32.mat", "test_32x32.mat"),
+    "imagefolder": ("train", "test"),
+}
+
+
+def _data(config: Config | None) -> Findings:
+    from dist_adv.data import DataOptions, data_root
+
+    root = data_root(config.data if config else DataOptions())
+    if config is None:
+        there = [name for name in _FILES if _is_there(name, root)]
+        advice = "data.root or DIST_ADV_DATA names another folder; digits are always there"
+        yield Finding(
+            "data", f"{', '.join(there) or 'nothing'} in {root.absolute()}", advice=advice
+        )
+    elif config.data.name == "digits":
+        yield Finding("data", "digits, embedded")
+    elif _is_there(config.data.name, root):
+        yield Finding("data", f"{config.data.name} in {root.absolute()}")
+    elif config.data.name == "imagefolder":
+        remedy = "data.root or DIST_ADV_DATA: a folder with train/<class>/ and test/<class>/"
+        yield Finding("data", f"no train/ and test/ in {root.absolute()}", "problem", remedy)
+    else:
+        found = f"{config.data.name} is not in {root.absolute()}: it would be downloaded"
+        remedy = "without a network: data.root or DIST_ADV_DATA, or put the archive there"
+        yield Finding("data", found, "warning", remedy)
+
+
+def _is_there(name: str, root: Path) -> bool:
+    return all((root / file).exists() for file in _FILES[name])
+
+
+def _run_folder(config: Config | None, folder: Path) -> Findings:
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        yield Finding(
+            "run folder",
+            f"{folder}: {place} is {'not writable' if place.is_dir() else 'no folder'}",
+            "problem",
+            "choose another --run-dir",
+        )
+        return
+    yield _state_of(config, folder)
+    free = shutil.disk_usage(place).free
+    few = free < 2 * GB
+    remedy = "a run of width 64 takes about 0.3 GB; train.keep says how many checkpoints stay"
+    yield Finding("free disk", f"{free / GB:.1f} GB", "warning" if few else "ok", remedy * few)
+
+
+def _state_of(config: Config | None, folder: Path) -> Finding:
+    from dist_adv import rundir
+
+    if config is None:
+        return Finding("run folder", f"{folder}: writable")
+    try:
+        if not rundir.holds(folder, config):
+            return Finding("run folder", f"{folder}: would be made")
+    except UserError as error:
+        return Finding("run folder", str(error), "problem", "choose another --run-dir")
+    state = rundir.state_of(folder) or "of unknown state"
+    return Finding("run folder", f"{folder}: holds this run ({state}), which would go on")
+
+
+def _limits() -> Findings:
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        size = shutil.disk_usage(shared).total
+        small = size < 1 * GB
+        remedy = "docker run --shm-size=8g: NCCL and the workers of image folders need it"
+        found, level = f"{size / GB:.1f} GB", "warning" if small else "ok"
+        yield Finding("/dev/shm", found, level, remedy * small)  # type: ignore[arg-type]
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = files < 1024
+    remedy = "ulimit -n 4096: every rank and every worker needs some"
+    yield Finding("open files", f"up to {files}", "warning" if few else "ok", remedy * few)
+
+
+# Images to train on of the sets of one size; an image folder is not listed for this.
+_TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "svhn": 73_257, "digits": 1_438}
+
+
+def _use(config: Config | None) -> Findings:
+    """What `train CONFIG` would take; without one what it takes by itself."""
+    import torch
+
+    from dist_adv import parallel
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    wanted = config.train.precision if config else "auto"
+    try:
+        precision = parallel.resolve_precision(wanted, cpu=not gpus)
+        threads = (config and config.train.threads) or parallel.threads_per_rank()
+    except UserError as error:
+        yield Finding("a run here", str(error), "problem")
+        return
+    found = f"{torch.cuda.get_device_name()}" if gpus else f"CPU, {threads} thread(s)"
+    advice = f"launch/run.sh starts {gpus} ranks, one for each GPU" if gpus > 1 else ""
+    yield Finding("a run here", f"1 rank on {found}, {precision}", advice=advice)
+    if config and config.data.name in _TRAINING_IMAGES:
+        yield _steps(config)
+
+
+def _steps(config: Config) -> Finding:
+    from dist_adv.methods import build_method
+    from dist_adv.threat import build as build_threat
+
+    train, data = config.train, config.data
+    images = _TRAINING_IMAGES[data.name] - data.validation
+    short = images % train.batch_size > 0 and not data.drop_last
+    method = build_method(config.method, build_threat(config.threat.norm, config.threat.eps))
+    batches, replays = images // train.batch_size + short, method.steps_per_batch
+    found = f"{train.epochs * batches * replays}: {train.epochs} passes of {batches} batches"
+    found += f", {replays} times each" if replays > 1 else ""
+    found += f"; train.max_steps ends it at {train.max_steps}" if train.max_steps else ""
+    return Finding("steps", found)
