@@ -98,13 +98,16 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
 
 
-def test_multi_gpu_takes_every_gpu_of_the_machine(four_gpus: None) -> None:
+def test_multi_gpu_takes_every_gpu_of_the_machine(
+    four_gpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`multi-gpu.yaml` names no number: torchrun counts."""
+    monkeypatch.setenv("PET_SHUTDOWN_TIMEOUT", "300")
     arguments = validated("multi-gpu.yaml")
     assert arguments.multi_gpu
     assert not arguments.use_cpu
     found, environment = torchruns(arguments)
-    assert (found.max_nodes, found.nproc_per_node) == (1, 4)
+    assert (found.max_nodes, found.nproc_per_node, found.shutdown_timeout) == (1, 4, 300)
     assert found.rdzv_endpoint.split(":")[1] not in ("0", "29500")  # a free one
     assert environment.get("CUDA_VISIBLE_DEVICES") == os.environ.get("CUDA_VISIBLE_DEVICES")
     fewer, _ = torchruns(validated("multi-gpu.yaml", "--num_processes", "2"))
