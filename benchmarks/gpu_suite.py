@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from dist_adv import parallel  # noqa: E402
 from dist_adv.bench.cases import Bench  # noqa: E402
-from dist_adv.bench.timing import PeakMemory, alternate, copy_rate, matmul_rate  # noqa: E402
+from dist_adv.bench.timing import PeakMemory, alternate, copy_rate, matmul_rate, network  # noqa: E402
 from dist_adv.train import Meter  # noqa: E402
 
 MINUTES = 8.0
@@ -222,6 +222,7 @@ def main() -> None:
         "torch": torch.__version__,
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "commit": commit,
+        "network": network(Bench(None, 4 if options.toy else 64).config(METHODS["natural"]).model),
     }
     name = f"{options.part}-{options.precision}" if options.precision else options.part
     (options.out / f"{name}.json").write_text(json.dumps(about | {"rows": rows}, indent=1))

@@ -325,6 +325,50 @@ def doctor(
         raise click.exceptions.Exit(1)
 
 
+@cli.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@_OVERRIDES
+@click.option("--gpus", default="1,2,4,8", show_default=True, help="How many, with commas between.")
+@click.option(
+    "--bandwidth",
+    metavar="GB/S[:US]|NAME",
+    help="Of a GPU in one direction, and microseconds of a message; or nvlink4, nvlink3, pcie5, "
+    "pcie4, pcie3, ib-ndr, ib-hdr, ethernet-100, ethernet-10.  [default: measured, under torchrun]",
+)
+@click.option("--gpus-per-node", type=click.IntRange(1), help="With --node-bandwidth.")
+@click.option("--node-bandwidth", metavar="GB/S[:US]|NAME", help="Of a node, shared by its GPUs.")
+@click.option("--step-ms", metavar="BATCH:MS,...", help="Step times of a GPU, known already.")
+@click.option(
+    "--step-times",
+    type=click.Path(path_type=Path),
+    help="The same, from bench.json, gpu_suite.py or plan --json.  [default: measured here]",
+)
+@click.option("--weak", is_flag=True, help="train.batch_size is a GPU's; the rate grows with it.")
+@click.option("--price", type=click.FloatRange(0, min_open=True), help="Of a GPU hour.")
+@click.option("--images", type=click.IntRange(1), help="Training images of an imagefolder.")
+@click.option("--classes", type=click.IntRange(2), help="Its classes.")
+@click.option("--json", type=click.Path(path_type=Path), help="A file to keep all of it in.")
+def plan(config: Path, overrides: tuple[str, ...], **asked: Any) -> None:
+    """What CONFIG would take on more GPUs: time, communication, efficiency, cost.
+
+    From the step time of one GPU, which is measured here unless it is given, and the ring
+    all-reduce formula. A prediction: it prints what it assumes, and docs/scaling.md says how far
+    to believe it.
+
+    \b
+    dist-adv plan configs/cifar10/fast.yaml --gpus 1,2,4,8 --bandwidth pcie3
+    dist-adv plan configs/cifar10/pgd.yaml train.batch_size=1024 --gpus 8,64,512 \\
+      --bandwidth nvlink4 --gpus-per-node 8 --node-bandwidth 400:14 --price 2.5
+    dist-adv plan configs/cifar10/fast.yaml --bandwidth pcie3 --json gpu.json
+    dist-adv plan configs/cifar10/fast.yaml --bandwidth ib-ndr --step-times gpu.json
+    torchrun --nproc-per-node 2 -m dist_adv plan configs/digits/fast.yaml --gpus 2,4
+    """
+    from dist_adv.config import load_config
+    from dist_adv.planner import Asked, run_plan
+
+    run_plan(load_config(config, overrides), Asked(**asked))
+
+
 def main() -> NoReturn:
     """Run a command; errors become one line and an exit status."""
     status = _run(sys.argv[1:])

@@ -93,6 +93,15 @@ class Meter:
         return torch.cat([everyone[:, :3].sum(0), seconds])
 
 
+def check_statistics(config: Config, smallest_share: int) -> None:
+    """Raises UserError where BatchNorm would have a single image to take statistics of."""
+    if config.model.norm == "batch" and smallest_share == 1:
+        raise UserError(
+            "train.batch_size: leaves a rank 1 image in some batch, of which BatchNorm has no "
+            "statistics; set data.drop_last=true, another batch size or model.norm=group"
+        )
+
+
 class Trainer:
     """One experiment on this process: data, model, method, and how far it is.
 
@@ -127,11 +136,7 @@ class Trainer:
             accelerator.process_index,
             accelerator.num_processes,
         )
-        if config.model.norm == "batch" and self.loader.smallest_share == 1:
-            raise UserError(
-                "train.batch_size: leaves a rank 1 image in some batch, of which BatchNorm has no "
-                "statistics; set data.drop_last=true, another batch size or model.norm=group"
-            )
+        check_statistics(config, self.loader.smallest_share)
         self.threat = build_threat(config.threat.norm, config.threat.eps)
         self.method = build_method(config.method, self.threat)
         mean, std = self.train_data.statistics()

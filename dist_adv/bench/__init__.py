@@ -15,6 +15,7 @@ from rich.table import Table
 
 from dist_adv import parallel, records
 from dist_adv.bench.cases import CASES, Bench, Row
+from dist_adv.bench.timing import network
 from dist_adv.errors import UserError
 from dist_adv.progress import bar, console, start_logging
 
@@ -47,7 +48,7 @@ def run_bench(
     chosen = list(cases) or [case for case in CASES if case not in _OPT_IN]
     rows: list[Row] = []
     out.mkdir(parents=True, exist_ok=True)
-    about = _about(accelerator.device, accelerator.mixed_precision.replace("no", "fp32"))
+    header = about(accelerator.device, accelerator.mixed_precision.replace("no", "fp32"))
     with bar(True) as progress:
         task = progress.add_task("bench", total=None)
         bench = Bench(
@@ -60,17 +61,19 @@ def run_bench(
             out,
             lambda: progress.advance(task),
         )
+        header["network"] = network(bench.config({"name": "natural"}).model)
         for name in chosen:
             progress.update(task, description=name)
             for row in CASES[name](bench):
                 rows.append(row)
                 console.print(f"{row.what}: [bold]{row.measured}[/bold]", highlight=False)
-            _write(out, rows, about)
+            _write(out, rows, header)
     console.print(_table(rows))
     return all(row.met is not False for row in rows)
 
 
-def _about(device: torch.device, precision: str) -> dict[str, Any]:
+def about(device: torch.device, precision: str) -> dict[str, Any]:
+    """Where and when a record was made."""
     git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     done = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent)
     cuda = device.type == "cuda"

@@ -165,7 +165,8 @@ def steps(bench: Bench) -> Iterator[Row]:
             {
                 "ratio": [ratio, low, high],
                 "published_ms": 1e3 * timings.median("published") / per_call,
-                "ours_ms": 1e3 * seconds,
+                "what": f"{what}, {bench.precision}, batch {bench.batch_size}, compile none",
+                "step_ms": 1e3 * seconds,
                 "images_per_s": bench.batch_size / seconds,
                 "flop_per_s": rate,
                 "peak_flop_per_s": peak,

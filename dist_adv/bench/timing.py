@@ -7,17 +7,23 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from dist_adv.data import Dataset
 
 
-def noise(n: int, size: int = 32, classes: int = 10) -> Dataset:
+def noise(n: int, size: int = 32, classes: int = 10, channels: int = 3) -> Dataset:
     """Random images like CIFAR-10's: what they show costs nothing."""
     draw = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=draw)
+    images = torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8, generator=draw)
     labels = torch.randint(0, classes, (n,), generator=draw)
     return Dataset("noise", images, labels, [str(k) for k in range(classes)], 4, True)
+
+
+def network(options: BaseModel, size: int = 32) -> str:
+    """What a step time is of: the network and its images' size, as records say it."""
+    return ", ".join([*map(str, options.model_dump().values()), f"{size}x{size}"])
 
 
 class Timings:

@@ -39,6 +39,31 @@ class Batch:
     weight: float
 
 
+def split(images: int, batch_size: int, drop_last: bool, world_size: int) -> tuple[int, int]:
+    """(batches of a pass, the smallest share of a batch that a rank gets).
+
+    Raises UserError where some batch would leave a rank without an image.
+    """
+    if batch_size < world_size:
+        raise UserError(
+            f"train.batch_size: {batch_size} is the global batch and smaller than the "
+            f"{world_size} ranks; use at least {world_size}"
+        )
+    short = images % batch_size
+    if 0 < short < world_size and not drop_last:
+        raise UserError(
+            f"train.batch_size: the last batch has {short} images for {world_size} ranks; "
+            f"set data.drop_last=true or choose another batch size"
+        )
+    batches = images // batch_size + (short > 0 and not drop_last)
+    if batches == 0:
+        raise UserError(
+            f"train.batch_size: {batch_size} is larger than the {images} images and "
+            f"data.drop_last is true; use a smaller batch"
+        )
+    return batches, (short if short and not drop_last else batch_size) // world_size
+
+
 class Loader:
     """Batches of one split for one rank.
 
@@ -56,25 +81,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if batch_size < world_size:
-            raise UserError(
-                f"train.batch_size: {batch_size} is the global batch and smaller than the "
-                f"{world_size} ranks; use at least {world_size}"
-            )
-        short = len(dataset) % batch_size
-        if 0 < short < world_size and not drop_last:
-            raise UserError(
-                f"train.batch_size: the last batch has {short} images for {world_size} ranks; "
-                f"set data.drop_last=true or choose another batch size"
-            )
-        self.batches = len(dataset) // batch_size + (short > 0 and not drop_last)
-        if self.batches == 0:
-            raise UserError(
-                f"train.batch_size: {batch_size} is larger than the {len(dataset)} images and "
-                f"data.drop_last is true; use a smaller batch"
-            )
-        smallest = short if short and not drop_last else batch_size
-        self.smallest_share = smallest // world_size
+        self.batches, self.smallest_share = split(len(dataset), batch_size, drop_last, world_size)
         self.dataset, self.batch_size, self.seed, self.device = dataset, batch_size, seed, device
         self.rank, self.world_size = rank, world_size
         _, self.channels, self.height, self.width = dataset.images.shape

@@ -30,6 +30,8 @@ TINY = (
     "eval.attacks=[natural] eval.every=0"
 )
 TRAIN = "train DIGITS/fast.yaml "
+PLAN = "plan DIGITS/fast.yaml "
+PLAN_AT = f"{PLAN}--step-ms 64:9 --bandwidth 10 --gpus "
 TRAIN_TINY = f"{TRAIN}{TINY} "
 FOLDER = f"{TRAIN_TINY}data.name=imagefolder data.root=images"
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -130,6 +132,7 @@ REAL = [
     ),
     Row("eps-in-255ths", TRAIN + "threat.eps=8", ("threat.eps: 8 ", "8/255")),
     Row("override", TRAIN + "train.epochs", ("'train.epochs'", "train.epochs=3")),
+    Row("plan", PLAN + "--bandwidth 0", ("--bandwidth: '0'", "GB/s")),
     Row(
         "config-no-yaml", "train my.yaml", ("my.yaml: line 2 ",), {"my.yaml": "method: {name: a\n"}
     ),
@@ -390,6 +393,84 @@ IN_PROCESS = [
         ("track.wandb.name", "2024-13-45"),
     ),
     Row("override-no-integer", TRAIN + "train.seed=0b_", ("train.seed", "0b_")),
+    # Plans.
+    Row("plan-gpus-zero", PLAN_AT + "0", ("--gpus: '0'", "8,64,512")),
+    Row("plan-gpus-negative", PLAN_AT + "8,-2", ("--gpus: '8,-2'", "8,64,512")),
+    Row("plan-gpus-words", PLAN_AT + "many", ("--gpus: 'many'", "8,64,512")),
+    Row("plan-batch", PLAN_AT + "128", ("train.batch_size: 64", "128 ranks; use at least 128")),
+    Row("plan-statistics", PLAN_AT + "20", ("train.batch_size: leaves a rank 1 image", "group")),
+    Row("plan-short-batch", PLAN_AT + "40", ("the last batch has 30 images for 40 ranks",)),
+    Row("plan-weak", PLAN_AT + "64 --weak", ("--weak: 64 x 64 is a batch of 4096 of 1438",)),
+    Row("plan-no-bandwidth", PLAN, ("--bandwidth: missing", "nvlink4", "torchrun")),
+    Row("plan-bandwidth-zero", PLAN + "--bandwidth 0", ("--bandwidth: '0'", "GB/s", "pcie3")),
+    Row("plan-bandwidth-name", PLAN + "--bandwidth nvlnk4", ("--bandwidth: 'nvlnk4'", "nvlink4")),
+    Row("plan-latency", PLAN + "--bandwidth 10:-1", ("--bandwidth: '10:-1'", "12.5:14")),
+    Row(
+        "plan-half-a-node",
+        PLAN_AT + "2,8,12 --gpus-per-node 8 --node-bandwidth ib-ndr train.batch_size=256",
+        ("--gpus: 12 does not fill nodes of 8", "multiple"),
+    ),
+    Row("plan-nodes-without-network", PLAN_AT + "8 --gpus-per-node 8", ("--node-bandwidth: give",)),
+    Row("plan-step-ms", PLAN + "--bandwidth 10 --step-ms 64", ("--step-ms: '64'", "128:35.5")),
+    Row("plan-step-ms-zero", PLAN + "--bandwidth 10 --step-ms 64:0", ("--step-ms: '64:0'",)),
+    Row("plan-step-ms-negative", PLAN + "--bandwidth 10 --step-ms=-64:5", ("--step-ms: '-64:5'",)),
+    Row(
+        "plan-both",
+        PLAN + "--bandwidth 10 --step-ms 64:9 --step-times a.json",
+        ("--step-ms and --step-times", "one"),
+    ),
+    Row(
+        "plan-record-missing",
+        PLAN + "--bandwidth 10 --step-times a.json",
+        ("--step-times: a.json: cannot be read", "No such file"),
+    ),
+    Row(
+        "plan-record-folder",
+        PLAN + "--bandwidth 10 --step-times a",
+        ("--step-times: a: cannot be read", "directory"),
+        {"a/b": ""},
+    ),
+    Row(
+        "plan-record-binary",
+        PLAN + "--bandwidth 10 --step-times a.json",
+        ("--step-times: a.json: holds no step times", "bench.json", "plan --json"),
+        {"a.json": b"\xff\xfe"},
+    ),
+    Row(
+        "plan-record-other-json",
+        PLAN + "--bandwidth 10 --step-times a.json",
+        ("--step-times: a.json: holds no step times",),
+        {"a.json": '{"rows": [3]}'},
+    ),
+    *(
+        Row(
+            f"plan-record-{name}",
+            PLAN + "--bandwidth 10 --step-times a.json",
+            ("--step-times: a.json: holds no step times",),
+            {
+                "a.json": '{"network": "n", "rows": [{"what": "Fast, fp32, batch 1, compile none", '
+                f'"step_ms": {value}}}]}}'
+            },
+        )
+        for name, value in {"word": '"soon"', "zero": "0", "nan": "NaN"}.items()
+    ),
+    Row(
+        "plan-record-without-the-case",
+        PLAN + "--bandwidth 10 --step-times a.json",
+        ("--step-times: a.json: has no Fast in train.precision=", "it has natural fp32 none"),
+        {
+            "a.json": '{"network": "preact_resnet18, 16, batch, 8x8", "rows": '
+            '[{"what": "natural, fp32, batch 64, compile none", "step_ms": 3}]}'
+        },
+    ),
+    Row(
+        "plan-imagefolder",
+        PLAN_AT + "2 data.name=imagefolder data.size=224",
+        ("--images, --classes and data.size", "--images 1281167"),
+    ),
+    Row("plan-json", PLAN_AT + "2 --json a", ("--json: a exists", "not overwritten"), {"a": ""}),
+    Row("plan-images", PLAN_AT + "2 --images 5", ("--images, --classes", "digits is known")),
+    Row("plan-validation", PLAN_AT + "2 data.validation=1438", ("data.validation: 1438",)),
     # Files.
     Row("config-missing", "train my.yaml", ("my.yaml: no such configuration file", "configs/")),
     Row("config-misspelt", "train DIGITS/fst.yaml", ("digits/fst.yaml", "configs/")),
@@ -566,6 +647,8 @@ USAGE = [
     Row("argument-missing", "train", ("Missing argument 'CONFIG'",)),
     Row("option-missing", "export run", ("Missing option '--out'",)),
     Row("limit-zero", "eval run --limit 0", ("'--limit'", "x>=1")),
+    Row("plan-price-negative", PLAN + "--price -1", ("'--price'", "x>0")),
+    Row("plan-node-of-none", PLAN + "--gpus-per-node 0", ("'--gpus-per-node'", "x>=1")),
 ]
 
 

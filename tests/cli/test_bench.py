@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from dist_adv.config import parse_config
+from dist_adv.planner import Images, read_step_times
+
 pytestmark = pytest.mark.slow
 
 
@@ -30,6 +33,10 @@ def test_every_case_leaves_rows(tmp_path):
     assert list(dict.fromkeys(row["case"] for row in found["rows"])) == cases
     steps = [row for row in found["rows"] if row["case"] == "steps"]
     assert len(steps) == 4
+    model = {"name": "preact_resnet18", "width": 4}
+    fast = parse_config({"method": {"name": "fast"}, "model": model}, "test")
+    points, _ = read_step_times(tmp_path / "bench.json", fast, Images(50_000, 3, 32, 10))
+    assert list(points) == [8]
     assert all(row["details"]["ratio"][0] > 0 and row["met"] is None for row in steps)
     (reduced,) = [row for row in found["rows"] if "all-reduces" in row["what"]]
     assert reduced["met"], reduced

@@ -100,7 +100,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from cases import CASES, config
 from dist_adv import parallel
 from dist_adv.config import parse_config
-from dist_adv.train import Trainer
+from dist_adv.planner import Images, gradient_buckets
+from dist_adv.train import Meter, Trainer
+
+NOISE = Images(120, 3, 8, 3)
 
 for case in CASES:
     settings = parse_config(config(case, "batch", Path(sys.argv[1])), case)
@@ -124,14 +127,35 @@ for case in CASES:
             steps += 1
     assert sum(reduced) == steps * parameters, (case, sum(reduced), steps, parameters)
     assert sum(wanting) == steps, (case, sum(wanting), steps)
+    planned = gradient_buckets(settings, NOISE)
+    assert 4 * sum(reduced) == steps * sum(planned), (case, sum(reduced), planned)
     if dist.get_rank() == 0:
         print(case, "ok", flush=True)
+tree = config("natural", "batch", Path(sys.argv[1]))
+tree["model"]["width"] = 16  # gradients of more than a bucket
+settings = parse_config(tree, "buckets")
+trainer = Trainer(settings, parallel.start("fp32", 1))
+reduced = []
+def hook(state, bucket):
+    reduced.append(4 * bucket.buffer().numel())
+    return allreduce_hook(state, bucket)
+trainer.net.prepared.register_comm_hook(None, hook)
+parallel.settle(trainer.accelerator, trainer.net, trainer.train_data)
+reduced.clear()
+trainer.learn(next(trainer.loader.epoch(0)), Meter(trainer.accelerator.device))
+planned = gradient_buckets(settings, NOISE)
+assert reduced == planned and len(planned) == 2, (reduced, planned)
+if dist.get_rank() == 0:
+    print("buckets ok", flush=True)
 os._exit(0)
 """
 
 
 def test_gradients_are_communicated_once_a_step_and_nothing_by_attacks(tmp_path, images):
-    """Counted with DDP's communication hook and a forward hook: gradients, not time."""
+    """Counted with DDP's communication hook and a forward hook: gradients, not time.
+
+    `dist-adv plan` foretells the bytes of every method, and the buckets.
+    """
     (tmp_path / "count.py").write_text(COUNT)
     support = str(Path(__file__).parents[1] / "support")
     path = os.pathsep.join(filter(None, [support, os.environ.get("PYTHONPATH")]))
@@ -144,4 +168,4 @@ def test_gradients_are_communicated_once_a_step_and_nothing_by_attacks(tmp_path,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count(" ok") == 7
+    assert done.stdout.count(" ok") == 8
