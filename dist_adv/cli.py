@@ -314,7 +314,7 @@ def doctor(
 
     Writes nothing. Exit status 1 where something would keep training from working.
 
-    
+    \b
     dist-adv doctor
     dist-adv doctor configs/cifar10/fast.yaml train.precision=bf16 --run-dir runs/fast
     """
