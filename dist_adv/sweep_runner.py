@@ -31,7 +31,8 @@ def run_one(sweep: Sweep, which: str, out: Path) -> None:
     """Train a run of the sweep in this process; every rank of a launcher calls this."""
     run = sweep.find(which)
     claim(sweep, out)
-    os.environ.setdefault("WANDB_RUN_GROUP", out.resolve().name)
+    if run.config.track.wandb.group is None:
+        os.environ.setdefault("WANDB_RUN_GROUP", out.resolve().name)
     train_run(run.config, out / run.name, "auto")
 
 
@@ -94,13 +95,13 @@ class _Runs:
         try:
             with Live(console=console, auto_refresh=False, transient=True) as live:
                 while self.running or (self.waiting and not stop):
+                    if not stop and (stop := REASONS[stopping.reason()]):
+                        self._ask_to_stop()
                     if not stop:
                         self._start()
                     time.sleep(_SECONDS_BETWEEN_LOOKS)
                     self._collect(stop)
                     live.update(self._table(), refresh=console.is_terminal)
-                    if not stop and (stop := REASONS[stopping.reason()]):
-                        self._ask_to_stop()
         finally:
             self._ask_to_stop()  # where this could not go on
             console.print(self._table())

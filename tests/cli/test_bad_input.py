@@ -636,6 +636,23 @@ IN_PROCESS += [
         ("run: is not empty and no sweep's folder", "--out"),
         {"my.yaml": GRID + "{train.seed: [0, 1]}", **RUN},
     ),
+    Row(
+        "sweep-into-another",
+        "sweep my.yaml --out new",
+        ("new: holds another sweep (run 1 is 'seed-2' there and 'seed-1' here)", "--out"),
+        {
+            "my.yaml": GRID + "{train.seed: [0, 1]}",
+            "new/sweep.yaml": GRID + "{train.seed: [0, 2]}",
+            "new/.claim": "",
+        },
+    ),
+    Row("status-of-nothing", "status nothing", ("nothing: is no folder of a run or of a sweep",)),
+    Row(
+        "status-damaged",
+        "status new",
+        ("new/sweep.yaml: cannot be read", "restore it"),
+        {"new/sweep.yaml": "runs: [{nam: a}]"},
+    ),
 ]
 
 # click's own: its usage, a way to more help, what was wrong.
