@@ -1,5 +1,6 @@
 # make demo    set up, train four methods on embedded data, write a report (a few minutes)
 # make test    set up, run every check and test
+# make test-slurm  runs on a Slurm of two nodes, started here for it (a part of make test)
 # make bench   time this machine against what people use (about ten minutes; leave it alone)
 # make faults  kill sixty runs at random moments and resume them (half an hour)
 # make check   formatting, types, quick tests (under 2 minutes)
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 # Small models: more threads than one a process only get in each other's way.
 RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: setup demo check test bench faults lint schema lock clean
+.PHONY: setup demo check test test-slurm bench faults lint schema lock clean
 
 setup: $(VENV)/.installed
 
@@ -35,7 +36,12 @@ check: lint
 	$(RUN_TESTS) -m "not slow"
 
 test: lint
-	$(RUN_TESTS) --durations=10
+	$(RUN_TESTS) --durations=10 --ignore=tests/slurm
+	$(MAKE) test-slurm
+
+# Installs Debian's slurm-wlm where that is allowed. Where no cluster can be had it says why.
+test-slurm: setup
+	$(RUN_TESTS) -vv -rs --durations=0 tests/slurm
 
 # With DATA, a folder of CIFAR-10, and RUN, a robust run on it, the attack is timed on that.
 bench: setup

@@ -136,6 +136,8 @@ def report(run_dirs: tuple[Path, ...], out: Path) -> None:
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Side by side.")
 @click.option("--dry-run", is_flag=True, help="Check every run, list them, and stop.")
 @click.option("--wandb", is_flag=True, help="Print the sweep as one for W&B agents, and stop.")
+@click.option("--slurm", is_flag=True, help="Submit it as a job array, and a report behind it.")
+@click.option("--limit", type=click.IntRange(1), help="With --slurm: so many runs at once.")
 def sweep(
     file: Path,
     overrides: tuple[str, ...],
@@ -144,6 +146,8 @@ def sweep(
     jobs: int,
     dry_run: bool,
     wandb: bool,
+    slurm: bool,
+    limit: int | None,
 ) -> None:
     """Train every run that SWEEP describes, go on where an earlier start stopped, report.
 
@@ -155,14 +159,22 @@ def sweep(
     dist-adv sweep configs/sweeps/paper.yaml --dry-run
     dist-adv sweep configs/sweeps/free_m.yaml model.width=16 --out runs/free-m-small
     torchrun --nproc-per-node 8 -m dist_adv sweep configs/sweeps/paper.yaml --only fast-16
+    dist-adv sweep configs/sweeps/paper.yaml --slurm --limit 8 --dry-run   # see docs/cluster.md
     dist-adv sweep configs/sweeps/seeds.yaml --wandb > wandb.yaml; wandb sweep wandb.yaml
     """
+    if limit and not slurm:
+        raise click.UsageError("--limit goes with --slurm; here it is --jobs.")
     stopping.catch_signals()
     from dist_adv.sweep import as_wandb, listing, load_sweep
 
     checked = load_sweep(file, overrides)
     folder = out or Path("runs") / checked.name
-    if dry_run:
+    if slurm:
+        from dist_adv.slurm import plan, submit
+
+        say = plan if dry_run else submit
+        click.echo("\n".join(say(checked, folder, limit)))
+    elif dry_run:
         from rich.console import Console
 
         Console().print(listing(checked))

@@ -18,6 +18,13 @@ COVERED = {
     "accelerate/multi-node.yaml": "launch/test_accelerate.py",
     "accelerate/one-gpu.yaml": "launch/test_accelerate.py",
     "run.sh": "launch/test_run.py",
+    "slurm/common.sh": "slurm/test_slurm_input.py",
+    "slurm/multinode.sbatch": "slurm/test_slurm_training.py",
+    "slurm/report.sbatch": "slurm/test_slurm_sweep.py",
+    "slurm/site.sh": "slurm/test_slurm_input.py",
+    "slurm/submit.sh": "slurm/test_slurm_input.py",
+    "slurm/sweep.sbatch": "slurm/test_slurm_sweep.py",
+    "slurm/train.sbatch": "slurm/test_slurm_training.py",
 }
 
 

@@ -1,0 +1,95 @@
+"""Runs on a cluster: interrupted in every way that Slurm has, they end as if nothing had been."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dist_adv import checkpoint
+from launch import Job, status, weights_hash
+from slurm_cluster import DIGITS, poll, reaches
+
+pytestmark = pytest.mark.slow
+
+PASSES, BATCHES, REPLAYS = 8, 23, 4
+PASS = BATCHES * REPLAYS  # optimiser steps
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Free, for what it carries from batch to batch; seconds long, to be stopped in the middle."""
+    tree = {
+        "extends": str(DIGITS / "free.yaml"),
+        "model": {"width": 4},
+        "train": {"epochs": PASSES},
+        "eval": {"attacks": ["natural"], "every": 0},
+    }
+    path = tmp_path_factory.mktemp("config") / "free.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture(scope="module")
+def truth(config: Path) -> str:
+    """The weights that two processes of this machine come to without a cluster."""
+    run_dir = config.parent / "truth"
+    Job(config, run_dir, ranks=2).finish()
+    return weights_hash(run_dir)
+
+
+def test_two_nodes_train_as_two_processes_here(cluster, config, truth, tmp_path):
+    job = cluster.submit("multinode.sbatch", str(config), at=tmp_path, RANKS="1")
+    cluster.wait_for(job, "COMPLETED")
+    run_dir = tmp_path / "runs" / f"{config.parent.name}-free"
+    assert weights_hash(run_dir) == truth
+    assert "start 1 on n[1-2], 1 process(es) a node" in cluster.log(job)
+
+
+def test_usr1_requeue_and_a_lost_node(cluster, config, truth, tmp_path):
+    """One run on two nodes: the notice before a time limit, an operator's requeue, a node that
+    dies with all that runs on it."""
+    run_dir = tmp_path / "run"
+    arguments = ("multinode.sbatch", str(config), "--run-dir", "run")
+    job = cluster.submit(*arguments, at=tmp_path, RANKS="1")
+    reaches(run_dir, PASS)
+    cluster.ask("scancel", "--batch", "--signal=USR1", job)
+    cluster.wait_for(job, "RUNNING", starts=2)
+    first = status(run_dir)
+    assert (first["state"], first["reason"]) == ("preempted", "stop file")
+    assert PASS <= first["step"] < PASSES * PASS
+
+    reaches(run_dir, 3 * PASS)
+    cluster.ask("scontrol", "requeue", job)
+    cluster.wait_for(job, "RUNNING", starts=3)
+    assert status(run_dir)["state"] == "preempted"
+
+    reaches(run_dir, 5 * PASS)
+    cluster.lose("n2")
+    cluster.ask("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=lost")  # or in minutes
+    cluster.control("node", "n2")
+    cluster.wait_for(job, "RUNNING", starts=4)
+
+    cluster.wait_for(job, "COMPLETED", starts=4)
+    assert status(run_dir)["state"] == "done"
+    assert weights_hash(run_dir) == truth
+    assert not (run_dir / "STOP").exists()
+
+
+def test_scancel_leaves_a_checkpoint_to_go_on_from(cluster, config, truth, tmp_path):
+    """Two processes of one node. The same command is a new job, and ends the run."""
+    run_dir = tmp_path / "run"
+    arguments = ("train.sbatch", str(config), "--run-dir=run")
+    job = cluster.submit(*arguments, at=tmp_path)
+    reaches(run_dir, 2 * PASS)
+    cluster.ask("scancel", job)
+    cluster.wait_for(job, "CANCELLED")
+    poll(lambda: not cluster.ask("squeue", "--noheader", f"--jobs={job}"), "the job is gone")
+    stopped = status(run_dir)
+    assert stopped["state"] == "preempted"
+    newest = max((run_dir / "checkpoints").iterdir())
+    assert checkpoint.load(newest).state["clock"]["step"] == stopped["step"]
+    assert "back to the queue" not in cluster.log(job)
+
+    again = cluster.submit(*arguments, at=tmp_path)
+    cluster.wait_for(again, "COMPLETED")
+    assert weights_hash(run_dir) == truth
