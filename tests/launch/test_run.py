@@ -14,12 +14,16 @@ import pytest
 from launch import Job, checkpoints, free_port, status, weights_hash, write_config
 
 RUN = str(Path(__file__).parents[2] / "launch" / "run.sh")
+PASSES, PASS = 12, 12  # and optimiser steps of one
 PLAIN = "-m dist_adv"
 TORCHRUN = "-m torch.distributed.run"
 CORES = len(os.sched_getaffinity(0))
 
 # Stand-ins for an interpreter that sees $GPUS GPUs, and for the driver's program.
-PYTHON = '#!/bin/sh\nif [ "$1" = -c ]; then echo "$GPUS"; else echo "$OMP_NUM_THREADS" "$@"; fi\n'
+PYTHON = """#!/bin/sh
+if [ "$1" = -c ]; then echo "$GPUS"; exit; fi
+echo "$OMP_NUM_THREADS" "$@"
+"""
 NVIDIA_SMI = "#!/bin/sh\n"
 OURS = ("NPROC", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
@@ -121,6 +125,19 @@ def test_a_port_in_use() -> None:
     refused(done, f"MASTER_PORT: {port} is in use on localhost; set another one")
 
 
+def test_torchrun_waits_for_a_checkpoint_and_survives_usr1(stand_ins: Path) -> None:
+    """It is told so by variables, of which a user's own value stays."""
+    variables = ("PET_SHUTDOWN_TIMEOUT", "PET_SIGNALS_TO_HANDLE")
+    program = "#!/bin/sh\necho " + " ".join(f"${name}" for name in variables)
+    (stand_ins / "python-stand-in").write_text(program)
+    own = run("train", "x", path=stand_ins, PYTHON="python-stand-in", NPROC="2")
+    assert own.stdout == "300 SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1\n"
+    users = {"NPROC": "2", "PET_SHUTDOWN_TIMEOUT": "20"}
+    assert run("train", "x", path=stand_ins, PYTHON="python-stand-in", **users).stdout.startswith(
+        "20 "
+    )
+
+
 def test_help() -> None:
     done = run("--help")
     assert (done.returncode, done.stderr) == (0, "")
@@ -135,13 +152,14 @@ def start(config: Path, run_dir: Path, ranks: int = 1, **variables: str) -> Job:
     return Job(config, run_dir, ranks, env={"PYTHON": sys.executable, **variables}, launcher=(RUN,))
 
 
-def stop(job: Job, step: int) -> int:
-    """The exit status after a SIGTERM to run.sh, once there is a checkpoint of `step`."""
-    assert job.wait_for_checkpoint(step)
-    os.kill(job.process.pid, signal.SIGTERM)
+def stop(job: Job, number: signal.Signals) -> int:
+    """The exit status after a signal to run.sh, once a pass is done."""
+    assert job.wait_for_checkpoint(PASS)
+    os.kill(job.process.pid, number)
     exit_status = job.wait(60)
     found = status(job.run_dir)
-    assert (found["state"], found["reason"]) == ("preempted", "SIGTERM"), job.output()
+    assert (found["state"], found["reason"]) == ("preempted", number.name), job.output()
+    assert PASS <= found["step"] < PASSES * PASS
     assert checkpoints(job.run_dir)[-1] == f"step-{found['step']:09d}"
     return exit_status
 
@@ -161,9 +179,9 @@ def test_one_process_two_processes_two_machines(images: Path, tmp_path: Path) ->
 
     The last part ends as torchrun's own c10d rendezvous of two machines ends it, bit for bit.
     """
-    config = write_config(tmp_path / "run.yaml", "free", images, train={"epochs": 12})
-    assert stop(start(config, tmp_path / "alone"), 12) == 143  # of dist-adv itself
-    assert stop(start(config, tmp_path / "run", 2, NPROC="2"), 12) == 1  # torchrun's
+    config = write_config(tmp_path / "run.yaml", "free", images, train={"epochs": PASSES})
+    assert stop(start(config, tmp_path / "alone"), signal.SIGUSR1) == 143  # dist-adv's own
+    assert stop(start(config, tmp_path / "run", 2, NPROC="2"), signal.SIGTERM) == 1  # torchrun's
     port = str(free_port())
     machines = [{"NPROC": "1", **TWO, "NODE_RANK": rank, "MASTER_PORT": port} for rank in "01"]
     finish_all([start(config, tmp_path / "run", **machine) for machine in machines])
