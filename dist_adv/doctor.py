@@ -291,15 +291,12 @@ def _limits() -> Findings:
     yield Finding("open files", f"up to {files}", "warning" if few else "ok", remedy * few)
 
 
-# Images to train on of the sets of one size; an image folder is not listed for this.
-_TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "svhn": 73_257, "digits": 1_438}
-
-
 def _use(config: Config | None) -> Findings:
     """What `train CONFIG` would take; without one what it takes by itself."""
     import torch
 
     from dist_adv import parallel
+    from dist_adv.planner import SETS
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     wanted = config.train.precision if config else "auto"
@@ -312,19 +309,24 @@ def _use(config: Config | None) -> Findings:
     found = f"{torch.cuda.get_device_name()}" if gpus else f"CPU, {threads} thread(s)"
     advice = f"launch/run.sh starts {gpus} ranks, one for each GPU" if gpus > 1 else ""
     yield Finding("a run here", f"1 rank on {found}, {precision}", advice=advice)
-    if config and config.data.name in _TRAINING_IMAGES:
-        yield _steps(config)
+    if config and config.data.name in SETS:  # an image folder is not listed for this
+        yield _steps(config, SETS[config.data.name].n - config.data.validation)
 
 
-def _steps(config: Config) -> Finding:
+def _steps(config: Config, images: int) -> Finding:
+    from dist_adv.data.loader import split
     from dist_adv.methods import build_method
     from dist_adv.threat import build as build_threat
+    from dist_adv.train import check_statistics
 
-    train, data = config.train, config.data
-    images = _TRAINING_IMAGES[data.name] - data.validation
-    short = images % train.batch_size > 0 and not data.drop_last
+    train = config.train
+    try:
+        batches, smallest = split(images, train.batch_size, config.data.drop_last, world_size=1)
+        check_statistics(config, smallest)
+    except UserError as error:
+        return Finding("steps", str(error), "problem")
     method = build_method(config.method, build_threat(config.threat.norm, config.threat.eps))
-    batches, replays = images // train.batch_size + short, method.steps_per_batch
+    replays = method.steps_per_batch
     found = f"{train.epochs * batches * replays}: {train.epochs} passes of {batches} batches"
     found += f", {replays} times each" if replays > 1 else ""
     found += f"; train.max_steps ends it at {train.max_steps}" if train.max_steps else ""

@@ -58,7 +58,7 @@ class Images:
     classes: int
 
 
-_SETS = {
+SETS = {
     "cifar10": Images(50_000, 3, 32, 10),
     "cifar100": Images(50_000, 3, 32, 100),
     "svhn": Images(73_257, 3, 32, 10),
@@ -168,10 +168,10 @@ def _cluster(asked: Asked) -> Cluster | None:
 
 def _images(config: Config, asked: Asked) -> Images:
     data = config.data
-    if data.name in _SETS:
+    if data.name in SETS:
         if asked.images or asked.classes:
             raise UserError(f"--images, --classes: only of an imagefolder; {data.name} is known")
-        images = _SETS[data.name]
+        images = SETS[data.name]
     elif not (asked.images and asked.classes and data.size):
         raise UserError(
             f"--images, --classes and data.size: a plan does not read the files of {data.name}; "
