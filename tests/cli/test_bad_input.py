@@ -30,6 +30,7 @@ TINY = (
     "eval.attacks=[natural] eval.every=0"
 )
 TRAIN = "train DIGITS/fast.yaml "
+GRID = f"base: {DIGITS}/fast.yaml\ngrid: "
 PLAN = "plan DIGITS/fast.yaml "
 PLAN_AT = f"{PLAN}--step-ms 64:9 --bandwidth 10 --gpus "
 TRAIN_TINY = f"{TRAIN}{TINY} "
@@ -124,6 +125,12 @@ def results_damaged(folder: Path) -> None:
 
 REAL = [
     # The configuration.
+    Row(
+        "sweep-key-of-a-config",
+        "sweep my.yaml",
+        ("my.yaml: run 'alpa-0.1': ", "method.alpa: unknown key; did you mean 'alpha'"),
+        {"my.yaml": GRID + "{method.alpa: [0.1]}"},
+    ),
     Row("key", TRAIN + "method.alpa=0.1", ("method.alpa: unknown key", "'alpha'")),
     Row(
         "method",
@@ -535,7 +542,6 @@ IN_PROCESS = [
     ),
 ]
 
-GRID = f"base: {DIGITS}/fast.yaml\ngrid: "
 IN_PROCESS += [
     # Sweeps: in each of them nothing runs.
     Row("sweep-missing", "sweep my.yaml", ("my.yaml: no such configuration file", "configs/")),
@@ -569,12 +575,6 @@ IN_PROCESS += [
         "sweep my.yaml",
         ("my.yaml: grid.train.seed: ", "at least 1"),
         {"my.yaml": GRID + "{train.seed: []}"},
-    ),
-    Row(
-        "sweep-key-of-a-config",
-        "sweep my.yaml",
-        ("my.yaml: run 'alpa-0.1': ", "method.alpa: unknown key; did you mean 'alpha'"),
-        {"my.yaml": GRID + "{method.alpa: [0.1]}"},
     ),
     Row(
         "sweep-value-of-the-last",
