@@ -4,6 +4,7 @@ The decision is the device's, so nothing waits for it; and the gradients that DD
 every rank the same, so nothing is communicated. What happened is read where metrics are.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,8 +26,17 @@ class Trouble:
     ranks: list[int]
 
 
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Of all gradients together; not finite where one of them is not."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
 class NonFinite:
     """Watches the updates of a fused optimiser.
+
+    sgd: None where the engine leaves such updates out by itself. norm: of the gradients of this
+    update, the same on every rank.
 
     `stop`: from the first bad update on none is taken. `skip`: bad updates are passed over, and
     what their forwards did to BatchNorm's statistics is undone.
@@ -35,19 +45,19 @@ class NonFinite:
     def __init__(
         self,
         model: nn.Module,
-        sgd: torch.optim.Optimizer,
+        sgd: torch.optim.Optimizer | None,
+        norm: Callable[[], Tensor],
         on_nan: Literal["stop", "skip"],
         scaled: bool,
     ) -> None:
-        self.sgd, self.skip, self.scaled = sgd, on_nan == "skip", scaled
-        self.parameters = list(model.parameters())
+        self.sgd, self.norm, self.skip, self.scaled = sgd, norm, on_nan == "skip", scaled
         statistics = [b for name, b in model.named_buffers() if "running_" in name]
         self.statistics = statistics if self.skip else []
         self.good = [buffer.clone() for buffer in self.statistics]
         self.seen = 0
         # Updates seen, bad ones among them, the first of those (0: none), and the first whose
         # loss on this very rank was not finite.
-        device = self.parameters[0].device
+        device = next(model.parameters()).device
         self.counts = torch.zeros(4, dtype=torch.int64, device=device)
 
     def restart(self) -> None:
@@ -66,22 +76,19 @@ class NonFinite:
     def before_update(self, loss: Tensor) -> None:
         """Between the backward pass and the optimiser's step."""
         mine = ~loss.detach().isfinite()
-        if self.scaled:
-            # Gradients that overflow are fp16's daily bread: its scaler skips those updates, and
-            # with them any that a NaN has reached. It decides update by update: `stop` takes
-            # hold where trouble is read, before the next checkpoint.
-            bad = mine
-        else:
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
-            bad = ~torch.nn.utils.get_total_norm(gradients).isfinite()
+        # Gradients that overflow are fp16's daily bread: its scaler skips those updates, and with
+        # them any that a NaN has reached. It decides update by update: `stop` takes hold where
+        # trouble is read, before the next checkpoint.
+        bad = mine if self.scaled else ~self.norm().isfinite()
         seen, count, first, first_mine = self.counts.unbind()
         self.seen += 1
         seen += 1
         count += bad
         first += (bad & (first == 0)) * seen
         first_mine += (mine & (first_mine == 0)) * seen
-        # A fused optimiser leaves weights and momentum alone where this is 1.
-        self.sgd.found_inf = (bad if self.skip else count > 0).float()  # type: ignore[attr-defined]
+        if self.sgd:
+            # A fused optimiser leaves weights and momentum alone where this is 1.
+            self.sgd.found_inf = (bad if self.skip else count > 0).float()  # type: ignore[attr-defined]
         for buffer, good in zip(self.statistics, self.good, strict=True):
             good.copy_(torch.where(bad, good, buffer))
             buffer.copy_(good)

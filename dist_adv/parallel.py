@@ -1,11 +1,11 @@
-"""Processes and precision: the Accelerator, a method's view of the model, exact reductions."""
+"""Processes and precision: the Accelerator, what ranks wait for, exact reductions."""
 
 import os
 import re
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -13,10 +13,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from dist_adv.attacks import frozen
-from dist_adv.config import OptimOptions
+from dist_adv import engines
 from dist_adv.data import Dataset
+from dist_adv.engines import TrainNet
 from dist_adv.errors import LostRank, RankFailure, UserError
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ def start(precision: str = "fp32", threads: int | None = None) -> Accelerator:
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     mixed = resolve_precision(precision, cpu)
     with _meeting():
-        accelerator = Accelerator(
+        accelerator = engines.start(cpu, mixed) or Accelerator(
             cpu=cpu,
             mixed_precision="no" if mixed == "fp32" else mixed,
             kwargs_handlers=[ddp],
@@ -135,41 +136,6 @@ def native_bf16() -> bool:
     return any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-class TrainNet:
-    """The prepared model as methods see it (`methods.Net`)."""
-
-    def __init__(self, accelerator: Accelerator, prepared: nn.Module) -> None:
-        self.prepared = prepared
-        # keep_fp32_wrapper: the bare module stays under Accelerate's autocast, so a training
-        # attack runs in the precision of training.
-        self.bare = accelerator.unwrap_model(prepared, keep_fp32_wrapper=True)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.prepared(x)
-
-    def frozen(self) -> AbstractContextManager[nn.Module]:
-        return frozen(self.bare)
-
-
-def fused_sgd(model: nn.Module, options: OptimOptions) -> torch.optim.SGD:
-    """One kernel for all parameters, which can be told on the device not to take a step.
-
-    Momentum starts at zero instead of at the first gradient: the same numbers, also where the
-    first update is not taken.
-    """
-    sgd = torch.optim.SGD(
-        model.parameters(),
-        options.lr,
-        options.momentum,
-        weight_decay=options.weight_decay,
-        fused=True,
-    )
-    if options.momentum:
-        for parameter in model.parameters():
-            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return sgd
-
-
 def synchronised(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """BatchNorm with the statistics of the global batch, where there are several ranks.
 
@@ -203,7 +169,7 @@ def settle(accelerator: Accelerator, net: TrainNet, data: Dataset) -> None:
     order of summation depends on them: a resumed run would take its first step in another order
     than the uninterrupted run and differ from it in the last bits.
     """
-    if accelerator.num_processes == 1:
+    if not isinstance(net.prepared, DistributedDataParallel):
         return
     before = {name: buffer.clone() for name, buffer in net.bare.named_buffers()}
     blank = torch.zeros(2, *data.images.shape[1:], device=accelerator.device)
@@ -314,7 +280,7 @@ def snapshot(accelerator: Accelerator, net: TrainNet, into: nn.Module) -> None:
     The model in training is left alone, so that evaluating or saving at any moment does not
     change what comes after it; and what is evaluated is what is saved.
     """
-    state = net.bare.state_dict()
+    state = net.state_dict()
     names = [name for name in state if name.endswith(("running_mean", "running_var"))]
     if accelerator.num_processes > 1 and names:
         flat = torch.cat([state[name].flatten() for name in names])

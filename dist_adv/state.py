@@ -27,11 +27,12 @@ def collect(trainer: "Trainer", session: "Session", wandb_id: str | None) -> Che
     """
     accelerator = trainer.accelerator
     parallel.snapshot(accelerator, trainer.net, trainer.copy)
-    live = trainer.net.bare.state_dict()
+    momentum = trainer.net.momentum()
+    buffers = dict(trainer.net.bare.named_buffers())
     ranks = session.gather(
         {
             "method": _copied(trainer.method.state_dict()),
-            "buffers": _copied({name: live[name] for name in live if "running_" in name}),
+            "buffers": _copied({name: buffers[name] for name in buffers if "running_" in name}),
         }
     )
     if not accelerator.is_main_process:
@@ -40,12 +41,7 @@ def collect(trainer: "Trainer", session: "Session", wandb_id: str | None) -> Che
     groups = {
         "model": _copied(trainer.copy.state_dict()),
         "optimizer": _copied(
-            {
-                f"{index}.{key}": value
-                for index, values in trainer.optimizer.state_dict()["state"].items()
-                for key, value in values.items()
-                if value is not None
-            }
+            {f"{index}.momentum_buffer": tensor for index, tensor in enumerate(momentum)}
         ),
         "method": {
             key: _interleave([rank["method"][key] for rank in ranks]) for key in ranks[0]["method"]
@@ -99,11 +95,12 @@ def restore(trainer: "Trainer", saved: Checkpoint, path: Path) -> None:
                 for name, tensor in saved.groups["ranks"].items()
                 if name.startswith(f"{rank}.")
             }
-        trainer.net.bare.load_state_dict(weights)
+        trainer.net.load_state_dict(weights)
     except RuntimeError as error:
         problem = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
         raise UserError(f"{path}: is of another model ({problem}); check 'model'") from None
-    _restore_optimizer(trainer.optimizer, saved.groups["optimizer"])
+    momentum = saved.groups["optimizer"]
+    trainer.net.load_momentum([momentum[f"{i}.momentum_buffer"] for i in range(len(momentum))])
     trainer.method.load_state_dict(
         {
             key: tensor[rank::ranks]
@@ -124,18 +121,6 @@ def restore(trainer: "Trainer", saved: Checkpoint, path: Path) -> None:
             name: tensor.to(accelerator.device) for name, tensor in saved.groups["good"].items()
         }
         trainer.good = Clock(**state["good_clock"]), good
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        # In the parameter's own memory layout, as the optimiser made it.
-        like = torch.empty_like(parameters[int(index)])
-        state.setdefault(int(index), {})[key] = like.copy_(tensor)
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

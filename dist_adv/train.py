@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from rich.progress import Progress
 from torch import Tensor
 
-from dist_adv import checkpoint, parallel, state
+from dist_adv import checkpoint, engines, parallel, state
 from dist_adv.config import Config
 from dist_adv.data import Batch, Dataset, Loader, load_dataset
 from dist_adv.errors import Preempted, RunFailure, UserError
@@ -151,11 +151,15 @@ class Trainer:
             parallel.synchronised(accelerator, model) if config.train.sync_batchnorm else model
         )
         parallel.compile_network(trained, config.train.compile)
-        sgd = parallel.fused_sgd(trained, config.optim)
-        prepared, self.optimizer = accelerator.prepare(trained.train(), sgd)
-        self.net = parallel.TrainNet(accelerator, prepared)
-        scaled = accelerator.scaler is not None
-        self.nonfinite = NonFinite(self.net.bare, sgd, config.train.on_nan, scaled)
+        self.net = engines.prepare(accelerator, trained, config.optim, config.train)
+        self.optimizer = self.net.optimizer
+        self.nonfinite = NonFinite(
+            self.net.bare,
+            self.net.guarded,
+            self.net.gradient_norm,
+            config.train.on_nan,
+            scaled=accelerator.scaler is not None,
+        )
         self.writer = checkpoint.Writer()
         self.clock = Clock()
         self.pass_sums = torch.zeros(4, dtype=torch.float64)

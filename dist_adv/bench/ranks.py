@@ -33,7 +33,7 @@ def communicated(trainer: Trainer) -> list[int]:
         sizes.append(bucket.buffer().numel())
         return allreduce_hook(state, bucket)  # type: ignore[arg-type]
 
-    trainer.net.prepared.register_comm_hook(None, count)  # type: ignore[operator]
+    trainer.net.prepared.register_comm_hook(None, count)
     parallel.settle(trainer.accelerator, trainer.net, trainer.train_data)
     sizes.clear()
     trainer.learn(next(trainer.loader.epoch(0)), Meter(trainer.accelerator.device))

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 
 from cases import CASES, config
 from dist_adv.config import parse_config
@@ -29,5 +30,6 @@ if __name__ == "__main__":
             checkpoints = sorted((Path(sys.argv[5]) / case / "checkpoints").iterdir())
             resume = str(checkpoints[int(sys.argv[6])])
         train_run(parse_config(tree, case), out / case, resume)
+        AcceleratorState._reset_state()  # DeepSpeed is for one model a process otherwise
     sys.stdout.flush()
     os._exit(0)  # see cli.main

@@ -5,6 +5,7 @@ bit for bit.
 """
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_adv.config import OptimOptions
-from dist_adv.nonfinite import NonFinite, Trouble
-from dist_adv.parallel import fused_sgd
+from dist_adv.engines import fused_sgd
+from dist_adv.nonfinite import NonFinite, Trouble, gradient_norm
 
 OPTIM = OptimOptions(lr=0.1, momentum=0.9, weight_decay=5e-4)
 KINDS = ["loss nan", "loss inf", "loss -inf", "gradient nan", "gradient inf", "input nan"]
@@ -58,7 +59,9 @@ class Guarded:
     def __init__(self, on_nan: str, optim: OptimOptions = OPTIM, scaled: bool = False) -> None:
         self.model = network()
         self.sgd = fused_sgd(self.model, optim)
-        self.watch = NonFinite(self.model, self.sgd, on_nan, scaled)
+        self.watch = NonFinite(
+            self.model, self.sgd, partial(gradient_norm, self.model), on_nan, scaled
+        )
 
     def step(self, x: Tensor, y: Tensor, kind: str = "", weight: float = 1.0) -> None:
         loss = loss_of(self.model, x, y, kind)
