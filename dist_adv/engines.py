@@ -7,7 +7,8 @@ momentum in whole, so that a checkpoint of one engine goes on under another.
 
 import importlib.util
 import os
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -80,8 +81,13 @@ class _Plugin(DeepSpeedPlugin):
 def _start_deepspeed(cpu: bool, precision: str) -> Accelerator:
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError("DeepSpeed is not installed; pip install 'dist-adv[deepspeed]'")
+    if cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it has found no other
     import deepspeed
 
+    deepspeed.utils.logger.setLevel("ERROR")  # warns of an optimiser that is not its own
+    # It has not heard of torch 2.14's new names yet.
+    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
     try:
         plugin = _Plugin(zero3_init_flag=False)
     except (ValueError, OSError) as error:
@@ -100,27 +106,32 @@ def _start_deepspeed(cpu: bool, precision: str) -> Accelerator:
 def _check_deepspeed(config: Mapping[str, Any]) -> None:
     """Raises UserError for what would make another experiment of this one."""
     zero = config["zero_optimization"]
-    offload = [(zero.get(f"offload_{what}") or {}).get("device") for what in ("optimizer", "param")]
-    refused = {
-        "zero_stage: 0 is DDP; launch without DeepSpeed": zero.get("stage") not in (1, 2, 3),
-        "offload_*_device: Accelerate would put Adam in the place of SGD; use none": any(
-            device not in (None, "none") for device in offload
+    offloads = [zero.get(key) or {} for key in ("offload_optimizer", "offload_param")]
+    formats = [config.get(key, {}) for key in ("fp16", "bf16", "torch_autocast")]
+    refusals = (
+        (zero.get("stage") not in (1, 2, 3), "zero_stage: 1, 2 or 3; 0 is DDP, without DeepSpeed"),
+        (
+            any(offload.get("device", "none") != "none" for offload in offloads),
+            "offload_*_device: Accelerate would put Adam in the place of SGD; use none",
         ),
-        "gradient_clipping: no other engine clips; use 0": config.get("gradient_clipping", 0)
-        not in (0, "auto"),
-        "gradient_accumulation_steps: train.batch_size is the whole batch; use 1": config.get(
-            "gradient_accumulation_steps", 1
-        )
-        not in (1, "auto"),
-        "fp16, bf16: DeepSpeed would round the weights; use train.precision": any(
-            config.get(kind, {}).get("enabled") not in (None, False, "auto")
-            for kind in ("fp16", "bf16", "torch_autocast")
+        (
+            config.get("gradient_clipping", 0) not in (0, "auto"),
+            "gradient_clipping: no other engine clips; use 0",
         ),
-        "optimizer, scheduler: are set in the experiment's 'optim'": bool(
-            {"optimizer", "scheduler"} & config.keys()
+        (
+            config.get("gradient_accumulation_steps", 1) not in (1, "auto"),
+            "gradient_accumulation_steps: train.batch_size is the whole batch; use 1",
         ),
-    }
-    for reason, applies in refused.items():
+        (
+            any(each.get("enabled", False) not in (False, "auto") for each in formats),
+            "fp16, bf16: would round the weights; set train.precision in the experiment",
+        ),
+        (
+            not config.keys().isdisjoint({"optimizer", "scheduler"}),
+            "optimizer, scheduler: are the experiment's 'optim'",
+        ),
+    )
+    for applies, reason in refusals:
         if applies:
             raise UserError(f"DeepSpeed's configuration: {reason}")
 
@@ -187,8 +198,7 @@ class TrainNet:
 
     def _own_momentum(self) -> list[Tensor]:
         """This rank's part of each."""
-        states = [self.sgd.state[p] for group in self.sgd.param_groups for p in group["params"]]
-        return [state["momentum_buffer"] for state in states if state]
+        return [state["momentum_buffer"] for state in self.sgd.state.values() if state]
 
 
 class ZeroNet(TrainNet):
@@ -201,12 +211,13 @@ class ZeroNet(TrainNet):
         super().__init__(accelerator, _autocast(accelerator, model), options)
         self.guarded = None
         self.parameters = dict(model.named_parameters())
-        # The ranks' flat shares have taken the parameters' places.
-        _start_momentum(self.sgd)
-        if options.momentum and accelerator.state.deepspeed_plugin.zero_stage < 3:
-            from deepspeed.utils import lazy_init_hp_params_optimizer_state as link
-
-            link(self.parameters.values(), self.sgd.param_groups[0]["params"][0], self.sgd.state)
+        self.shared_out = accelerator.state.deepspeed_plugin.zero_stage == 3
+        zero = self.prepared.optimizer
+        if self.shared_out:
+            _start_momentum(self.sgd, zero.fp32_partitioned_groups_flat)
+        else:
+            _start_momentum(self.sgd, zero.single_partition_of_fp32_groups)
+            self._link_momentum()
 
     def gradient_norm(self) -> Tensor:
         norm = self.prepared.get_global_grad_norm()
@@ -217,13 +228,15 @@ class ZeroNet(TrainNet):
             return {name: tensor.clone() for name, tensor in self.bare.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         with self._gathered(modifier_rank=0):
             self.bare.load_state_dict(state)
         for name, parameter in self.parameters.items():
-            whole = state[name].to(self.accelerator.device)
-            safe_set_full_fp32_param(parameter, whole)
+            if self.shared_out:
+                safe_set_local_fp32_param(parameter, self._part(parameter, state[name]))
+            else:
+                safe_set_full_fp32_param(parameter, state[name])
 
     def momentum(self) -> list[Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -236,11 +249,32 @@ class ZeroNet(TrainNet):
         ]
 
     def load_momentum(self, momentum: Sequence[Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        for parameter, whole in zip(self.parameters.values(), momentum, strict=True):
-            whole = whole.to(self.accelerator.device)
-            safe_set_full_optimizer_state(parameter, whole, "momentum_buffer")
+        for parameter, whole in zip(self.parameters.values(), momentum, strict=False):
+            if self.shared_out:
+                part = self._part(parameter, whole)
+                safe_set_local_optimizer_state(parameter, part, "momentum_buffer")
+            else:
+                safe_set_full_optimizer_state(parameter, whole, "momentum_buffer")
+
+    def _link_momentum(self) -> None:
+        """DeepSpeed does it in its first step, which is too late for `load_momentum`."""
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        for flat in self.sgd.state:
+            lazy_init_hp_params_optimizer_state(self.parameters.values(), flat, self.sgd.state)
+
+    def _part(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        """This rank's of a tensor. Parts are of one size, the last is filled up with zeros.
+
+        DeepSpeed's own `safe_set_full_...` forget that (0.19).
+        """
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        size, rank = len(safe_get_local_fp32_param(parameter)), self.accelerator.process_index
+        part = whole.flatten()[size * rank : size * (rank + 1)]
+        return nn.functional.pad(part, (0, size - len(part)))
 
     def _gathered(self, **arguments: Any) -> AbstractContextManager[None]:
         """With stage 3 the weights are whole inside; with the others they always are."""
@@ -260,7 +294,7 @@ class ShardedNet(TrainNet):
         self.parameters: list[Any] = list(model.parameters())  # DTensors
         (group,) = self.sgd.param_groups
         group["params"] = [parameter.detach().to_local() for parameter in self.parameters]
-        _start_momentum(self.sgd)
+        _start_momentum(self.sgd, group["params"])
         self.sgd.register_step_pre_hook(self._hand_over_gradients)
 
     def _hand_over_gradients(self, sgd: torch.optim.Optimizer, *_: Any) -> None:
@@ -352,13 +386,12 @@ def fused_sgd(model: nn.Module, options: OptimOptions) -> torch.optim.SGD:
         weight_decay=options.weight_decay,
         fused=True,
     )
-    _start_momentum(sgd)
+    _start_momentum(sgd, model.parameters())
     return sgd
 
 
-def _start_momentum(sgd: torch.optim.SGD) -> None:
+def _start_momentum(sgd: torch.optim.SGD, parameters: Iterable[Tensor]) -> None:
     sgd.state.clear()
-    for group in sgd.param_groups:
-        if group["momentum"]:
-            for parameter in group["params"]:
-                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    if sgd.defaults["momentum"]:
+        for parameter in parameters:
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

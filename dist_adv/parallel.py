@@ -26,9 +26,10 @@ T = TypeVar("T")
 def start(precision: str = "fp32", threads: int | None = None) -> Accelerator:
     """The Accelerator of this process, on CUDA where there is any, else on the CPU with gloo.
 
-    Raises UserError for a precision that the device does not have, for a port that is in use, and
-    where the launcher's processes do not see each other (each would train alone and overwrite the
-    others' files). Raises RankFailure where rank 0 cannot be reached.
+    Raises UserError for a precision that the device does not have, for settings of an engine that
+    are not to be had (`engines.start`), for a port that is in use, and where the launcher's
+    processes do not see each other (each would train alone and overwrite the others' files).
+    Raises RankFailure where rank 0 cannot be reached.
     """
     cpu = not torch.cuda.is_available()
     if cpu:

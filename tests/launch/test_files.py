@@ -14,6 +14,10 @@ LAUNCH = ROOT / "launch"
 # Which module of tests runs or checks a file.
 COVERED = {
     "accelerate/cpu.yaml": "launch/test_accelerate.py",
+    "accelerate/deepspeed-zero1.yaml": "distributed/test_engines.py",
+    "accelerate/deepspeed-zero2.yaml": "distributed/test_engines.py",
+    "accelerate/deepspeed-zero3.yaml": "distributed/test_engines.py",
+    "accelerate/fsdp2.yaml": "distributed/test_engines.py",
     "accelerate/multi-gpu.yaml": "launch/test_accelerate.py",
     "accelerate/multi-node.yaml": "launch/test_accelerate.py",
     "accelerate/one-gpu.yaml": "launch/test_accelerate.py",

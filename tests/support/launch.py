@@ -184,3 +184,29 @@ def _environment(pid: int) -> dict[str, str]:
     except (FileNotFoundError, PermissionError, ProcessLookupError):
         return {}
     return dict(item.split("=", 1) for item in text.split("\0") if "=" in item)
+
+
+def train_under(
+    out: Path, images: Path, runs: list[dict], engine: str = "", ranks: int = 2
+) -> Path:
+    """What `engine_runs.py` makes of a list of runs, on the CPU; returns `out`.
+
+    engine: one of the files of `launch/accelerate/` of that kind; DDP without.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    if engine:
+        file = SUPPORT.parents[1] / "launch" / "accelerate" / engine
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(file)]
+        launcher += ["--num_processes", str(ranks)]
+    if engine == "fsdp2.yaml":
+        launcher += ["--fsdp_min_num_params", "5000"]  # or all of such a small network is one piece
+    script = [str(SUPPORT / "engine_runs.py"), str(out), str(images), json.dumps(runs)]
+    done = subprocess.run(
+        [sys.executable, *launcher, *script],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out

@@ -1,0 +1,109 @@
+"""DeepSpeed's ZeRO and FSDP2 give the weights of DDP, started as a user starts them.
+
+Two real ranks, the real files of `launch/accelerate/`, and as the judge the same runs under DDP. In
+double precision, where a real difference cannot hide behind one ulp that turns a sign; DeepSpeed
+keeps its own copy of weights and momentum in single precision even so, hence the two tolerances.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from cases import CASES
+from dist_adv.export import export_run
+from launch import train_under
+
+pytestmark = pytest.mark.slow
+
+TOLERANCE = {
+    "deepspeed-zero1.yaml": 2e-6,
+    "deepspeed-zero2.yaml": 2e-6,
+    "deepspeed-zero3.yaml": 2e-6,
+    "fsdp2.yaml": 1e-10,
+}
+MIDDLE = Path("checkpoints") / "step-000000009"  # of Free: the third batch of eight
+RUNS: list[dict[str, Any]] = [
+    *({"name": case, "case": case} for case in CASES),
+    {"name": "mixed", "case": "fast-random", "numbers": "bf16"},
+    {"name": "skips", "case": "natural", "norm": "batch", "train": {"on_nan": "skip"}},
+    {"name": "stops", "case": "natural", "train": {"log_every": 1}},
+]
+for run in RUNS:
+    if run["name"] in ("skips", "stops"):
+        run["fault"] = "nan:1:3:5"  # the loss of rank 1, at two steps
+
+
+def difference(one: Path, two: Path) -> float:
+    """Of the files: load_model gives single precision."""
+    expected, found = (load_file(folder / "model.safetensors") for folder in (one, two))
+    assert expected.keys() == found.keys()
+    return max((expected[name].double() - found[name]).abs().max().item() for name in expected)
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    return train_under(tmp_path_factory.mktemp("ddp"), images, RUNS)
+
+
+@pytest.fixture(scope="module", params=TOLERANCE)
+def engine(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    images: Path,
+    ddp: Path,
+) -> tuple[Path, float]:
+    """The folder of an engine's runs, those among them that go on from checkpoints; its tolerance.
+
+    One goes on from DDP's, and DDP goes on from what that leaves (`back`).
+    """
+    out = tmp_path_factory.mktemp(request.param)
+    begun = {"name": "free-2", "case": "free", "start": str(out / "free" / MIDDLE)}
+    from_ddp = {"name": "from-ddp", "case": "free", "start": str(ddp / "free" / MIDDLE)}
+    train_under(out, images, [*RUNS, begun, from_ddp], request.param)
+    return out, TOLERANCE[request.param]
+
+
+@pytest.mark.parametrize("name", [*CASES, "skips"])
+def test_weights_are_those_of_ddp(name, engine, ddp):
+    """`skips`: two updates of eight were NaN on one rank and were taken on none."""
+    out, tolerance = engine
+    assert difference(ddp / name, out / name) < tolerance
+
+
+def test_bf16_is_that_of_ddp(engine, ddp):
+    out, _ = engine
+    assert difference(ddp / "mixed", out / "mixed") < 1e-6
+    assert difference(ddp / "mixed", ddp / "fast-random") > 1e-4  # it is another experiment
+
+
+def test_no_update_is_taken_from_nan(engine):
+    out, _ = engine
+    told = "the loss of rank 1 was not finite at optimiser step 3 (pass 1, batch 3)"
+    assert told in (out / "stops.failed").read_text()
+    assert not list((out / "stops").rglob("*.safetensors"))
+
+
+def test_a_run_goes_on_bit_for_bit(engine):
+    """From the middle of a pass, Free's perturbation of each rank included."""
+    out, _ = engine
+    assert difference(out / "free", out / "free-2") == 0
+
+
+def test_a_run_changes_engines(engine, ddp, images, tmp_path):
+    """Begun under DDP, gone on with under the engine, and ended under DDP on one rank."""
+    out, tolerance = engine
+    assert difference(ddp / "free", out / "from-ddp") < tolerance
+    late = out / "from-ddp" / "checkpoints" / "step-000000018"
+    train_under(tmp_path, images, [{"name": "back", "case": "free", "start": str(late)}], ranks=1)
+    assert difference(ddp / "free", tmp_path / "back") < tolerance
+
+
+def test_export_is_the_same(engine, ddp, tmp_path):
+    out, tolerance = engine
+    export_run(out / "free", tmp_path / "ours")
+    export_run(ddp / "free", tmp_path / "ddp")
+    assert difference(tmp_path / "ours", tmp_path / "ddp") < tolerance
+    ours, theirs = (tmp_path / who / "config.json" for who in ("ours", "ddp"))
+    assert ours.read_text() == theirs.read_text()

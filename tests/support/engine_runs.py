@@ -1,0 +1,80 @@
+"""Train what a JSON list asks for, one after the other, under whatever launcher started this.
+
+Arguments: out, images, the list. A run has a name and a case of `cases.py`; perhaps `norm`,
+`numbers` (fp64, fp32 or bf16), `train` (keys of that section), `start` (a checkpoint), `fault`
+(see `faulty.py`). What fails leaves NAME.failed.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from torch.distributed.tensor import DTensor
+
+from cases import CASES, config
+from dist_adv import engines, runner, train
+from dist_adv.config import parse_config
+from dist_adv.errors import RunFailure
+from dist_adv.runner import train_run
+
+build_method, build_model, check = train.build_method, train.build_model, engines._check_deepspeed
+
+
+def channels_not_last(*arguments: object) -> torch.nn.Module:
+    """As the other engines have it, whose sums are in another order than with channels last."""
+    return build_model(*arguments).to(memory_format=torch.contiguous_format)
+
+
+def share_out_everything(settings: dict) -> None:
+    """Stage 3 leaves parameters of less than 100,000 elements whole, which all are here."""
+    settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
+    if settings["zero_optimization"]["stage"] == 3:
+        settings["zero_optimization"]["sub_group_size"] = 20_000
+    check(settings)
+
+
+class Checked(train.Trainer):
+    """Sees that no rank holds whole weights where the engine says so."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
+        weights = list(self.net.bare.parameters())
+        if isinstance(self.net, engines.ShardedNet):
+            assert all(isinstance(weight, DTensor) for weight in weights)
+        elif (
+            isinstance(self.net, engines.ZeroNet)
+            and self.net.prepared.zero_optimization_stage() == 3
+        ):
+            assert all(weight.numel() == 0 for weight in weights)
+
+
+def once(run: dict, out: Path, images: Path) -> None:
+    numbers = run.get("numbers", "fp64")
+    torch.set_default_dtype(torch.float64 if numbers == "fp64" else torch.float32)
+    train.build_method = build_method
+    if "fault" in run:
+        os.environ["FAULT"] = run["fault"]  # read at its import: the same for all runs
+        from faulty import Faulty
+
+        train.build_method = Faulty
+    precision = "bf16" if numbers == "bf16" else "fp32"
+    tree = config(run["case"], run.get("norm", "group"), images, precision)
+    every = 3 * CASES[run["case"]][0].get("replays", 1)  # the first: in the middle of a pass
+    tree["train"] |= {"save_steps": every, "keep": 100} | run.get("train", {})
+    try:
+        train_run(parse_config(tree, run["name"]), out / run["name"], run.get("start", "none"))
+    except RunFailure as failure:
+        (out / f"{run['name']}.failed").write_text(str(failure))
+    AcceleratorState._reset_state()  # DeepSpeed is for one model a process otherwise
+
+
+if __name__ == "__main__":
+    train.build_model, engines._check_deepspeed = channels_not_last, share_out_everything
+    runner.Trainer = Checked
+    for run in json.loads(sys.argv[3]):
+        once(run, Path(sys.argv[1]), Path(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(0)  # see cli.main

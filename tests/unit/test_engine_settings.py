@@ -1,0 +1,88 @@
+"""What an engine refuses, in one line, before anything is trained."""
+
+from types import SimpleNamespace
+
+import pytest
+from accelerate.utils import DistributedType
+
+from dist_adv import engines
+from dist_adv.config import OptimOptions, TrainOptions
+from dist_adv.errors import UserError
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
+def test_a_process_without_launcher_is_told(variable, monkeypatch):
+    monkeypatch.setenv(variable, "true")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match=f"{variable} is set, but no launcher"):
+        engines.start(cpu=True, precision="fp32")
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
+def test_fp16_is_refused(variable, monkeypatch):
+    monkeypatch.setenv(variable, "true")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match=r"train\.precision: fp16"):
+        engines.start(cpu=False, precision="fp16")
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"zero_optimization": {"stage": 0}}, "zero_stage: 1, 2 or 3"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "offload_"),
+        ({"gradient_clipping": 1.0}, "gradient_clipping"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps"),
+        ({"bf16": {"enabled": True}}, "fp16, bf16"),
+        ({"fp16": {"enabled": True}}, "fp16, bf16"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer"),
+        ({"scheduler": {"type": "WarmupLR"}}, "optimizer, scheduler"),
+    ],
+)
+def test_deepspeed_settings_that_make_another_experiment_are_refused(settings, key):
+    whole = {"zero_optimization": {"stage": 2}} | settings
+    whole["zero_optimization"] = {"stage": 2} | whole["zero_optimization"]
+    with pytest.raises(UserError, match=f"DeepSpeed's configuration: {key}"):
+        engines._check_deepspeed(whole)
+
+
+def test_deepspeed_settings_of_accelerate_are_accepted():
+    """`auto` is its word for what it was not told."""
+    device = {"device": "none", "nvme_path": None}
+    zero = {"stage": 2, "offload_optimizer": device, "offload_param": device}
+    auto = {"gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}
+    engines._check_deepspeed({"zero_optimization": zero, **auto})
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "key"),
+    [
+        ("FSDP_VERSION", "1", "fsdp_version: 1"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "fsdp_activation_checkpointing"),
+    ],
+)
+def test_fsdp_settings_that_are_not_tried_are_refused(variable, value, key, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=f"FSDP's configuration: .*{key}"):
+        engines.start(cpu=True, precision="fp32")
+
+
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP])
+def test_compiling_is_refused(kind):
+    accelerator = SimpleNamespace(distributed_type=kind)
+    train = TrainOptions(compile="default")
+    with pytest.raises(UserError, match=r"train\.compile"):
+        engines.prepare(accelerator, None, OptimOptions(), train)
+
+
+def test_deepspeed_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"dist-adv\[deepspeed\]"):
+        engines.start(cpu=True, precision="fp32")
