@@ -6,7 +6,8 @@ Command:
 Each process has one thread. One process alone is timed at a whole, half and quarter of the batch;
 N processes are timed with their gradients sent and kept, and so is their all-reduce. The plan gets
 the times of the one process and the link of N processes, and knows nothing else, but that
-processes which are more than the cores share them. --toy: sizes that only show that it runs.
+processes which are more than the cores share them. --toy: sizes, and two processes at most, that
+only show that it runs.
 """
 
 import argparse
@@ -133,7 +134,8 @@ def main() -> None:
         options.width, options.batch_size, options.rounds = 4, 16, 2
     if options.rank:
         rank(options)
-    found = {n: launch(n, options) for n in track(RANKS, "processes", console=console)}
+    ranks = RANKS[:2] if options.toy else RANKS
+    found = {n: launch(n, options) for n in track(ranks, "processes", console=console)}
     size = sum(gradient_buckets(configuration(METHODS["natural"], options), IMAGES))
     two = Link(*found[2]["link"])
     lines = [
@@ -146,7 +148,7 @@ def main() -> None:
         "| method | processes | computing, ms: predicted | measured | step, ms: predicted | "
         "measured | efficiency: predicted | measured |",
         "|---|---|---|---|---|---|---|---|",
-        *(compare(name, n, found, options) for name in METHODS for n in RANKS[1:]),
+        *(compare(name, n, found, options) for name in METHODS for n in ranks[1:]),
         "",
         "| one process | " + " | ".join(f"{options.batch_size // n} images, ms" for n in RANKS)
         + " | taken as |",
@@ -161,7 +163,7 @@ def main() -> None:
             f"| {1e3 * two.ring(size, n):.2f} "
             f"| {1e3 * Link(*found[n]['link']).ring(size, n):.2f} "
             f"({found[n]['link'][0] / 1e9:.2f} GB/s, {1e6 * found[n]['link'][1]:.0f} us) |"
-            for n in RANKS[1:]
+            for n in ranks[1:]
         ),
         "",
     ]  # fmt: skip
