@@ -171,6 +171,12 @@ REAL = [
         log="OMP_NUM_THREADS",  # the OpenMP library's own warning
     ),
     Row(
+        "slurm-without-sbatch",
+        "sweep DIGITS/../sweeps/digits.yaml --slurm --out new",
+        ("--slurm: no sbatch on this machine", "node of the cluster"),
+        environment={"PATH": "nowhere"},
+    ),
+    Row(
         "wandb-mode-unknown",
         TRAIN_TINY + "--run-dir new",
         ("WANDB_MODE", "'ofline'", "'offline'"),
@@ -658,6 +664,7 @@ IN_PROCESS += [
 # click's own: its usage, a way to more help, what was wrong.
 
 USAGE = [
+    Row("sweep-limit", "sweep DIGITS/../sweeps/digits.yaml --limit 2", ("--slurm", "--jobs")),
     Row("command", "trian DIGITS/fast.yaml", ("No such command 'trian'", "'train'")),
     Row("option", TRAIN + "--run-dri new", ("No such option '--run-dri'", "'--run-dir'")),
     Row("option-for-a-key", TRAIN + "--epochs 3", ("No such option '--epochs'",)),

@@ -67,12 +67,15 @@ KillWait=20
 MinJobAge=3600
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,bf_interval=1,sched_interval=1
-NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=2 RealMemory=2000
-NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=2 RealMemory=2000
-PartitionName=main Nodes=n[1-2] Default=YES MaxTime=1:00:00
+GresTypes=gpu
+NodeName=DEFAULT CPUs=8 RealMemory=2000 Gres=gpu:2
+NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1))
+NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2))
+PartitionName=main Nodes=n[1-2] Default=YES
 PartitionName=paid Nodes=n[1-2] AllowAccounts=team
 EOF
   echo CgroupPlugin=cgroup/v1 >"$dir/cgroup.conf"
+  printf 'Name=gpu File=%s\n' /dev/null /dev/zero >"$dir/gres.conf" # GPUs in name only
   { cat /etc/hosts && echo 127.0.0.1 n1 n2; } >"$dir/hosts"
 }
 
@@ -106,20 +109,17 @@ up() {
 }
 
 down() {
-  scancel --user=root --signal=KILL 2>/dev/null || true
   scancel --user=root 2>/dev/null || true
-  for _ in $(seq 100); do
-    if [ -z "$(squeue --noheader 2>/dev/null)" ]; then break; fi
+  for _ in $(seq 300); do
+    if ! squeue --noheader --format=%t 2>/dev/null | grep -qE 'R|CG'; then break; fi
     sleep 0.1
   done
-  local file pid
-  for file in "$dir"/slurmd.*.pid "$dir"/slurmctld.pid "$dir"/munged.pid; do
-    if ! pid=$(cat "$file" 2>/dev/null); then continue; fi
-    kill "$pid" 2>/dev/null || true
-    for _ in $(seq 100); do
-      if ! kill -0 "$pid" 2>/dev/null; then break; fi
-      sleep 0.1
-    done
+  local pids
+  mapfile -t pids < <(cat "$dir"/slurmd.*.pid "$dir"/{slurmctld,munged}.pid 2>/dev/null)
+  kill "${pids[@]}" 2>/dev/null || true
+  for _ in $(seq 100); do
+    if ! kill -0 "${pids[@]}" 2>/dev/null; then break; fi
+    sleep 0.1
   done
   rm -rf "$dir"
 }

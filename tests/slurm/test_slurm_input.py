@@ -11,7 +11,6 @@ from slurm_cluster import DIGITS, SCRIPTS, SITE, Cluster, poll
 
 pytestmark = pytest.mark.slow
 
-SITE_FILE = SCRIPTS / "site.sh"
 TRAIN = (SCRIPTS / "submit.sh", SCRIPTS / "train.sbatch", DIGITS / "fast.yaml")
 
 
@@ -33,6 +32,7 @@ def refused(cluster: Cluster, at: Path, *says: str, **env: str) -> None:
         ("PARTITION=", "PARTITION=paid", ("Invalid account", "site.sh")),
         ("CPUS_PER_RANK=1", "CPUS_PER_RANK=99", ("More processors requested", "site.sh")),
         ("TIME=10:00", "TIME=soon", ("time", "site.sh")),
+        ("GPUS_PER_NODE=0", "GPUS_PER_NODE=8", ("node configuration is not available", "site.sh")),
         ("OPTIONS=()", "OPTIONS=(--bananas)", ("--bananas", "site.sh")),
         ("CPUS_PER_RANK=1\n", "", ("site.sh: CPUS_PER_RANK is missing",)),
         ("environment()", "set_up()", ("site.sh: environment is missing",)),
@@ -43,9 +43,15 @@ def test_a_site_file_that_does_not_fit(cluster, tmp_path, before, after, says):
     refused(cluster, tmp_path, *says)
 
 
-def test_the_site_file_as_it_is(cluster, tmp_path):
-    """It asks for the one GPU that these nodes do not have, and the refusal names it."""
-    refused(cluster, tmp_path, "generic resource (gres)", str(SITE_FILE), DIST_ADV_SITE="")
+@pytest.mark.parametrize(("env", "ranks"), [({}, 1), ({"RANKS": "2"}, 2)])
+def test_the_site_file_as_it_is(cluster, tmp_path, env, ranks):
+    """A GPU a node, or as many as RANKS says: the job has them, and would start a rank for each."""
+    job = cluster.submit("train.sbatch", "nowhere.yaml", at=tmp_path, DIST_ADV_SITE="", **env)
+    poll(lambda: cluster.job(job, "JobState") == "FAILED", f"job {job} fails")
+    start, words = cluster.log(job).splitlines()
+    assert start.endswith(f" {ranks} process(es) a node")
+    assert words.startswith("dist-adv: nowhere.yaml: name one")
+    assert cluster.job(job, "TresPerNode") == f"gres:gpu:{ranks}"
 
 
 def test_no_site_file(cluster, tmp_path):
