@@ -3,8 +3,9 @@
 The pieces that the starts of a resumed run left in `wandb/` are not merged. A start that was
 killed has lost the rows that it had not written yet; `wandb sync` lets a later piece take the
 place of an earlier one; and their format is W&B's own. The run folder has every line and every
-figure, so the run is written anew from it, under its id. W&B lets a run that is started anew take
-the place of what it has under the same id: a second push doubles nothing and fills gaps.
+figure, so the run is written from it, under its id, as one that goes on after the last row that
+W&B has: a second push doubles nothing, and adds what was measured since. What W&B lacks before
+its last row it does not take any more.
 
 Of the pieces only the images of each pass are used. System metrics stay in them.
 """
@@ -40,7 +41,7 @@ def sync_runs(run_dirs: Sequence[Path], offline: Path | None) -> Iterator[tuple[
             yield run.label, _push(run, offline)
         except (wandb.Error, OSError) as error:
             raise RunFailure(
-                f"{run.folder}: not pushed ({error}); run the command again, nothing gets doubled"
+                f"{run.folder}: not pushed ({error}); the same command goes on"
             ) from error
 
 
@@ -58,7 +59,6 @@ def _push(run: Run, offline: Path | None) -> str:
         config,
         about,
         "offline" if offline else "online",
-        resume=False,
         folder=folder,
         x_disable_machine_info=True,  # this may not be the machine that trained
         x_save_requirements=False,

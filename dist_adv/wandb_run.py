@@ -135,8 +135,8 @@ def identity(
 class WandbRun:
     """A run of W&B's own, open until `finish`.
 
-    about: of `identity`. resume: go on with what W&B has of this id, else take its place.
-    folder: where its files go, if not to the run folder.
+    about: of `identity`; what W&B has of this id is gone on with. folder: where its files go, if
+    not to the run folder.
     """
 
     def __init__(
@@ -145,7 +145,6 @@ class WandbRun:
         config: Config,
         about: Mapping[str, Any],
         mode: Any,
-        resume: bool = True,
         folder: Path | None = None,
         **settings: Any,
     ) -> None:
@@ -157,7 +156,7 @@ class WandbRun:
             dir=folder or os.environ.get("WANDB_DIR") or run_dir,
             config={**config.model_dump(), "env": json.loads((run_dir / "env.json").read_text())},
             allow_val_change=True,  # `env` is of the last start
-            resume="allow" if resume else None,
+            resume="allow",
             mode=mode,
             settings=wandb.Settings(
                 silent=True,
@@ -227,4 +226,6 @@ class WandbRun:
         wandb.teardown()  # `finish` returns before the last records are in the file
 
     def _log(self, row: Mapping[str, Any], step: int, kind: str) -> None:
-        self.run.log(dict(row), step=place(step, kind), commit=True)
+        at = place(step, kind)
+        if at >= self.run.starting_step:  # else W&B has it, and would only complain
+            self.run.log(dict(row), step=at, commit=True)
