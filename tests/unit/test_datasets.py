@@ -277,6 +277,12 @@ def test_cifar(name, files, cifar, refused):
     assert refused == [], "nothing is downloaded that is there"
 
 
+@pytest.mark.parametrize(("option", "padding"), [(None, 1), (0, 0), (2, 2)])
+def test_padding_may_be_another_than_the_usual(option, padding):
+    data = load_dataset(DataOptions(name="digits", crop_padding=option), "train")
+    assert data.crop_padding == padding
+
+
 def test_svhn(tmp_path, monkeypatch):
     """Labels are digits (its files say 10 for 0), images are not mirrored when augmented."""
     tables = {}

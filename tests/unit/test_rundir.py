@@ -223,6 +223,7 @@ DECIDED: dict[str, tuple[Any, str]] = {
     "data.name": ("svhn", "no"),
     "data.root": ("elsewhere", "yes"),
     "data.augment": (False, "no"),
+    "data.crop_padding": (1, "no"),
     "data.drop_last": (True, "no"),
     "data.validation": (10, "no"),
     "data.size": (8, "no"),
