@@ -36,7 +36,7 @@ check: lint
 	$(RUN_TESTS) -m "not slow"
 
 test: lint
-	$(RUN_TESTS) --durations=10 --ignore=tests/slurm
+	$(RUN_TESTS) -n 2 --dist loadfile --durations=10 --ignore=tests/slurm
 	$(MAKE) test-slurm
 
 # Installs Debian's slurm-wlm where that is allowed. Where no cluster can be had it says why.
