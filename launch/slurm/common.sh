@@ -113,6 +113,7 @@ preempted_since() {
 requeue() {
   say "$1; back to the queue"
   if [ -f "$run_dir/config.yaml" ]; then echo "$job" >"$run_dir/slurm_job"; fi # for dist-adv status
-  scontrol requeue "$job"
-  exit 0
+  scontrol requeue "$job" && exit 0
+  say "it is not taken; submit the same command again to go on"
+  exit 1
 }

@@ -12,7 +12,7 @@ from slurm_cluster import DIGITS, reaches
 pytestmark = pytest.mark.slow
 
 PASS = 23 * 4  # optimiser steps
-TWIN = {"train.epochs": 12}
+TWIN = {"train.epochs": 8}
 SHORT = {"train.max_steps": 2}
 SWEEP = {
     "base": str(DIGITS / "free.yaml"),
