@@ -2,17 +2,20 @@
 
 Arguments: out, images, the list. A run has a name and a case of `cases.py`; perhaps `norm`,
 `numbers` (fp64, fp32 or bf16), `train` (keys of that section), `start` (a checkpoint), `fault`
-(see `faulty.py`). What fails leaves NAME.failed.
+(see `faulty.py`), `count` (NAME.json then has how often torch did what). What fails leaves
+NAME.failed.
 """
 
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 
 from cases import CASES, config
 from dist_adv import engines, runner, train
@@ -64,10 +67,14 @@ def once(run: dict, out: Path, images: Path) -> None:
     tree = config(run["case"], run.get("norm", "group"), images, precision)
     every = 3 * CASES[run["case"]][0].get("replays", 1)  # the first: in the middle of a pass
     tree["train"] |= {"save_steps": every, "keep": 100} | run.get("train", {})
-    try:
-        train_run(parse_config(tree, run["name"]), out / run["name"], run.get("start", "none"))
-    except RunFailure as failure:
-        (out / f"{run['name']}.failed").write_text(str(failure))
+    with profile(activities=[ProfilerActivity.CPU]) if "count" in run else nullcontext() as seen:
+        try:
+            train_run(parse_config(tree, run["name"]), out / run["name"], run.get("start", "none"))
+        except RunFailure as failure:
+            (out / f"{run['name']}.failed").write_text(str(failure))
+    if seen and os.environ["RANK"] == "0":
+        counts = {event.key: event.count for event in seen.key_averages()}
+        (out / f"{run['name']}.json").write_text(json.dumps(counts))
     AcceleratorState._reset_state()  # DeepSpeed is for one model a process otherwise
 
 
