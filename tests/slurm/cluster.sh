@@ -19,7 +19,7 @@ cannot() {
 }
 
 install() {
-  if command -v slurmctld slurmd munged >/dev/null; then return; fi
+  if type slurmctld slurmd munged &>/dev/null; then return; fi
   command -v apt-get >/dev/null || cannot "Slurm is not installed, and there is no apt-get"
   export DEBIAN_FRONTEND=noninteractive
   local packages=(slurm-wlm munge) # the index may be old or absent
