@@ -228,4 +228,5 @@ class WandbRun:
     def _log(self, row: Mapping[str, Any], step: int, kind: str) -> None:
         at = place(step, kind)
         if at >= self.run.starting_step:  # else W&B has it, and would only complain
+            self.run.log({}, step=at)  # files of images are named by the step before
             self.run.log(dict(row), step=at, commit=True)

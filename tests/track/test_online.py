@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import wandb
 from click.testing import CliRunner
 
 import cases
@@ -23,6 +24,7 @@ def server(monkeypatch: pytest.MonkeyPatch):
     with wandb_server() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        wandb.teardown()  # it reads the environment once
         yield server
 
 
