@@ -35,8 +35,9 @@ lint: setup
 check: lint
 	$(RUN_TESTS) -m "not slow"
 
+# Two workers, as much of these tests is waiting; files in their order, as the long ones come first.
 test: lint
-	$(RUN_TESTS) -n 2 --dist loadfile --durations=10 --ignore=tests/slurm
+	$(RUN_TESTS) -n 2 --dist loadfile --no-loadscope-reorder --durations=10 --ignore=tests/slurm
 	$(MAKE) test-slurm
 
 # Installs Debian's slurm-wlm where that is allowed. Where no cluster can be had it says why.
