@@ -428,7 +428,7 @@ def ranks(bench: Bench) -> Iterator[Row]:
         "ranks",
         f"gradient all-reduces an optimiser step, {', '.join(two['bytes'])}",
         f"{'exactly 1' if once else two['reduced_times']} ({numbers / 1e6:.1f} MB in "
-        f"{max(two['buckets'].values())} part(s)); in attacks none",
+        f"{max(two['buckets'].values()):g} part(s)); in attacks none",
         "exactly 1",
         once,
         two,
