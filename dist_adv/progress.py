@@ -38,10 +38,17 @@ def start_logging(main: bool) -> None:
         if console.is_terminal:
             handler = RichHandler(console=console, show_path=False, show_level=False)
         else:
-            handler = logging.StreamHandler()
+            handler = _StderrHandler()
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
         log.propagate = False
+
+
+class _StderrHandler(logging.Handler):
+    """To what sys.stderr is now: who calls in-process may have put another in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
 
 
 @contextmanager
