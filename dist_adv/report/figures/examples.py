@@ -1,0 +1,67 @@
+"""Images before and after an attack."""
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dist_adv.report.figures.album import Album
+from dist_adv.report.runs import Examples, Run
+from dist_adv.report.tables import attack_name, threat_name
+
+_RIGHT, _WRONG = "#00704F", "#B84300"
+_MAX_EXAMPLES = 8
+
+
+def draw(album: Album, run: Run) -> None:
+    examples = run.examples
+    if examples is None:
+        return
+    count = min(len(examples.label), _MAX_EXAMPLES)
+    clean, adversarial = (
+        np.moveaxis(images[:count], 1, -1) for images in (examples.clean, examples.adversarial)
+    )
+    change = adversarial - clean
+    peak = float(np.abs(change).max())
+    gain = max(1, int(0.5 / peak)) if peak else 1
+    figure = Figure(figsize=(1.17 * count + 0.6, 4.8), layout="constrained")
+    grid = figure.subplots(3, count, squeeze=False)
+    rows = (
+        ("clean", clean, examples.clean_prediction),
+        (f"perturbation\n(amplified {gain} times)", np.clip(0.5 + gain * change, 0, 1), None),
+        ("adversarial", adversarial, examples.adversarial_prediction),
+    )
+    for row, (name, images, predictions) in zip(grid, rows, strict=True):
+        row[0].set_ylabel(name)
+        for i, (axes, image) in enumerate(zip(row, images, strict=True)):
+            axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.grid(False)
+            axes.spines[:].set(visible=True, color="#cccccc")
+            if predictions is not None:
+                _caption(axes, examples, int(examples.label[i]), int(predictions[i]))
+    attack = attack_name(examples.attack)
+    album.add(
+        figure,
+        f"examples-{run.label}",
+        f"Examples under {attack}",
+        f"Test images, the perturbations that {attack} finds within {threat_name(run)}, and their "
+        f"sums. Grey means no change; the perturbation is amplified {gain} times to be seen at "
+        "all. Under each image stand its true class and, after the arrow, the prediction: "
+        "green with a check mark if right, red with a cross if wrong.",
+    )
+
+
+def _caption(axes: Axes, examples: Examples, label: int, prediction: int) -> None:
+    right = prediction == label
+    axes.set_xlabel(
+        f"{_short(examples.classes[label])}\n"
+        f"\N{RIGHTWARDS ARROW} {_short(examples.classes[prediction])} "
+        + ("\N{CHECK MARK}" if right else "\N{BALLOT X}"),
+        color=_RIGHT if right else _WRONG,
+        fontsize=8,
+    )
+
+
+def _short(name: str) -> str:
+    """A class name that fits below its image."""
+    return name if len(name) <= 15 else name[:14] + "\N{HORIZONTAL ELLIPSIS}"
