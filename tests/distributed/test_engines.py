@@ -31,6 +31,7 @@ RUNS: list[dict[str, Any]] = [
     *({"name": case, "case": case} for case in CASES),
     {"name": "mixed", "case": "fast-random", "numbers": "bf16"},
     {"name": "skips", "case": "natural", "norm": "batch", "train": {"on_nan": "skip"}},
+    {"name": "shard", "case": "natural", "train": {"on_nan": "skip"}, "fault": "channel:1:3:5"},
     {"name": "stops", "case": "natural", "train": {"log_every": 1}},
 ]
 for run in RUNS:
@@ -67,9 +68,12 @@ def engine(
     return out, TOLERANCE[request.param]
 
 
-@pytest.mark.parametrize("name", [*CASES, "skips"])
+@pytest.mark.parametrize("name", [*CASES, "skips", "shard"])
 def test_weights_are_those_of_ddp(name, engine, ddp):
-    """`skips`: two updates of eight were NaN on one rank and were taken on none."""
+    """`skips`: two updates of eight were NaN on one rank and were taken on none.
+
+    `shard`: in gradients of one channel only, which the engine gives to one rank.
+    """
     out, tolerance = engine
     assert difference(ddp / name, out / name) < tolerance
 

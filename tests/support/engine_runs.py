@@ -22,6 +22,7 @@ from dist_adv import engines, runner, train
 from dist_adv.config import parse_config
 from dist_adv.errors import RunFailure
 from dist_adv.runner import train_run
+from faulty import Faulty
 
 build_method, build_model, check = train.build_method, train.build_model, engines._check_deepspeed
 
@@ -59,9 +60,7 @@ def once(run: dict, out: Path, images: Path) -> None:
     torch.set_default_dtype(torch.float64 if numbers == "fp64" else torch.float32)
     train.build_method = build_method
     if "fault" in run:
-        os.environ["FAULT"] = run["fault"]  # read at its import: the same for all runs
-        from faulty import Faulty
-
+        os.environ["FAULT"] = run["fault"]
         train.build_method = Faulty
     precision = "bf16" if numbers == "bf16" else "fp32"
     tree = config(run["case"], run.get("norm", "group"), images, precision)
