@@ -88,7 +88,7 @@ def check_same_start(accelerator: Accelerator, about: Mapping[str, Any]) -> None
         if different:
             raise UserError(
                 f"rank {rank} on {host} and rank 0 on {first} were not started alike "
-                f"({'; '.join(different)}); give every rank the same command and the same code"
+                f"({'; '.join(different)}); give every rank the same command, code and files"
             )
 
 
@@ -225,7 +225,7 @@ def _out_of_memory(
 def _reason(error: BaseException) -> str:
     """The first sentence of torch's message, without the place in its source."""
     lines = str(error).splitlines() or [type(error).__name__]
-    return re.sub(r"^\[[^]]*\] *(err == 0\. )?", "", lines[0]).split(". ")[0]
+    return re.sub(r"^\[[^]]*\] *(err == 0\. )?", "", lines[0]).split(". ")[0].rstrip(".")
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -56,23 +56,19 @@ def train_run(config: Config, run_dir: Path, resume: str) -> None:
 
 
 def _what_is_started(
-    config: Config, accelerator: Accelerator, run_dir: Path, resume: str
+    config: Config, accelerator: Accelerator, arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What has to be the same on every rank; the images may lie elsewhere on each machine."""
     settings = flatten(config.model_dump()) | {"train.precision": accelerator.mixed_precision}
     del settings["data.root"]
-    return settings | {
-        "--run-dir": str(run_dir),
-        "--resume": resume,
-        "code": rundir.code_version(),
-        "torch": torch.__version__,
-    }
+    return {**settings, **arguments, "code": rundir.code_version(), "torch": torch.__version__}
 
 
 def _train(
     config: Config, run_dir: Path, resume: str, accelerator: Accelerator, stack: ExitStack
 ) -> None:
-    parallel.check_same_start(accelerator, _what_is_started(config, accelerator, run_dir, resume))
+    arguments = {"--run-dir": str(run_dir), "--resume": resume}
+    parallel.check_same_start(accelerator, _what_is_started(config, accelerator, arguments))
 
     def claim() -> bool:
         lock = rundir.check(run_dir, config, resume != "none")
@@ -235,7 +231,10 @@ def _say_what_differs(config: Config, accelerator: Accelerator, saved: Checkpoin
 def evaluate_run(
     run_dir: Path, attacks: Sequence[str], limit: int | None, overrides: Sequence[str]
 ) -> None:
-    """Measure the final weights of a run; its own attacks and settings unless told otherwise."""
+    """Measure the final weights of a run; its own attacks and settings unless told otherwise.
+
+    Every rank calls this. Raises UserError, also where the ranks were not started alike.
+    """
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir}: is no run folder (it has no config.yaml); name one")
     config = load_config(run_dir / "config.yaml", overrides)
@@ -245,7 +244,10 @@ def evaluate_run(
         config = parse_config(tree, "--attacks")
     accelerator = parallel.start("fp32", config.train.threads)
     start_logging(accelerator.is_main_process)
-    _evaluate(config, run_dir, accelerator, config.eval.attacks, limit or config.eval.limit)
+    arguments = {"--limit": limit, "weights": _weights(run_dir)}
+    with parallel.plain_failures(accelerator, "eval.batch_size", config.eval.batch_size):
+        parallel.check_same_start(accelerator, _what_is_started(config, accelerator, arguments))
+        _evaluate(config, run_dir, accelerator, config.eval.attacks, limit or config.eval.limit)
 
 
 def _evaluate(
@@ -302,15 +304,21 @@ def _identity(
     config: Config, run_dir: Path, attacks: Sequence[str], limit: int | None
 ) -> dict[str, Any]:
     """Everything that an evaluation's figures depend on, but for the number of ranks."""
-    with (run_dir / "model.safetensors").open("rb") as weights:
-        return {
-            "weights": hashlib.file_digest(weights, "sha256").hexdigest(),
-            "threat": config.threat.model_dump(),
-            "data": config.data.model_dump() | {"root": str(data_root(config.data).resolve())},
-            "eval": {key: getattr(config.eval, key) for key in ("step_size", "loss", "seed")},
-            "attacks": list(attacks),
-            "limit": limit,
-        }
+    return {
+        "weights": _weights(run_dir),
+        "threat": config.threat.model_dump(),
+        "data": config.data.model_dump() | {"root": str(data_root(config.data).resolve())},
+        "eval": {key: getattr(config.eval, key) for key in ("step_size", "loss", "seed")},
+        "attacks": list(attacks),
+        "limit": limit,
+    }
+
+
+def _weights(run_dir: Path) -> str | None:
+    """SHA-256 of the final weights; None where they cannot be read."""
+    with suppress(OSError), (run_dir / "model.safetensors").open("rb") as weights:
+        return hashlib.file_digest(weights, "sha256").hexdigest()
+    return None
 
 
 def _save_final(run_dir: Path, trainer: Trainer) -> None:
