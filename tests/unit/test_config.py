@@ -13,7 +13,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(
     path
     for path in CONFIGS.glob("*/*.yaml")
-    if path.stem != "base" and path.parent.name != "sweeps"
+    if not path.stem.endswith("base") and path.parent.name != "sweeps"
 )
 
 

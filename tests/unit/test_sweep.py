@@ -83,16 +83,6 @@ def test_every_sweep_that_comes_along_is_sound(path: Path) -> None:
     assert f"dist-adv sweep configs/sweeps/{path.name}" in path.read_text()
 
 
-def test_the_paper_is_complete() -> None:
-    """The eight rows of its tables; those of the sweeps by themselves are the same runs."""
-    paper = load_sweep(CONFIGS / "sweeps/paper.yaml")
-    assert len(paper.runs) == 10
-    parts = [load_sweep(CONFIGS / f"sweeps/{name}.yaml") for name in ("free_m", "fast_alpha_batch")]
-    rows = [run.config for part in parts for run in part.runs]
-    assert len(rows) == 8
-    assert all(row in [run.config for run in paper.runs] for row in rows)
-
-
 def test_what_is_saved_describes_the_same_runs(tmp_path: Path) -> None:
     first = load_sweep(CONFIGS / "sweeps/fast_alpha_batch.yaml", ["optim.weight_decay=1e-5"])
     claim(first, tmp_path / "out")
