@@ -24,7 +24,7 @@ COVERED = {
     "run.sh": "launch/test_run.py",
     "slurm/common.sh": "slurm/test_slurm_input.py",
     "slurm/multinode.sbatch": "slurm/test_slurm_training.py",
-    "slurm/report.sbatch": "slurm/test_slurm_sweep.py",
+    "slurm/report.sbatch": "launch/test_report_job.py",
     "slurm/site.sh": "slurm/test_slurm_input.py",
     "slurm/submit.sh": "slurm/test_slurm_input.py",
     "slurm/sweep.sbatch": "slurm/test_slurm_sweep.py",

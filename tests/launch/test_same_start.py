@@ -18,15 +18,11 @@ import pytest
 import dist_adv
 from dist_adv.config import load_config
 from dist_adv.runner import train_run
-from launch import free_port
+from launch import TINY, free_port
 
 pytestmark = pytest.mark.slow
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits" / "fast.yaml"
-TINY = (
-    *("model.width=4", "train.max_steps=1", "train.batch_size=512"),
-    *("eval.attacks=[natural]", "eval.every=0", "track.wandb.mode=disabled"),
-)
 OURS = ("-m", "dist_adv")
 TRAIN = ("train", str(DIGITS), *TINY, "--run-dir", "new")
 # In which ranks wait for each other for seconds. Else it is torch's half an hour.

@@ -18,6 +18,11 @@ import yaml
 from cases import config
 
 SUPPORT = Path(__file__).parent
+# Of a configuration on digits: a single step of a small network.
+TINY = (
+    *("model.width=4", "train.max_steps=1", "train.batch_size=512"),
+    *("eval.attacks=[natural]", "eval.every=0", "track.wandb.mode=disabled"),
+)
 
 
 def write_config(

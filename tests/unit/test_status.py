@@ -2,7 +2,14 @@
 
 import fcntl
 import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,3 +158,31 @@ def test_the_command_prints_a_row_each(
     assert f"{sweep / 'failed'}: out of memory" in said
     assert cli._run(["status", str(tmp_path)]) == 2
     assert "is no folder of a run or of a sweep" in capsys.readouterr().err
+
+
+def test_watching_shows_what_changes(tmp_path: Path) -> None:
+    """On a terminal, until Ctrl-C, which is no failure."""
+    run = write(tmp_path / "run", "running")
+    terminal, inside = pty.openpty()
+    command = [sys.executable, "-m", "dist_adv", "status", "run", "--watch"]
+    watch = subprocess.Popen(command, cwd=tmp_path, stdout=inside, stderr=inside)
+    os.close(inside)
+    seen = b""
+
+    def wait_for(word: bytes) -> None:
+        nonlocal seen
+        end = time.monotonic() + 60
+        while word not in seen:
+            assert time.monotonic() < end, seen
+            assert select.select([terminal], [], [], 60)[0], seen
+            seen += os.read(terminal, 4096)
+
+    try:
+        wait_for(b"killed")
+        rundir.mark(run, "failed", reason="out of memory")
+        wait_for(b"run: out of memory")
+        watch.send_signal(signal.SIGINT)
+        assert watch.wait(60) == 0, os.read(terminal, 4096)
+    finally:
+        watch.kill()
+        os.close(terminal)
