@@ -9,8 +9,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from dist_adv.errors import UserError
 from dist_adv.report.csvfile import write_csv
 from dist_adv.report.figures import draw
+from dist_adv.report.primer import explanation, methods
 from dist_adv.report.runs import read_runs
-from dist_adv.report.tables import tables
+from dist_adv.report.tables import reference, results
 from dist_adv.report.text import headline, notices
 
 __all__ = ["write_report"]
@@ -27,9 +28,12 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         content = {
             "headline": headline(read),
+            "explanation": explanation(read),
+            "methods": methods(read),
             "notices": notices(read),
-            "tables": tables(read),
+            "tables": [results(read)],
             "chapters": draw(read, out / "figures"),
+            "reference": reference(read),
         }
         write_csv(read, out / "results.csv")
         templates = _templates()

@@ -130,6 +130,20 @@ def strongest_attack(runs: Sequence[Run]) -> str | None:
     )
 
 
+def best_of_each_method(runs: Sequence[Run]) -> dict[str, Run]:
+    """The most robust run of each method: by the strongest attack, else by its last curve."""
+    attack = strongest_attack(runs)
+
+    def robustness(run: Run) -> tuple[float, float]:
+        evaluation, curve = run.evaluations.get(attack or ""), run.curve("pgd_accuracy")
+        return (
+            evaluation.accuracy if evaluation else -1.0,
+            curve[-1]["pgd_accuracy"] if curve else -1.0,
+        )
+
+    return {run.config["method"]["name"]: run for run in sorted(runs, key=robustness)}
+
+
 def _label(folder: Path, folders: Sequence[Path]) -> str:
     """The shortest end of the path that no other folder shares."""
     for depth in range(1, len(folder.parts)):

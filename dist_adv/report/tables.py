@@ -145,53 +145,67 @@ def passes(run: Run) -> str:
     return f"{done:g} of {planned}" if done < planned else f"{done:g}"
 
 
-def tables(runs: Sequence[Run]) -> list[Table]:
-    """All tables, in the order in which they should be read."""
-    return [_results(runs), _settings(runs), _environments(runs)]
+def reference(runs: Sequence[Run]) -> list[Table]:
+    """What to look up: how the results were measured, and where."""
+    return [_settings(runs), _environments(runs)]
 
 
-def _results(runs: Sequence[Run]) -> Table:
+def results(runs: Sequence[Run]) -> Table:
+    """A row a run: its accuracies, and what they cost."""
     attacks = sorted({attack for run in runs for attack in run.evaluations}, key=attack_order)
-    rows = []
-    for run in runs:
-        train, model = run.config["train"], run.config["model"]
-        rows.append(
-            [
-                Cell(run.label, detail="" if run.finished else "unfinished"),
-                Cell(method_title(run), detail=method_options(run)),
-                Cell(model["name"], detail=f"width {model['width']}" if "width" in model else ""),
-                *(_accuracy(run, attack, runs) for attack in attacks),
-                Cell(passes(run)),
-                Cell(f"{run.steps:,}"),
-                Cell(_or_dash(run.seconds, duration)),
-                Cell(_or_dash(run.epoch_seconds, duration)),
-                Cell(str(train["batch_size"])),
-                Cell(str(run.env.get("world_size", "-"))),
-                Cell(run.precision),
-                Cell(str(train["seed"])),
+    columns = {
+        Column("Run"): [
+            Cell(run.label, detail="" if run.finished else "unfinished") for run in runs
+        ],
+        Column("Method"): [Cell(method_title(run), detail=method_options(run)) for run in runs],
+        **{
+            Column(attack_name(attack), numeric=True): [
+                _accuracy(run, attack, runs) for run in runs
             ]
-        )
+            for attack in attacks
+        },
+        Column("Passes", numeric=True): [Cell(passes(run)) for run in runs],
+        Column("Optimiser steps", numeric=True): [Cell(f"{run.steps:,}") for run in runs],
+        Column("Training time", numeric=True): [
+            Cell(_or_dash(run.seconds, duration)) for run in runs
+        ],
+        Column("Mean epoch time", numeric=True): [
+            Cell(_or_dash(run.epoch_seconds, duration)) for run in runs
+        ],
+    }
+    alike = []
+    for column, cells in _settings_of_runs(runs).items():
+        if len(runs) > 1 and len(set(cells)) == 1:
+            alike.append(f"{column.title.lower()} {cells[0].text}")
+        else:
+            columns[column] = cells
     return Table(
         "Results",
         "Accuracy on test images in percent, with its 95 % Wilson interval; the best under each "
         "attack is bold. A pass shows every training image once; Free takes m optimiser steps on "
-        "each minibatch of it. Times are of training alone, without the evaluation of curves.",
-        [
-            Column("Run"),
-            Column("Method"),
-            Column("Model"),
-            *(Column(attack_name(attack), numeric=True) for attack in attacks),
-            Column("Passes", numeric=True),
-            Column("Optimiser steps", numeric=True),
-            Column("Training time", numeric=True),
-            Column("Mean epoch time", numeric=True),
-            Column("Batch size", numeric=True),
-            Column("Ranks", numeric=True),
-            Column("Precision"),
-            Column("Seed", numeric=True),
-        ],
-        rows,
+        "each minibatch of it. Times are of training alone, without the evaluation of curves."
+        + (f" Alike in all runs: {', '.join(alike)}." if alike else ""),
+        list(columns),
+        list(zip(*columns.values(), strict=True)),
     )
+
+
+def _settings_of_runs(runs: Sequence[Run]) -> dict[Column, list[Cell]]:
+    """What need not be told in a row of each run where it is the same for all."""
+    return {
+        Column("Model"): [Cell(_model_name(run)) for run in runs],
+        Column("Batch size", numeric=True): [
+            Cell(str(run.config["train"]["batch_size"])) for run in runs
+        ],
+        Column("Ranks", numeric=True): [Cell(str(run.env.get("world_size", "-"))) for run in runs],
+        Column("Precision"): [Cell(run.precision) for run in runs],
+        Column("Seed", numeric=True): [Cell(str(run.config["train"]["seed"])) for run in runs],
+    }
+
+
+def _model_name(run: Run) -> str:
+    model = run.config["model"]
+    return f"{model['name']} (width {model['width']})" if "width" in model else model["name"]
 
 
 def _accuracy(run: Run, attack: str, runs: Sequence[Run]) -> Cell:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 
-from dist_adv.report.runs import Run, strongest_attack
+from dist_adv.report.runs import Run, best_of_each_method, strongest_attack
 from dist_adv.report.tables import (
     SETTINGS,
     attack_name,
@@ -17,11 +17,11 @@ from dist_adv.report.tables import (
 
 
 def headline(runs: Sequence[Run]) -> list[str]:
-    """What the tables say, in one or two sentences."""
+    """What the tables say, in a few sentences."""
     attack = strongest_attack(runs)
     if attack is None:
         return ["None of these runs has been evaluated under an attack yet."]
-    sentences = [_robustness(runs, attack)]
+    sentences = [_robustness(runs, attack), *_free_against_fast(runs, attack)]
     timed = sorted((run.seconds, run.label) for run in runs if run.finished and run.seconds)
     if len(timed) == 1:
         sentences.append(f"Training took {duration(timed[0][0])}.")
@@ -66,6 +66,19 @@ def _robustness(runs: Sequence[Run], attack: str) -> str:
     if close:
         sentence += f". Its interval overlaps with that of {_join(close)}, so their order is open"
     return sentence + "."
+
+
+def _free_against_fast(runs: Sequence[Run], attack: str) -> list[str]:
+    """The most robust run of each, where both were evaluated."""
+    best = best_of_each_method([run for run in runs if attack in run.evaluations])
+    if not {"free", "fast"} <= best.keys():
+        return []
+    parts = []
+    for run in (best["free"], best["fast"]):
+        evaluation = run.evaluations[attack]
+        part = f"{run.label} keeps {percentage(evaluation.accuracy)} ({interval(evaluation)})"
+        parts.append(part + (f" after {duration(run.seconds)} of training" if run.seconds else ""))
+    return [f"Free against Fast under {attack_name(attack)}: {_join(parts)}."]
 
 
 def notices(runs: Sequence[Run]) -> list[str]:

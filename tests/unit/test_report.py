@@ -1,142 +1,24 @@
 """The report, from run folders made up here: what it shows, what it refuses, what it writes."""
 
 import csv
-import json
-import math
 import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
-from safetensors.numpy import save_file
 
 from dist_adv.errors import UserError
 from dist_adv.report import write_report
 from dist_adv.report.runs import read_runs, strongest_attack
 from dist_adv.report.tables import attack_order, duration, pixels
 from dist_adv.report.text import headline, notices
+from made_up_runs import PLANNED, add_examples, epoch, evaluation, make_run
 
-PLANNED = 4
 FLAG = "FGSM leaves 61.0% and pgd-10 0.4%: the sign of catastrophic overfitting"
-
-
-def evaluation(attack: str, accuracy: float, n: int = 1000, **settings: Any) -> dict[str, Any]:
-    """A line of results.jsonl."""
-    correct, z = round(accuracy * n), 1.96
-    middle = (correct / n + z * z / (2 * n)) / (1 + z * z / n)
-    half = (
-        z * math.sqrt(correct / n * (1 - correct / n) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    )
-    record = {
-        "attack": attack,
-        "accuracy": correct / n,
-        "correct": correct,
-        "n": n,
-        "ci95": [middle - half, middle + half],
-        "loss": 1.25,
-        "flags": [],
-        "dataset": "digits",
-        "split": "test",
-    }
-    if attack != "natural":
-        _, steps, *restarts = (*attack.split("-"), "1")
-        record |= {
-            "steps": int(steps),
-            "restarts": int(restarts[0]),
-            "step_size": 2 / 255,
-            "norm": "linf",
-            "eps": 8 / 255,
-            "init": "random",
-            "loss_fn": "ce",
-            "seed": 0,
-            "iterate": "last",
-            "precision": "fp32",
-        }
-    return record | settings
-
-
-def epoch(number: int, seconds: float, **more: Any) -> dict[str, Any]:
-    """An epoch's line of metrics.jsonl, of 10 steps."""
-    done = number / PLANNED
-    return {
-        "kind": "epoch",
-        "epoch": number,
-        "step": 10 * number,
-        "seconds": seconds,
-        "epoch_seconds": seconds / number,
-        "train_loss": 2.3 - done,
-        "train_accuracy": 0.1 + 0.5 * done,
-        "test_loss": 2.2 - done,
-        "test_accuracy": 0.2 + 0.6 * done,
-        "pgd_loss": 2.4 - done,
-        "pgd_accuracy": 0.1 + 0.3 * done,
-        "curve_attack": "pgd-10",
-        "curve_n": 100,
-    } | more
-
-
-def make_run(
-    folder: Path,
-    method: dict[str, Any] | None = None,
-    metrics: list[dict[str, Any]] | None = None,
-    results: list[dict[str, Any]] | None = None,
-    finished: bool = True,
-    eps: float = 8 / 255,
-) -> Path:
-    """A run folder; without arguments, one that finished four passes and was never evaluated."""
-    folder.mkdir(parents=True)
-    config = {
-        "method": method or {"name": "natural"},
-        "threat": {"norm": "linf", "eps": eps},
-        "model": {"name": "preact_resnet18", "width": 16},
-        "data": {"name": "digits"},
-        "train": {"epochs": PLANNED, "batch_size": 128, "precision": "auto", "seed": 7},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    env = {
-        "torch": "2.14.1",
-        "git_commit": "0123456789ab-dirty",
-        "hardware": {"device": "cpu", "name": "Some CPU", "cores": 2, "threads": 2},
-        "world_size": 2,
-        "precision": "bf16",
-        "started": "2026-05-04T10:11:12+00:00",
-        "dataset": {"name": "digits", "train": 1437, "test": 360},
-    }
-    (folder / "env.json").write_text(json.dumps(env))
-    if metrics is None:
-        metrics = [epoch(number, 30.0 * number) for number in range(1, PLANNED + 1)]
-    write_lines(folder / "metrics.jsonl", metrics)
-    write_lines(folder / "results.jsonl", results or [])
-    if finished:
-        (folder / "model.safetensors").touch()
-    return folder
-
-
-def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def add_examples(folder: Path, channels: int, size: int) -> None:
-    """Three images, of which the attack fools the first."""
-    rng = np.random.default_rng(0)
-    clean = rng.random((3, channels, size, size), dtype=np.float32)
-    change = 8 / 255 * rng.choice(np.array([-1, 1], dtype=np.float32), clean.shape)
-    label = np.array([0, 1, 2])
-    tensors = {
-        "clean": clean,
-        "adversarial": np.clip(clean + change, 0, 1).astype(np.float32),
-        "label": label,
-        "clean_prediction": label,
-        "adversarial_prediction": np.array([1, 1, 2]),
-    }
-    metadata = {"attack": "pgd-20", "classes": json.dumps(["cat", "dog", "a rather long name"])}
-    save_file(tensors, folder / "examples.safetensors", metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -215,24 +97,43 @@ def test_csv_holds_the_recorded_numbers(report: Report) -> None:
 
 def test_main_table(report: Report) -> None:
     header, _, natural, good, collapsed, unfinished = markdown_table(report, "Results")
-    assert header[:7] == ["Run", "Method", "Model", "Natural", "PGD-10", "PGD-50-10", "Passes"]
-    assert natural[:6] == [
+    assert header[:6] == ["Run", "Method", "Natural", "PGD-10", "PGD-50-10", "Passes"]
+    assert natural[:5] == [
         "natural",
         "Natural",
-        "preact_resnet18 (width 16)",
         "95.0 (93.5\N{EN DASH}96.2)",
         "0.0 (0.0\N{EN DASH}0.4)",
         "-",
     ]
     assert good[:2] == ["a/fast", "Fast (alpha 10/255, init random)"]
-    assert good[4] == "**43.0** (40.0\N{EN DASH}46.1)"
-    assert good[5].startswith("41.0")  # nothing to be better than
-    assert good[6:] == ["4", "40", "2.0 min", "30 s", "128", "2", "bf16", "7"]
+    assert good[3] == "**43.0** (40.0\N{EN DASH}46.1)"
+    assert good[4].startswith("41.0")  # nothing to be better than
+    assert good[5:] == ["4", "40", "2.0 min", "30 s"]
     assert collapsed[:2] == ["b/fast", "Fast (alpha 0.0123, init zero, guard stop)"]
-    assert collapsed[4].endswith("(warning)")
-    assert collapsed[6] == "3 of 4"
+    assert collapsed[3].endswith("(warning)")
+    assert collapsed[5] == "3 of 4"
     assert unfinished[:2] == ["free (unfinished)", "Free (m = 8)"]
-    assert unfinished[6:10] == ["2.5 of 4", "25", "62 s", "25 s"]
+    assert unfinished[5:] == ["2.5 of 4", "25", "62 s", "25 s"]
+
+
+def test_what_is_alike_in_all_runs_is_said_once(report: Report, tmp_path: Path) -> None:
+    assert (
+        "Alike in all runs: model preact_resnet18 (width 16), batch size 128, ranks 2, precision "
+        "bf16, seed 7."
+    ) in report.markdown
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=8)]
+    header, _, *rows = markdown_table(report_on(runs, tmp_path / "out"), "Results")
+    assert (header[-1], rows[0][-1], rows[1][-1]) == ("Seed", "7", "8")
+
+
+def test_methods_are_explained(report: Report) -> None:
+    """What a batch costs by each method that there is a run of."""
+    assert [[row[0], *row[2:]] for row in markdown_table(report, "The methods")[2:]] == [
+        ["Natural", "1", "1"],
+        ["Free", "m (m = 8)", "m"],
+        ["Fast", "2", "1"],
+    ]
+    assert "Data: digits, 1,437 training images, 360 test images, 8 x 8 pixels." in report.markdown
 
 
 def test_page_shows_what_the_markdown_shows(report: Report) -> None:
@@ -277,8 +178,8 @@ def test_environment_is_stated(report: Report) -> None:
 def test_figures_are_there_and_not_blank(report: Report) -> None:
     linked = re.findall(r"\]\((figures/[^)]+)\)", report.markdown)
     on_disk = sorted(f"figures/{path.name}" for path in (report.out / "figures").iterdir())
-    # Three of all runs, curves of each run, examples of two.
-    assert len(linked) == 3 + 4 + 2
+    # Four of all runs, curves of each run, examples of two.
+    assert len(linked) == 4 + 4 + 2
     assert sorted(linked) == on_disk
     assert report.html.count("data:image/png;base64,") == len(linked)
     for name in linked:
@@ -300,7 +201,7 @@ def test_examples_mark_right_and_wrong(report: Report) -> None:
 def test_page_needs_nothing_from_outside(report: Report) -> None:
     sources = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]{0,30})""", report.html)
     assert sources
-    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert all(source.startswith(("data:image/png;base64,", "#")) for source in sources)
     assert not re.search(r"<script|<link|@import|url\(", report.html)
 
 

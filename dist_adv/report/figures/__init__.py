@@ -5,12 +5,14 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
-from dist_adv.report.figures import comparisons, examples, training
-from dist_adv.report.figures.album import COLOURS, MARKERS, STYLE, Album, Chapter, Drawn
+from dist_adv.report.figures import examples, overfitting, overlays, replays, trade_off, training
+from dist_adv.report.figures.album import STYLE, Album, Chapter, give_looks
 from dist_adv.report.runs import Run
 from dist_adv.report.tables import method_name
 
 __all__ = ["draw"]
+
+_UNFOLDED = 2
 
 
 def draw(runs: Sequence[Run], folder: Path) -> list[Chapter]:
@@ -18,15 +20,13 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Chapter]:
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("[0-9][0-9][0-9]-*.png"):
         old.unlink()
-    drawn = [
-        Drawn(run, COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
-        for i, run in enumerate(runs)
-    ]
+    drawn = give_looks(runs)
     album = Album(folder)
     with rc_context(STYLE):
-        comparisons.trade_off(album, drawn)
-        comparisons.overlay(album, drawn, over_time=False)
-        comparisons.overlay(album, drawn, over_time=True)
+        overlays.draw(album, drawn)
+        trade_off.draw(album, drawn)
+        replays.draw(album, runs)
+        overfitting.draw(album, drawn)
         chapters = [Chapter("The runs together", album.take())]
         for each in drawn:
             run = each.run
@@ -34,5 +34,5 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Chapter]:
             examples.draw(album, run)
             state = "" if run.finished else ", unfinished"
             title = f"{run.label} ({method_name(run)}){state}"
-            chapters.append(Chapter(title, album.take()))
+            chapters.append(Chapter(title, album.take(), folded=len(runs) > _UNFOLDED))
     return chapters

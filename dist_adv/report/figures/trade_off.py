@@ -1,0 +1,167 @@
+"""Natural accuracy against robust accuracy, with training time as size."""
+
+from collections.abc import Sequence
+from itertools import product
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+
+from dist_adv.report.figures.album import GREY, Album, Drawn
+from dist_adv.report.runs import strongest_attack
+from dist_adv.report.tables import attack_name, duration
+
+_CROWD = 5
+
+
+def draw(album: Album, drawn: Sequence[Drawn]) -> None:
+    """A point a run; where many are robust and some are not, the robust ones once more, larger."""
+    attack = strongest_attack([each.run for each in drawn])
+    shown = [each for each in drawn if {"natural", attack} <= each.run.evaluations.keys()]
+    if attack is None or not shown:
+        return
+    crowd = _crowd(shown, attack)
+    figure = Figure(figsize=(10 if crowd else 7.5, 4.6 if crowd else 5), layout="constrained")
+    panels = figure.subplots(1, 2 if crowd else 1, squeeze=False)[0]
+    longest = max((each.run.seconds or 0.0 for each in shown), default=0.0) or 1.0
+    for axes, some in zip(panels, (shown, crowd), strict=False):
+        for each in some:
+            _plot(axes, each, attack, longest)
+        axes.margins(0.18)
+        axes.autoscale_view()
+        for read, limit in ((axes.get_xlim, axes.set_xlim), (axes.get_ylim, axes.set_ylim)):
+            low, high = read()
+            limit(max(low, -4), min(high, 104))
+        axes.set(xlabel="natural accuracy (%)", ylabel=f"{attack_name(attack)} accuracy (%)")
+    if crowd:
+        (left, right), (bottom, top) = panels[1].get_xlim(), panels[1].get_ylim()
+        frame = Rectangle((left, bottom), right - left, top - bottom, fill=False, edgecolor=GREY)
+        panels[0].add_patch(frame)
+    times = [each.run.seconds for each in shown if each.run.seconds]
+    if times:
+        _explain_sizes(figure, sorted({min(times), max(times)}), longest)
+    _label(figure, panels[0], [each for each in shown if each not in crowd], attack)
+    if crowd:
+        _label(figure, panels[1], crowd, attack)
+    missing = [each.run.label for each in drawn if each not in shown]
+    album.add(
+        figure,
+        "trade-off",
+        "Natural accuracy against robustness",
+        "Each point is a run: the further right, the more natural test images it classifies, and "
+        f"the further up, the more of them it still classifies under {attack_name(attack)}, the "
+        "strongest attack that the runs share. "
+        + ("The right panel is the frame in the left one. " if crowd else "")
+        + "Robustness is usually paid for in natural accuracy, "
+        "so one run beats another outright only if it lies above it and to its right. The bars are "
+        "95 % intervals for the finite number of test images; they do not cover how much a "
+        "result varies between training seeds. A larger marker took longer to train."
+        + (f" Not evaluated under it: {', '.join(missing)}." if missing else ""),
+        "up and to the right is better, small markers are cheaper; a run at the bottom is not "
+        "robust, whatever its natural accuracy.",
+    )
+
+
+def _crowd(drawn: Sequence[Drawn], attack: str) -> list[Drawn]:
+    """The robust ones among many, where others lie so far below that they press them together."""
+    accuracies = [each.run.evaluations[attack].accuracy for each in drawn]
+    robust = [each for each, a in zip(drawn, accuracies, strict=True) if a > max(accuracies) / 2]
+    return robust if _CROWD <= len(robust) < len(drawn) else []
+
+
+def _position(drawn: Drawn, attack: str) -> tuple[float, float]:
+    natural, robust = (100 * drawn.run.evaluations[name].accuracy for name in ("natural", attack))
+    return natural, robust
+
+
+def _plot(axes: Axes, drawn: Drawn, attack: str, longest: float) -> None:
+    evaluations = [drawn.run.evaluations[name] for name in ("natural", attack)]
+    # Not below 0: at an accuracy of exactly 0 or 1 an interval's end may be an ulp beyond it.
+    x_bar, y_bar = (
+        [[max(0.0, 100 * (accuracy - low))], [max(0.0, 100 * (high - accuracy))]]
+        for accuracy, (low, high) in ((each.accuracy, each.interval) for each in evaluations)
+    )
+    axes.errorbar(
+        *_position(drawn, attack),
+        xerr=x_bar,
+        yerr=y_bar,
+        fmt=drawn.marker,
+        color=drawn.colour,
+        markersize=_marker_size(drawn.run.seconds or 0, longest),
+        markerfacecolor=(drawn.colour, 0.35),
+        elinewidth=1.2,
+    )
+
+
+def _marker_size(seconds: float, longest: float) -> float:
+    """A diameter for which the marker's area grows with the time."""
+    return 6 + 11 * float(np.sqrt(seconds / longest))
+
+
+def _explain_sizes(figure: Figure, times: Sequence[float], longest: float) -> None:
+    figure.legend(
+        handles=[
+            Line2D(
+                [],
+                [],
+                linestyle="none",
+                marker="o",
+                color="#bbbbbb",
+                markersize=_marker_size(seconds, longest),
+                label=duration(seconds),
+            )
+            for seconds in times
+        ],
+        title="training time",
+        loc="outside right center",
+        labelspacing=1.2,
+    )
+
+
+def _label(figure: Figure, axes: Axes, drawn: Sequence[Drawn], attack: str) -> None:
+    """Write each run's name beside its point, where it covers neither a marker nor a name."""
+    drawn = sorted(drawn, key=lambda each: -_position(each, attack)[1])
+    points = [_position(each, attack) for each in drawn]
+    notes = [
+        axes.annotate(
+            each.run.label,
+            point,
+            xytext=(0, 0),
+            textcoords="offset points",
+            bbox={"facecolor": (1, 1, 1, 0.75), "edgecolor": "none", "pad": 1},
+            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkB": 3},
+            in_layout=False,
+        )
+        for each, point in zip(drawn, points, strict=True)
+    ]
+    figure.draw_without_rendering()  # settles the layout, so that positions in pixels hold
+    radius = 7 * figure.dpi / 72
+    taken = [
+        Bbox.from_extents(x - radius, y - radius, x + radius, y + radius)
+        for line in axes.get_lines()
+        for x, y in axes.transData.transform(line.get_xydata())
+    ]
+    inside = axes.get_window_extent()
+    middle = np.median(points, axis=0)
+    for note, point in zip(notes, points, strict=True):
+        # Diagonals only, near ones first: straight out, a label would lie on an error bar. Away
+        # from the others first.
+        right_first, up_first = np.where(np.less(point, middle), -1, 1)
+        for distance, across, up, right in product(
+            (11, 24, 37, 50, 63, 76),
+            (5, 30, 55),
+            (up_first, -up_first),
+            (right_first, -right_first),
+        ):
+            note.xyann = (across * right, distance * up)
+            note.set(ha="left" if right > 0 else "right", va="bottom" if up > 0 else "top")
+            box = Text.get_window_extent(note)
+            if not any(box.overlaps(other) for other in taken) and all(
+                inside.contains(x, y) for x, y in (box.min, box.max)
+            ):
+                break
+        taken.append(Text.get_window_extent(note))

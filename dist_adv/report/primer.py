@@ -1,0 +1,89 @@
+"""What a reader who is new to adversarial training must know before the numbers."""
+
+from collections.abc import Sequence
+
+from dist_adv.report.runs import Run
+from dist_adv.report.tables import Cell, Column, Table, method_title, threat_name
+
+# How each method trains; its forward-backward passes and its optimiser steps on a batch; the
+# option that these depend on and its letter.
+_METHODS = {
+    "natural": ("On the images as they are.", "1", "1", "", ""),
+    "pgd": (
+        "On adversarial images, made anew for each batch in K steps.",
+        "K + 1",
+        "1",
+        "steps",
+        "K",
+    ),
+    "free": (
+        "On each batch m times in a row: the backward pass that gives the weights' gradient also "
+        "gives the perturbation's, so attacking costs no pass of its own.",
+        "m",
+        "m",
+        "replays",
+        "m",
+    ),
+    "fast": ("On adversarial images made in one step of size alpha.", "2", "1", "", ""),
+}
+_SPLITS = (("train", "training"), ("test", "test"))
+_CLASSES_NAMED = 3
+
+
+def explanation(runs: Sequence[Run]) -> list[str]:
+    """The terms, and what the images are."""
+    threats = " or ".join(sorted({threat_name(run) for run in runs}))
+    return [
+        "An adversarial image is an image changed so little that people hardly notice (here within "
+        f"{threats}) and in such a way that the model errs. PGD-K searches for the change in K "
+        "steps along the loss's gradient, FGSM in one: the more steps, the stronger the attack. "
+        "The accuracy that a model keeps under an attack is its robust accuracy. Adversarial "
+        "training pays for it with passes through the network, and the methods differ in how many.",
+        *_data_sets(runs),
+    ]
+
+
+def methods(runs: Sequence[Run]) -> Table:
+    """The methods of these runs, and what they cost."""
+    present = {run.config["method"]["name"] for run in runs}
+    rows = []
+    for name in (name for name in _METHODS if name in present):
+        text, passes, steps, option, letter = _METHODS[name]
+        alike = [run for run in runs if run.config["method"]["name"] == name]
+        values = sorted(
+            {run.config["method"][option] for run in alike if option in run.config["method"]}
+        )
+        used = f"{letter} = {', '.join(map(str, values))}" if values else ""
+        rows.append(
+            [Cell(method_title(alike[0])), Cell(text), Cell(passes, detail=used), Cell(steps)]
+        )
+    return Table(
+        "The methods",
+        "A forward and a backward pass are nearly all of the time that a batch takes, so their "
+        "number is what a pass over the data costs. At the same number of passes over the data, "
+        "Free takes m times as many optimiser steps as the others.",
+        [
+            Column("Method"),
+            Column("Trains"),
+            Column("Forward-backward passes a batch", numeric=True),
+            Column("Optimiser steps a batch", numeric=True),
+        ],
+        rows,
+    )
+
+
+def _data_sets(runs: Sequence[Run]) -> list[str]:
+    """Each data set as far as the runs recorded it: a folder's name may say nothing."""
+    sentences: dict[str, str] = {}
+    for run in sorted(runs, key=lambda run: run.examples is None):
+        recorded = run.env.get("dataset", {})
+        name = recorded.get("name", run.config["data"]["name"])
+        parts = [f"{recorded[key]:,} {what} images" for key, what in _SPLITS if key in recorded]
+        if run.examples:
+            height, width = run.examples.clean.shape[2:]
+            parts.append(f"{height} x {width} pixels")
+        if classes := recorded.get("classes"):
+            some = [*classes[:_CLASSES_NAMED], *(["..."] if len(classes) > _CLASSES_NAMED else [])]
+            parts.append(f"{len(classes)} classes ({', '.join(some)})")
+        sentences.setdefault(name, f"Data: {', '.join([name, *parts])}.")
+    return list(sentences.values())

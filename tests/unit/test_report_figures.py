@@ -1,0 +1,248 @@
+"""The report's figures: of runs on digits that are trained here, and of runs made up."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+
+from dist_adv.config import parse_config
+from dist_adv.report import write_report
+from dist_adv.report.figures import album
+from dist_adv.runner import train_run
+from made_up_runs import epoch, evaluation, make_run
+
+RUNS: dict[str, tuple[dict[str, Any], int]] = {  # method, passes
+    "natural": ({"name": "natural"}, 2),
+    "pgd": ({"name": "pgd", "steps": 2, "alpha": 0.1}, 2),
+    "fast": ({"name": "fast", "alpha": 0.25, "guard": "warn"}, 2),
+    "free-2": ({"name": "free", "replays": 2}, 2),
+    "free-4": ({"name": "free", "replays": 4}, 2),
+    "free-4-steps": ({"name": "free", "replays": 4}, 1),
+}
+
+
+def train(method: dict[str, Any], passes: int, folder: Path) -> Path:
+    tree = {
+        "method": method,
+        "threat": {"norm": "linf", "eps": 0.2},
+        "model": {"name": "preact_resnet18", "width": 4},
+        "data": {"name": "digits"},
+        "train": {"epochs": passes, "batch_size": 256, "precision": "fp32", "threads": 1},
+        "eval": {"attacks": ["natural", "fgsm", "pgd-3"], "limit": 60, "curve_limit": 60},
+        "track": {"wandb": {"mode": "disabled"}},
+    }
+    train_run(parse_config(tree, "digits"), folder, "none")
+    return folder
+
+
+class Drawings(dict[str, Figure]):
+    """Figures by the names of their files, without the number in front."""
+
+    def __init__(self, out: Path) -> None:
+        self.files = {path.stem[4:]: path for path in sorted((out / "figures").iterdir())}
+
+
+def report_on(runs: list[Path], out: Path) -> Drawings:
+    """Write the report and keep what it drew, as matplotlib has it."""
+    figures = {}
+    save = album._save
+
+    def keep(figure: Figure, path: Path) -> None:
+        figures[path.stem[4:]] = figure
+        save(figure, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(album, "_save", keep)
+        write_report(runs, out)
+    drawings = Drawings(out)
+    drawings.update(figures)
+    return drawings
+
+
+@pytest.fixture(scope="module")
+def digits_report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drawings]:
+    root = tmp_path_factory.mktemp("digits")
+    runs = [train(method, passes, root / name) for name, (method, passes) in RUNS.items()]
+    return report_on(runs, root / "report")
+
+
+def test_every_figure_is_there(digits_report):
+    alone = {f"{figure}-{run}" for run in RUNS for figure in ("curves", "examples")}
+    together = {
+        "accuracy-over-time",
+        "accuracy-over-passes",
+        "trade-off",
+        "replays",
+        "catastrophic-overfitting",
+    }
+    assert digits_report.keys() == digits_report.files.keys() == alone | together
+
+
+def test_none_is_blank(digits_report):
+    for name, path in digits_report.files.items():
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"), dtype=float)
+        assert pixels.std() > 10, name
+
+
+def test_axes_are_labelled_and_hold_data(digits_report):
+    """An axis that is shared may leave its label to another that it is shared with."""
+    for name, figure in digits_report.items():
+        for axes in figure.axes:
+            if name.startswith("examples"):
+                assert axes.images
+                continue
+            assert axes.lines, name
+            assert all(len(line.get_xdata()) for line in axes.lines), name
+            same_x = axes.get_shared_x_axes().get_siblings(axes)
+            same_y = axes.get_shared_y_axes().get_siblings(axes)
+            assert any(other.get_xlabel() for other in same_x), name
+            assert any(other.get_ylabel() for other in same_y), name
+
+
+def test_examples_say_what_is_shown(digits_report):
+    """Rows are named, with the factor; a perturbation is grey where there is none."""
+    figure = digits_report["examples-fast"]
+    named = [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()]
+    assert [name.split("\n")[0] for name in named] == ["clean", "perturbation", "adversarial"]
+    (factor,) = re.findall(r"\(amplified (\d+) times\)", named[1])
+    clean, change, adversarial = (
+        np.stack([np.asarray(axes.images[0].get_array(), float) for axes in figure.axes[i : i + 8]])
+        for i in (0, 8, 16)
+    )
+    np.testing.assert_allclose(change, 0.5 + int(factor) * (adversarial - clean), atol=1e-6)
+
+
+def test_replays(digits_report):
+    """Equal passes and equal optimiser steps beside each other, with the runs' figures."""
+    figure = digits_report["replays"]
+    accuracies, times = figure.axes[:2], figure.axes[2:]
+    assert [axes.get_title() for axes in accuracies] == [
+        "2 passes each",
+        "24 optimiser steps each",
+    ]
+    for axes in times:
+        assert axes.lines[0].get_xdata().tolist() == [2, 4]
+    assert legend(figure) == ["Natural", "FGSM", "PGD-3"]
+
+
+def run(root: Path, name: str, method: str, robust: float, **more: Any) -> Path:
+    """A run made up: its accuracies grow to `robust` under PGD."""
+    results = [evaluation("natural", 1 - robust), evaluation("pgd-10", robust)]
+    return make_run(root / name, {"name": method}, results=results, **more)
+
+
+def legend(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_overlay_of_two_runs(tmp_path):
+    """Natural accuracy on the left, PGD's on the right, both runs in both, each in its colour."""
+    runs = [run(tmp_path, "a", "free", 0.4), run(tmp_path, "b", "fast", 0.5)]
+    figure = report_on(runs, tmp_path / "out")["accuracy-over-passes"]
+    assert legend(figure) == ["a", "b"]
+    curves = [[line.get_ydata().tolist() for line in axes.lines] for axes in figure.axes]
+    assert curves == [
+        [pytest.approx([100 * epoch(k, 1.0)[key] for k in range(1, 5)])] * 2
+        for key in ("test_accuracy", "pgd_accuracy")
+    ]
+    colours = [[line.get_color() for line in axes.lines] for axes in figure.axes]
+    assert colours[0] == colours[1]
+    assert len(set(colours[0])) == 2
+
+
+def test_overlay_of_many_runs_brings_out_the_best_of_each_method(tmp_path):
+    accuracies = {"free": [0.3, 0.4, 0.35], "fast": [0.38, 0.2], "pgd": [0.45]}
+    runs = [
+        run(tmp_path, f"{method}-{i}", method, robust)
+        for method, of_method in accuracies.items()
+        for i, robust in enumerate(of_method)
+    ]
+    figure = report_on(runs, tmp_path / "out")["accuracy-over-time"]
+    assert legend(figure) == ["free-1", "fast-0", "pgd-0"]
+    assert [len(axes.lines) for axes in figure.axes] == [6, 6]
+
+
+def collapsing(*robust: float) -> list[dict[str, Any]]:
+    """FGSM keeps 45 %, training rises to 60 %, PGD goes through `robust`."""
+    return [
+        epoch(i, 30.0 * i, train_accuracy=0.15 * i, fgsm_accuracy=0.45, pgd_accuracy=accuracy)
+        for i, accuracy in enumerate(robust, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "collapse"),
+    [
+        (collapsing(0.40, 0.41, 0.20, 0.05), 3),  # below half of FGSM's 45 %, by 25 points
+        (collapsing(0.40, 0.24, 0.24, 0.24), None),  # half of it is left
+        (collapsing(0.40, 0.41, 0.02, 0.40), 3),
+        ([epoch(1, 9.0), epoch(2, 18.0, guard_tripped=True)], 2),
+        # FGSM tells nothing (it left little before, too), training accuracy does.
+        (
+            [
+                epoch(i, 9.0 * i, fgsm_accuracy=0.18, pgd_accuracy=0.1 / i, train_accuracy=0.2 * i)
+                for i in (1, 2, 3)
+            ],
+            2,
+        ),
+        (collapsing(0.40, 0.41, 0.42, 0.43), None),
+    ],
+)
+def test_collapse_is_marked_where_it_begins(metrics, collapse, tmp_path):
+    fallen = make_run(tmp_path / "it", {"name": "fast"}, metrics)
+    sound = make_run(tmp_path / "sound", {"name": "fast"}, collapsing(0.40, 0.41, 0.42, 0.43))
+    natural = make_run(tmp_path / "natural", metrics=collapsing(0, 0, 0, 0))
+    figure = report_on([natural, sound, fallen], tmp_path / "out")["catastrophic-overfitting"]
+    panels = {axes.get_title(): axes for axes in figure.axes}
+    assert panels.keys() == {"it", "sound"}
+    marks = {name: [text.xy[0] for text in axes.texts] for name, axes in panels.items()}
+    assert marks == {"it": [] if collapse is None else [collapse], "sound": []}
+    said = (tmp_path / "out" / "report.md").read_text()
+    expected = (
+        "none of these runs collapsed"
+        if collapse is None
+        else f"collapsed: it (from pass {collapse} on"
+    )
+    assert expected in said
+
+
+def test_names_in_the_trade_off_cover_neither_each_other_nor_points(tmp_path):
+    """Fourteen runs, twelve of them close together."""
+    runs = [run(tmp_path, "natural", "natural", 0.0), run(tmp_path, "fallen", "fast", 0.05)] + [
+        run(tmp_path, f"free-{i}-some-name", "free", 0.40 + 0.004 * (i % 6)) for i in range(12)
+    ]
+    figure = report_on(runs, tmp_path / "out")["trade-off"]
+    figure.draw_without_rendering()
+    assert [len(axes.texts) for axes in figure.axes] == [2, 12]
+    for axes in figure.axes:
+        boxes = [Text.get_window_extent(text) for text in axes.texts]
+        inside = axes.get_window_extent()
+        for i, box in enumerate(boxes):
+            assert inside.contains(*box.min)
+            assert inside.contains(*box.max)
+            assert not any(box.overlaps(other) for other in boxes[:i])
+            points = [axes.transData.transform(line.get_xydata()[0]) for line in axes.lines]
+            assert not any(box.contains(*point) for point in points)
+
+
+def test_a_run_looks_the_same_in_every_figure(tmp_path):
+    runs = [run(tmp_path, f"run-{i}", method, 0.4) for i, method in enumerate(["free", "fast"] * 5)]
+    figures = report_on(runs, tmp_path / "out")
+    (shown,) = (
+        line for line in figures["accuracy-over-time"].axes[0].lines if line.get_label() == "run-9"
+    )
+    curves = figures["curves-run-9"].axes[0].lines[1]
+    assert (shown.get_color(), shown.get_marker()) == (curves.get_color(), curves.get_marker())
+    looks = {
+        (line.get_color(), line.get_marker())
+        for i in range(10)
+        for line in [figures[f"curves-run-{i}"].axes[0].lines[1]]
+    }
+    assert len(looks) == 10
