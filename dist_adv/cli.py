@@ -120,6 +120,7 @@ def report(run_dirs: tuple[Path, ...], out: Path) -> None:
 
     \b
     dist-adv report runs/digits-natural runs/digits-fast --out report
+    dist-adv report runs/* --out report      accuracy against m and time, collapses: docs/reports.md
     """
     from dist_adv.report import write_report
 
