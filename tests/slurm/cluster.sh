@@ -65,14 +65,18 @@ SlurmdParameters=config_overrides
 EnforcePartLimits=ALL
 KillWait=20
 MinJobAge=3600
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,bf_interval=1,sched_interval=1
 GresTypes=gpu
 NodeName=DEFAULT CPUs=8 RealMemory=2000 Gres=gpu:2
 NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1))
 NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2))
-PartitionName=main Nodes=n[1-2] Default=YES
+PartitionName=main Nodes=n[1-2] Default=YES GraceTime=60
 PartitionName=paid Nodes=n[1-2] AllowAccounts=team
+PartitionName=urgent Nodes=n[1-2] PriorityTier=2
 EOF
   echo CgroupPlugin=cgroup/v1 >"$dir/cgroup.conf"
   printf 'Name=gpu File=%s\n' /dev/null /dev/zero >"$dir/gres.conf" # GPUs in name only

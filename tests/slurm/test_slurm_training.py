@@ -93,3 +93,15 @@ def test_scancel_leaves_a_checkpoint_to_go_on_from(cluster, config, truth, tmp_p
     again = cluster.submit(*arguments, at=tmp_path)
     cluster.wait_for(again, "COMPLETED")
     assert weights_hash(run_dir) == truth
+
+
+def test_a_job_of_a_higher_priority_takes_the_node(cluster, config, truth, tmp_path):
+    """And gives it back: the run is told, stops within its time of grace, and goes on."""
+    run_dir = tmp_path / "run"
+    job = cluster.submit("train.sbatch", str(config), "--run-dir=run", at=tmp_path)
+    reaches(run_dir, 2 * PASS)
+    urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 1", "--wait")
+    cluster.ask("sbatch", f"--output={tmp_path}/urgent.log", *urgent)
+    assert "asked to stop (USR1)" in cluster.log(job)
+    cluster.wait_for(job, "COMPLETED", starts=2)
+    assert weights_hash(run_dir) == truth
