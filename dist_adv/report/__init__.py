@@ -9,6 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from dist_adv.errors import UserError
 from dist_adv.report.csvfile import write_csv
 from dist_adv.report.figures import draw
+from dist_adv.report.networks import compare, comparison_tables
 from dist_adv.report.primer import explanation, methods
 from dist_adv.report.runs import read_runs
 from dist_adv.report.tables import reference, results
@@ -21,9 +22,11 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     """Report on the run folders `runs` in the folder `out`; return the path of report.html.
 
     `out` is created if need be, and an earlier report in it is replaced. The page holds its images
-    itself; report.md refers to the files in figures/.
+    itself; report.md refers to the files in figures/. Only where finished runs of several methods
+    compare does it take time, and torch: their networks are looked at.
     """
     read = read_runs(runs)
+    comparison = compare(read)
     try:
         out.mkdir(parents=True, exist_ok=True)
         content = {
@@ -31,8 +34,8 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
             "explanation": explanation(read),
             "methods": methods(read),
             "notices": notices(read),
-            "tables": [results(read)],
-            "chapters": draw(read, out / "figures"),
+            "tables": [results(read), *(comparison_tables(comparison) if comparison else ())],
+            "chapters": draw(read, comparison, out / "figures"),
             "reference": reference(read),
         }
         write_csv(read, out / "results.csv")

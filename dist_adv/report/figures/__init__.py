@@ -5,8 +5,17 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
-from dist_adv.report.figures import examples, overfitting, overlays, replays, trade_off, training
+from dist_adv.report.figures import (
+    examples,
+    networks,
+    overfitting,
+    overlays,
+    replays,
+    trade_off,
+    training,
+)
 from dist_adv.report.figures.album import STYLE, Album, Chapter, give_looks
+from dist_adv.report.networks import Comparison
 from dist_adv.report.runs import Run
 from dist_adv.report.tables import method_name
 
@@ -15,7 +24,7 @@ __all__ = ["draw"]
 _UNFOLDED = 2
 
 
-def draw(runs: Sequence[Run], folder: Path) -> list[Chapter]:
+def draw(runs: Sequence[Run], comparison: Comparison | None, folder: Path) -> list[Chapter]:
     """Draw every figure for which the runs hold data into `folder`, in place of earlier ones."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("[0-9][0-9][0-9]-*.png"):
@@ -28,6 +37,9 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Chapter]:
         replays.draw(album, runs)
         overfitting.draw(album, drawn)
         chapters = [Chapter("The runs together", album.take())]
+        if comparison:
+            networks.draw(album, comparison)
+            chapters.append(Chapter("Their networks side by side", album.take()))
         for each in drawn:
             run = each.run
             training.curves(album, each)

@@ -17,9 +17,7 @@ def draw(album: Album, run: Run) -> None:
     if examples is None:
         return
     count = min(len(examples.label), _MAX_EXAMPLES)
-    clean, adversarial = (
-        np.moveaxis(images[:count], 1, -1) for images in (examples.clean, examples.adversarial)
-    )
+    clean, adversarial = examples.clean[:count], examples.adversarial[:count]
     change = adversarial - clean
     peak = float(np.abs(change).max())
     gain = max(1, int(0.5 / peak)) if peak else 1
@@ -33,10 +31,7 @@ def draw(album: Album, run: Run) -> None:
     for row, (name, images, predictions) in zip(grid, rows, strict=True):
         row[0].set_ylabel(name)
         for i, (axes, image) in enumerate(zip(row, images, strict=True)):
-            axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            axes.grid(False)
-            axes.spines[:].set(visible=True, color="#cccccc")
+            show(axes, image)
             if predictions is not None:
                 _caption(axes, examples, int(examples.label[i]), int(predictions[i]))
     attack = attack_name(examples.attack)
@@ -51,17 +46,26 @@ def draw(album: Album, run: Run) -> None:
     )
 
 
+def show(axes: Axes, image: np.ndarray) -> None:
+    """The image (C, H, W) in [0, 1]."""
+    pixels = np.moveaxis(image, 0, -1)
+    axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
+    axes.spines[:].set(visible=True, color="#cccccc")
+
+
 def _caption(axes: Axes, examples: Examples, label: int, prediction: int) -> None:
     right = prediction == label
     axes.set_xlabel(
-        f"{_short(examples.classes[label])}\n"
-        f"\N{RIGHTWARDS ARROW} {_short(examples.classes[prediction])} "
+        f"{short(examples.classes[label])}\n"
+        f"\N{RIGHTWARDS ARROW} {short(examples.classes[prediction])} "
         + ("\N{CHECK MARK}" if right else "\N{BALLOT X}"),
         color=_RIGHT if right else _WRONG,
         fontsize=8,
     )
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """A class name that fits below its image."""
     return name if len(name) <= 15 else name[:14] + "\N{HORIZONTAL ELLIPSIS}"
