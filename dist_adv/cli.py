@@ -312,7 +312,10 @@ def dashboard(project: str, entity: str | None, out: Path) -> None:
 
     saved = make_dashboard(out, project, entity)
     click.echo(f"dashboard: {out}")
-    click.echo("\n".join(saved) or "not saved to W&B: nobody is logged in; run `wandb login`")
+    click.echo(
+        "\n".join(saved)
+        or "not saved to W&B: nobody is logged in (`wandb login`), or WANDB_MODE says not to"
+    )
 
 
 @cli.command()

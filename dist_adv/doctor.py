@@ -22,6 +22,7 @@ from rich.table import Table
 
 from dist_adv.config import Config, load_config
 from dist_adv.errors import UserError
+from dist_adv.lock import held
 
 GB = 1e9
 
@@ -101,9 +102,9 @@ def _plain(text: str) -> str:
 
 
 def _output(*command: str) -> str | None:
-    """What a program prints; None where it is absent, fails or takes longer than two seconds."""
+    """What a program prints; None where it is absent, fails or takes longer than ten seconds."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=2)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -197,6 +198,14 @@ def _slurm() -> Findings:
 def _wandb(config: Config | None) -> Findings:
     import wandb
 
+    from dist_adv import track
+
+    try:
+        if config:
+            track.check(config)
+    except UserError as error:
+        yield Finding("W&B", str(error), "problem")
+        return
     mode = os.environ.get("WANDB_MODE", config.track.wandb.mode if config else "auto")
     if mode == "disabled":
         yield Finding("W&B", f"{wandb.__version__}, disabled")
@@ -266,6 +275,9 @@ def _run_folder(config: Config | None, folder: Path) -> Findings:
 def _state_of(config: Config | None, folder: Path) -> Finding:
     from dist_adv import rundir
 
+    if held(folder):
+        remedy = "wait for it, or choose another --run-dir"
+        return Finding("run folder", f"{folder}: is in use by another process", "problem", remedy)
     if config is None:
         return Finding("run folder", f"{folder}: writable")
     try:

@@ -155,6 +155,8 @@ def _robust(run_dir: Path, metrics: Sequence[dict[str, Any]]) -> tuple[str, floa
     final = [record for _, record in records.read(run_dir / "results.jsonl")]
     attacked = [record for record in final if record.get("attack", "natural") != "natural"]
     if attacked:
+        # The last on the most images: a quick look at some does not replace a figure on all.
+        attacked.sort(key=lambda record: record.get("n", 0))
         latest = {record["attack"]: record.get("accuracy", 1.0) for record in attacked}
         return min(latest.items(), key=lambda item: item[1])
     curve = [record for record in metrics if "pgd_accuracy" in record]

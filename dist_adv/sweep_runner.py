@@ -40,7 +40,7 @@ def run_sweep(sweep: Sweep, out: Path, jobs: int) -> None:
     """Train every run that is not done, `jobs` of them side by side, and report on those done.
 
     Raises UserError before anything starts; Preempted where the sweep was asked to stop, after its
-    runs have stopped; RunFailure naming the runs that failed, after all others.
+    runs have stopped; RunFailure naming the runs that are not done, after all others.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a sweep starts processes itself: use no launcher, or --only RUN under it")
@@ -53,10 +53,10 @@ def run_sweep(sweep: Sweep, out: Path, jobs: int) -> None:
         done = [out / name for name, run in runs.known.items() if run.state == "done"]
         if done:
             print(f"report: {write_report(done, out / REPORT)}")
-        failed = [run for run in runs.known.values() if run.state == "failed"]
-        if failed:
-            why = "; ".join(f"{run.name}: {run.reason}" for run in failed)
-            raise RunFailure(f"{len(failed)} of {len(sweep.runs)} runs failed ({why})")
+        rest = [run for run in runs.known.values() if run.state != "done"]
+        if rest:
+            why = "; ".join(f"{run.name} {run.state}: {run.reason}" for run in rest)
+            raise RunFailure(f"{len(rest)} of {len(sweep.runs)} runs are not done ({why})")
     finally:
         lock.release()
 
@@ -132,7 +132,7 @@ class _Runs:
             self.shares.append(job.share)
             if code == 0:
                 self._know(name, "done")
-            elif stop:
+            elif stop or code in (130, 143):  # as `Preempted` ends: perhaps at train.max_minutes
                 self.known[name] = status.read(self.out / name, name)
             else:
                 self._know(name, "failed", job.trouble())

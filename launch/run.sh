@@ -90,9 +90,10 @@ else
     fail "NODE_RANK: '$rank' is no number of a machine; write 0 to $((nnodes - 1))"
   fi
   [[ $address ]] || fail "MASTER_ADDR: not set; write the name of machine 0"
-  getent hosts "$address" >/dev/null ||
+  getent ahosts "$address" >/dev/null ||
     fail "MASTER_ADDR: '$address' is not known to this machine; write a name or address that it is"
   is_count MASTER_PORT "$port" 'a port'
+  ((port < 65536)) || fail "MASTER_PORT: $port is no port; write one below 32768"
   if ((rank == 0)) && (: <"/dev/tcp/$address/$port") 2>/dev/null; then
     fail "MASTER_PORT: $port is in use on $address; set another one, the same on every machine"
   fi

@@ -17,6 +17,7 @@ import torch
 from dist_adv import cli
 from dist_adv.config import load_config
 from dist_adv.doctor import Finding, examine
+from dist_adv.lock import Lock
 from dist_adv.parallel import start
 from dist_adv.train import Trainer
 
@@ -111,6 +112,24 @@ def test_a_run_folder_of_this_run_and_of_another(tmp_path: Path) -> None:
         "config.yaml",
         "status.json",
     ]
+
+
+def test_a_run_folder_in_use(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(load_config(DIGITS).dump())
+    lock = Lock(run)
+    found = look("run folder", DIGITS, run_dir=Path("run"))
+    assert (found.level, found.found) == ("problem", "run: is in use by another process")
+    lock.release()
+    assert look("run folder", DIGITS, run_dir=Path("run")).level == "ok"
+
+
+def test_a_mode_of_wandb_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    found = look("W&B", DIGITS)
+    assert found.level == "problem"
+    assert found.found.startswith("WANDB_MODE: 'ofline' in the environment is not known; did you")
 
 
 def test_without_slurm_and_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

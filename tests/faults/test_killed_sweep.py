@@ -80,7 +80,9 @@ def test_stopped_killed_and_started_again(tmp_path: Path) -> None:
     said, complaints = sweep.communicate(timeout=240)
     assert sweep.returncode == 1, complaints
     last = complaints.splitlines()[-1]
-    assert last.startswith("dist-adv: 1 of 3 runs failed (bad: data.root: nowhere/train ")
+    assert last.startswith(
+        "dist-adv: 1 of 3 runs are not done (bad failed: data.root: nowhere/train "
+    )
     assert "Traceback" not in complaints
     assert weights_hash(out / "long") == weights_hash(tmp_path / "truth/long")
     assert (out / "long/log.txt").read_text().count("going on from ") == 2

@@ -65,9 +65,10 @@ def stand_ins(tmp_path: Path) -> Path:
         (
             "train",
             8,
-            {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29400"},
+            # An address that no name belongs to.
+            {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.9.8.7", "MASTER_PORT": "29400"},
             max(1, CORES // 8),
-            f"{TORCHRUN} --nnodes 2 --node-rank 1 --master-addr localhost --master-port 29400 "
+            f"{TORCHRUN} --nnodes 2 --node-rank 1 --master-addr 10.9.8.7 --master-port 29400 "
             f"--nproc-per-node 8 {PLAIN}",
         ),
     ],
@@ -100,6 +101,7 @@ TWO = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "localhost"}
         ({**TWO, "MASTER_ADDR": ""}, "MASTER_ADDR: not set; write the name of machine 0"),
         ({**TWO, "MASTER_ADDR": "no.invalid"}, "MASTER_ADDR: 'no.invalid' is not known"),
         ({**TWO, "MASTER_PORT": "http"}, "MASTER_PORT: 'http' is no number of a port"),
+        ({**TWO, "MASTER_PORT": "65536"}, "MASTER_PORT: 65536 is no port; write one below 32768"),
         ({"PYTHON": "/absent/python"}, "/absent/python: no such interpreter"),
     ],
 )

@@ -70,8 +70,10 @@ def test_others_say_why(tmp_path: Path) -> None:
 
 def test_a_finished_one_is_judged_by_its_strongest_attack(tmp_path: Path) -> None:
     run = write(tmp_path / "run", "done")
-    results = [("natural", 0.9), ("pgd-50", 0.5), ("pgd-10", 0.6), ("pgd-50", 0.4)]
-    lines = [json.dumps({"attack": attack, "accuracy": figure}) for attack, figure in results]
+    results = [("natural", 0.9, 359), ("pgd-50", 0.5, 359), ("pgd-10", 0.6, 359)]
+    results += [("pgd-50", 0.4, 359), ("pgd-50", 0.1, 10)]  # again; then a quick look
+    keys = ("attack", "accuracy", "n")
+    lines = [json.dumps(dict(zip(keys, result, strict=True))) for result in results]
     (run / "results.jsonl").write_text("\n".join(lines))
     assert (only(run).state, only(run).robust) == ("done", ("pgd-50", 0.4))
 

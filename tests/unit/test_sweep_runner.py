@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from dist_adv import cli, sweep_runner
+from dist_adv import cli, rundir, sweep_runner
+from dist_adv.errors import RunFailure
 from dist_adv.stopping import STARTED_BY_SWEEP
-from dist_adv.sweep import load_sweep
+from dist_adv.sweep import SweepRun, load_sweep
 
 DIGITS = Path(__file__).parents[2] / "configs" / "sweeps" / "digits.yaml"
 
@@ -44,6 +45,25 @@ def test_why_a_run_failed(does: str, reason: str, tmp_path: Path) -> None:
     process.wait()
     job = sweep_runner._Job(load_sweep(DIGITS).runs[0], process, {}, log, before)
     assert job.trouble() == reason.replace("LOG", str(log))
+
+
+def test_a_run_that_has_stopped_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell stands in for the process of each, and leaves as after train.max_minutes."""
+
+    def start(run: SweepRun, out: Path, share: dict[str, str]) -> sweep_runner._Job:
+        (out / run.name).mkdir()
+        rundir.mark(out / run.name, "preempted", reason="train.max_minutes")
+        process = subprocess.Popen(["sh", "-c", "exit 143"])
+        return sweep_runner._Job(run, process, share, out / "log", 0)
+
+    monkeypatch.setattr(sweep_runner, "_start", start)
+    sweep = load_sweep(DIGITS)
+    with pytest.raises(RunFailure) as failure:
+        sweep_runner.run_sweep(sweep, tmp_path / "out", jobs=len(sweep.runs))
+    why = "; ".join(f"{run.name} preempted: train.max_minutes" for run in sweep.runs)
+    assert str(failure.value) == f"{len(sweep.runs)} of {len(sweep.runs)} runs are not done ({why})"
 
 
 def test_under_a_launcher_a_sweep_needs_only(
