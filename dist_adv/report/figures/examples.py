@@ -40,8 +40,9 @@ def draw(album: Album, run: Run) -> None:
         f"examples-{run.label}",
         f"Examples under {attack}",
         f"Test images, the perturbations that {attack} finds within {threat_name(run)}, and their "
-        f"sums. Grey means no change; the perturbation is amplified {gain} times to be seen at "
-        "all. Under each image stand its true class and, after the arrow, the prediction: "
+        "sums. Grey means no change, as where the model errs on the image as it is; the "
+        f"perturbation is amplified {gain} times to be seen at all. Under each image stand its "
+        "true class and, after the arrow, the prediction: "
         "green with a check mark if right, red with a cross if wrong.",
     )
 

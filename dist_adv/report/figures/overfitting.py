@@ -43,12 +43,13 @@ def draw(album: Album, drawn: Sequence[Drawn]) -> None:
     split = curve_split([each.run for each in shown])
     columns = min(len(shown), _COLUMNS)
     rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(max(5, 2.45 * columns), 2.4 * rows + 0.6), layout="constrained")
+    figure = Figure(figsize=(10, 2.4 * rows + 0.6), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
     for axes in panels[len(shown) :]:
         axes.remove()
     for axes, each in zip(panels, shown, strict=False):
         _panel(axes, each, runs[each])
+    panels[0].set_ylim(bottom=-3)  # of all: they share the axis
     for axes in panels[: len(shown) : columns]:
         axes.set_ylabel("accuracy (%)")
     figure.legend(
@@ -116,21 +117,11 @@ def _panel(axes: Axes, drawn: Drawn, collapse: float | None) -> None:
     if collapse is not None:
         axes.axvspan(collapse, last, color="#F3D9C9", zorder=0)
         axes.axvline(collapse, color="#000000", linewidth=1, zorder=1)
-        late = collapse > last / 2
-        axes.annotate(
-            "collapsed",
-            (collapse, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(-3 if late else 3, -3),
-            textcoords="offset points",
-            ha="right" if late else "left",
-            va="top",
-        )
-    axes.set_title(drawn.run.label)
+    fate = f"\ncollapsed in pass {collapse:g}" if collapse is not None else ""
+    axes.set_title(drawn.run.label + fate)
     axes.set_xlabel("passes over the data")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlim(0, 1.04 * last)
-    axes.set_ylim(bottom=-3)
 
 
 def _look(fallen: Sequence[Drawn], attack: str) -> str:

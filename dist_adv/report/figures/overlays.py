@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dist_adv.report.figures.album import Album, Drawn, time_unit
+from dist_adv.report.figures.album import COLOURS, Album, Drawn, time_unit
 from dist_adv.report.figures.training import curve_attack, curve_split, marker_spacing
 from dist_adv.report.runs import best_of_each_method
 
-_MOST_CURVES = 4
+_MOST_CURVES = len(COLOURS)
 
 
 def draw(album: Album, drawn: Sequence[Drawn]) -> None:
