@@ -115,16 +115,23 @@ def evaluate(
     "run_dirs", nargs=-1, required=True, metavar="RUN_DIR...", type=click.Path(path_type=Path)
 )
 @click.option("--out", type=click.Path(path_type=Path), default=Path("report"), show_default=True)
-def report(run_dirs: tuple[Path, ...], out: Path) -> None:
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="NAME",
+    help="Published figures beside ours: paper (Free vs Fast), wong2020, shafahi2019. Repeatable.",
+)
+def report(run_dirs: tuple[Path, ...], out: Path, against: tuple[str, ...]) -> None:
     """Tables, curves and adversarial images of one run or many, as a page and as Markdown.
 
     \b
     dist-adv report runs/digits-natural runs/digits-fast --out report
     dist-adv report runs/* --out report      accuracy against m and time, collapses: docs/reports.md
+    dist-adv report runs/paper/* --against paper --against wong2020    beside what was published
     """
     from dist_adv.report import write_report
 
-    click.echo(f"report: {write_report(run_dirs, out)}")
+    click.echo(f"report: {write_report(run_dirs, out, against)}")
 
 
 @cli.command()

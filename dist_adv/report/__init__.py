@@ -7,25 +7,31 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from dist_adv.errors import UserError
+from dist_adv.report.against import against_table, set_beside, write_against
 from dist_adv.report.csvfile import write_csv
 from dist_adv.report.figures import draw
 from dist_adv.report.networks import compare, comparison_tables
 from dist_adv.report.primer import explanation, methods
+from dist_adv.report.published import load_published
 from dist_adv.report.runs import read_runs
+from dist_adv.report.seeds import seed_tables
 from dist_adv.report.tables import reference, results
 from dist_adv.report.text import headline, notices
 
 __all__ = ["write_report"]
 
 
-def write_report(runs: Sequence[Path], out: Path) -> Path:
+def write_report(runs: Sequence[Path], out: Path, against: Sequence[str] = ()) -> Path:
     """Report on the run folders `runs` in the folder `out`; return the path of report.html.
 
+    `against` names publications of published.yaml whose figures are set beside those of the runs.
     `out` is created if need be, and an earlier report in it is replaced. The page holds its images
     itself; report.md refers to the files in figures/. Only where finished runs of several methods
     compare does it take time, and torch: their networks are looked at.
     """
+    sources = load_published(against)
     read = read_runs(runs)
+    pairs = {name: set_beside(read, source) for name, source in sources.items()}
     comparison = compare(read)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -34,11 +40,20 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
             "explanation": explanation(read),
             "methods": methods(read),
             "notices": notices(read),
-            "tables": [results(read), *(comparison_tables(comparison) if comparison else ())],
+            "tables": [
+                results(read),
+                *seed_tables(read),
+                *(against_table(source, pairs[name]) for name, source in sources.items()),
+                *(comparison_tables(comparison) if comparison else ()),
+            ],
             "chapters": draw(read, comparison, out / "figures"),
             "reference": reference(read),
         }
         write_csv(read, out / "results.csv")
+        if pairs:
+            write_against(pairs, out / "against.csv")
+        else:
+            (out / "against.csv").unlink(missing_ok=True)  # of an earlier report
         templates = _templates()
         for name in ("report.md", "report.html"):
             text = templates.get_template(f"{name}.j2").render(content)

@@ -1,7 +1,7 @@
 """The report's tables, and how names and numbers are written in them."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,13 +117,29 @@ def threat_name(run: Run) -> str:
 
 def method_title(run: Run) -> str:
     """The training method."""
-    name: str = run.config["method"]["name"]
-    return _METHOD_TITLES.get(name, name)
+    return _title(run.config["method"])
 
 
 def method_options(run: Run) -> str:
     """The options that tell two runs of one method apart."""
-    method = run.config["method"]
+    return _options(run.config["method"])
+
+
+def method_name(run: Run) -> str:
+    """The training method with its options, for prose."""
+    return name_method(run.config["method"])
+
+
+def name_method(method: Mapping[str, Any]) -> str:
+    """The same from a configuration's section `method`, of which keys may be missing."""
+    return ", ".join(filter(None, (_title(method), _options(method))))
+
+
+def _title(method: Mapping[str, Any]) -> str:
+    return _METHOD_TITLES.get(method["name"], method["name"])
+
+
+def _options(method: Mapping[str, Any]) -> str:
     parts = []
     for key, introduction in _METHOD_OPTIONS.get(method["name"], {}).items():
         value = method.get(key)
@@ -132,11 +148,6 @@ def method_options(run: Run) -> str:
     if method.get("guard") == "stop":
         parts.append("guard stop")
     return ", ".join(parts)
-
-
-def method_name(run: Run) -> str:
-    """The training method with its options, for prose."""
-    return ", ".join(filter(None, (method_title(run), method_options(run))))
 
 
 def passes(run: Run) -> str:

@@ -297,6 +297,12 @@ REAL = [
         ("mine/config.yaml: missing", "name a folder that training wrote"),
         {"mine/notes.txt": "mine"},
     ),
+    Row(
+        "report-against",
+        "report run --against papr --out new",
+        ("--against: ", "'papr'", "did you mean 'paper'"),
+        run=True,
+    ),
     Row("export-exists", "export run --out run", ("run: ", "exists", "choose a new"), run=True),
     Row(
         "export-damaged",

@@ -4,6 +4,7 @@ import csv
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +34,8 @@ class Report:
         return found
 
 
-def report_on(runs: list[Path], out: Path) -> Report:
-    page = write_report(runs, out)
+def report_on(runs: list[Path], out: Path, against: Sequence[str] = ()) -> Report:
+    page = write_report(runs, out, against)
     with (out / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     return Report(out, page.read_text(), (out / "report.md").read_text(), rows)

@@ -1,0 +1,86 @@
+"""The figures of the papers that this project reproduces, from published.yaml."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dist_adv.errors import UserError
+from dist_adv.options import parse_number
+
+Settings = Mapping[str, Any]
+
+# What published.yaml writes as fractions, by the last part of its key.
+IN_PIXELS = ("alpha", "eps", "step_size")
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One experiment: the settings that are known of it, and what it reached."""
+
+    settings: Settings  # keys of a configuration, such as train.epochs
+    percent: Mapping[str, float]  # accuracy by attack
+    minutes: float | None
+    remark: str
+
+    @property
+    def method(self) -> Settings:
+        """Its settings of the method, as a run's configuration has them."""
+        prefix = "method."
+        return {
+            key.removeprefix(prefix): value
+            for key, value in self.settings.items()
+            if key.startswith(prefix)
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A publication. evaluation: what is known of its attacks, with the keys of results.jsonl."""
+
+    title: str
+    hardware: str | None
+    remark: str
+    evaluation: Settings
+    rows: Sequence[Row]
+
+
+def load_published(names: Sequence[str]) -> dict[str, Source]:
+    """The publications of these names, in their order. Raises UserError for an unknown one."""
+    with Path(__file__).with_name("published.yaml").open(encoding="utf-8") as file:
+        known = yaml.safe_load(file)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+            raise UserError(f"--against: nothing published is known as {name!r}; {hint}")
+    return {name: _source(known[name]) for name in names}
+
+
+def _source(record: dict[str, Any]) -> Source:
+    rows = [
+        Row(
+            settings=_numbers(record["settings"] | row["settings"]),
+            percent=row["percent"],
+            minutes=row.get("minutes"),
+            remark=row.get("remark", ""),
+        )
+        for row in record["rows"]
+    ]
+    return Source(
+        title=record["title"],
+        hardware=record["hardware"],
+        remark=record["remark"],
+        evaluation=_numbers(record["evaluation"]),
+        rows=rows,
+    )
+
+
+def _numbers(settings: Settings) -> Settings:
+    return {
+        key: parse_number(value) if key.rpartition(".")[2] in IN_PIXELS else value
+        for key, value in settings.items()
+    }
