@@ -166,8 +166,8 @@ def _differences(
         if others:
             label = _LABELS.get(key, key.rpartition(".")[2].replace("_", " "))
             said[key] = f"{label} {_written(key, others[0])} instead of {_written(key, theirs)}"
-    if run.passes < run.config["train"]["epochs"] and row.settings["method.guard"] != "stop":
-        said["stopped"] = f"{passes(run)} passes done"
+    if not run.finished:
+        said["unfinished"] = f"unfinished: {passes(run)} passes"
     return said
 
 

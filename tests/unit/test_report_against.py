@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import yaml
 from test_report import epoch, evaluation, make_run, markdown_table, report_on, write_lines
 
-from dist_adv.config import parse_config
+from dist_adv.config import load_config
 from dist_adv.errors import UserError
 from dist_adv.report import write_report
 from dist_adv.report.against import Pair, set_beside
@@ -17,6 +19,7 @@ from dist_adv.report.published import load_published
 from dist_adv.report.runs import Run, read_runs
 from dist_adv.report.seeds import seed_tables
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 # The paper's own settings; the four passes of `make_run` are its 45.
 PAPER = {
     "model": {"name": "preact_resnet18", "width": 64, "norm": "batch"},
@@ -36,7 +39,7 @@ PAPER = {
         "rise": 0.5,
         "cycle_momentum": True,
     },
-    "train": {"epochs": 45, "batch_size": 128, "precision": "fp16", "seed": 0},
+    "train": {"epochs": 45, "batch_size": 128, "precision": "fp16", "seed": 0, "max_steps": None},
     "track": {"tensorboard": False},
 }
 FREE = {"name": "free", "guard": "none", "replays": 8}
@@ -165,8 +168,8 @@ def about(pair: Pair) -> tuple[Any, ...]:
         ("paper", FAST | {"init": "zero"}, {}, []),
         ("paper", FREE | {"replays": 3}, {}, []),
         ("paper", {"name": "natural"}, {}, []),
-        ("wong2020", FAST | {"alpha": 16 / 255, "guard": "stop"}, {}, [("stop", None, 30)]),
-        ("wong2020", FAST | {"alpha": 16 / 255, "guard": "warn"}, {}, [("none", None, 30)]),
+        ("wong2020", FAST | {"alpha": 16 / 255, "guard": "stop"}, {}, [("stop", 128, 30)]),
+        ("wong2020", FAST | {"alpha": 16 / 255, "guard": "warn"}, {}, [("none", 128, 30)]),
         # The paper stops no run: the row is the nearest there is.
         ("paper", FAST | {"guard": "stop"}, {}, [("none", 128, 45)]),
         ("shafahi2019", FREE, {}, []),
@@ -228,12 +231,17 @@ def test_every_difference_is_said(tmp_path: Path) -> None:
     assert pair.verdict == "not the same experiment"
 
 
-def test_a_run_that_was_cut_short_says_so(tmp_path: Path) -> None:
-    run = full_run(tmp_path / "run", FREE, free(0.47), optim={"lr": 0.04})
-    run.metrics[-1]["epoch"] = 9
-    (pair,) = pairs_of(run)
-    assert pair.differences == ["9 of 45 passes done"]
-    assert pair.verdict == "not the same experiment"
+def test_a_run_that_has_not_finished_or_was_kept_short(tmp_path: Path) -> None:
+    make = {"method": FREE, "results": free(0.47), "optim": {"lr": 0.04}}
+    short = full_run(tmp_path / "short", train={"max_steps": 100}, **make)
+    unfinished = replace(full_run(tmp_path / "run", **make), finished=False)
+    unfinished.metrics[-1]["epoch"] = 9
+    pairs = pairs_of(short) + pairs_of(unfinished)
+    assert [pair.differences for pair in pairs] == [
+        ["max steps 100 instead of null"],
+        ["unfinished: 9 of 45 passes"],
+    ]
+    assert {pair.verdict for pair in pairs} == {"not the same experiment"}
 
 
 def test_fewer_images_and_another_precision_leave_a_verdict(tmp_path: Path) -> None:
@@ -255,18 +263,32 @@ def test_one_start_instead_of_ten_is_a_weaker_attack(tmp_path: Path) -> None:
     assert pair.verdict == "not the same experiment"
 
 
-@pytest.mark.parametrize("name", ["paper", "wong2020", "shafahi2019"])
-def test_published_settings_are_keys_of_a_configuration(name: str) -> None:
-    """A key that no configuration has would be a difference of every run."""
-    (source,) = load_published([name]).values()
-    for row in source.rows:
-        config: dict[str, Any] = {}
-        for key, value in row.settings.items():
-            if key not in ("ranks", "weights"):
-                section, _, option = key.partition(".")
-                config.setdefault(section, {})[option] = value
-        parse_config(config, "published.yaml")
-        assert all(0 <= accuracy <= 100 for accuracy in row.percent.values())
+@pytest.mark.parametrize(
+    ("against", "files", "without_row"),
+    [
+        ("paper", "paper/*.yaml", {"natural", "pgd-7"}),
+        ("wong2020", "papers-compared/wong-*.yaml", set()),
+        ("shafahi2019", "papers-compared/shafahi-*.yaml", set()),
+    ],
+)
+def test_the_experiments_of_configs_are_the_published_ones(
+    against: str, files: str, without_row: set[str], tmp_path: Path
+) -> None:
+    """Each is its row in all but where it runs, and quotes its figures."""
+    experiments = [path for path in CONFIGS.glob(files) if not path.stem.endswith("base")]
+    for path in experiments:
+        make_run(tmp_path / path.stem)
+        (tmp_path / path.stem / "config.yaml").write_text(load_config(path).dump())
+    source = load_published([against])[against]
+    pairs = set_beside(read_runs([tmp_path / path.stem for path in experiments]), source)
+    assert {pair.run.label for pair in pairs if pair.run and not pair.row} == without_row
+    for pair in pairs:
+        assert pair.run, "a row without a configuration"
+        if pair.row and "as published" not in pair.row.remark:
+            assert {each.split()[0] for each in pair.differences} <= {"precision", "ranks"}
+            (path,) = (each for each in experiments if each.stem == pair.run.label)
+            quoted = {float(number) for number in re.findall(r"([0-9.]+) %", path.read_text())}
+            assert set(pair.row.percent.values()) <= quoted, path
 
 
 def test_unknown_name_writes_nothing(tmp_path: Path) -> None:
