@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_report import epoch, evaluation, make_run, markdown_table, report_on, write_lines
+from test_report import markdown_table, report_on
 
 from dist_adv.config import load_config
 from dist_adv.errors import UserError
@@ -18,6 +18,7 @@ from dist_adv.report.against import Pair, set_beside
 from dist_adv.report.published import load_published
 from dist_adv.report.runs import Run, read_runs
 from dist_adv.report.seeds import seed_tables
+from made_up_runs import epoch, evaluation, make_run, write_lines
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # The paper's own settings; the four passes of `make_run` are its 45.
