@@ -185,7 +185,7 @@ def against_table(source: Source, compared: Sequence[Pair]) -> Table:
             _run_cell(each.run),
             _row_cell(each.row),
             *(_figure_cell(each, attack) for attack in attacks),
-            Cell(_times(each)),
+            _time_cell(each),
             Cell(
                 each.verdict or "-",
                 best=each.verdict == REPRODUCED,
@@ -256,10 +256,10 @@ def _signed(points: float) -> str:
     return f"{points:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
-def _times(pair: Pair) -> str:
+def _time_cell(pair: Pair) -> Cell:
     run, row = pair.run, pair.row
     ours = duration(run.seconds) if run and run.seconds else "-"
-    return _versus(ours, f"{row.minutes} min") if row and row.minutes else ours
+    return Cell(ours, detail=f"vs {row.minutes} min" if row and row.minutes else "")
 
 
 def _versus(ours: str, published: object) -> str:

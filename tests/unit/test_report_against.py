@@ -124,7 +124,7 @@ def test_page_csv_and_what_was_not_run(tmp_path: Path) -> None:
         "50.0 vs 49.8 (+0.2, inside 49.0\N{EN DASH}51.0)",
         "48.6 vs 48.6 (+0.0, inside 47.6\N{EN DASH}49.6)",
         "47.0 vs 48.3 (\N{MINUS SIGN}1.3, outside 46.0\N{EN DASH}48.0)",
-        "10.0 min vs 88 min",
+        "10.0 min (vs 88 min)",
         "differs",
     ]
     assert without_row[:3] == ["pgd", "none of this method, model and threat", "-"]
