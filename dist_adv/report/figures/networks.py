@@ -71,7 +71,8 @@ def surfaces(comparison: Comparison) -> Figure:
     top = 1.02 * max(surface.loss[shown].max() for surface in seen)
     figure = Figure(figsize=(1 + 2.25 * count, 2.7))
     widths = (1, *[2.25] * count)
-    sides = {"left": 0.01, "right": 0.96, "bottom": 0.08, "top": 0.96}
+    right = 1 - 0.35 / figure.get_figwidth()  # room for the last axis's label
+    sides = {"left": 0.01, "right": right, "bottom": 0.08, "top": 0.96}
     panels = figure.add_gridspec(1, count + 1, width_ratios=widths, wspace=0.1, **sides)
     image = figure.add_subplot(panels[0])
     show(image, examples.clean[shown])
