@@ -10,6 +10,9 @@ from typing import Any
 from dist_adv.errors import RunFailure, UserError
 
 
+Record = dict[str, Any]
+
+
 def append(path: Path, record: Mapping[str, Any]) -> None:
     """Add a line. Raises RunFailure where the disk refuses."""
     try:
@@ -45,7 +48,7 @@ def drop_torn_line(path: Path) -> None:
             os.truncate(path, text.rfind(b"\n") + 1)
 
 
-def read(path: Path) -> list[tuple[int, dict[str, Any]]]:
+def read(path: Path) -> list[tuple[int, Record]]:
     """The objects of the file with their line numbers; none if there is no such file.
 
     A half last line is passed over. Raises UserError naming any other line that is no object.
@@ -70,6 +73,12 @@ def read(path: Path) -> list[tuple[int, dict[str, Any]]]:
             raise UserError(f"{path}: line {number} is not a JSON object; remove the line")
         records.append((number, record))
     return records
+
+
+def of_final_weights(lines: Sequence[tuple[int, Record]]) -> list[tuple[int, Record]]:
+    """The evaluations of the furthest weights: a run that was made longer has older ones, too."""
+    furthest = max((record.get("step", 0) for _, record in lines), default=0)
+    return [(number, record) for number, record in lines if record.get("step", 0) == furthest]
 
 
 def require(record: Mapping[str, Any], keys: Sequence[str], path: Path, number: int) -> None:

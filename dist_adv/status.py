@@ -152,7 +152,8 @@ def _state(run_dir: Path, task: tuple[str, str] | None) -> tuple[str, str]:
 
 def _robust(run_dir: Path, metrics: Sequence[dict[str, Any]]) -> tuple[str, float] | None:
     """Under the strongest attack on the final weights, or at the last point of the curve."""
-    final = [record for _, record in records.read(run_dir / "results.jsonl")]
+    lines = records.of_final_weights(records.read(run_dir / "results.jsonl"))
+    final = [record for _, record in lines]
     attacked = [record for record in final if record.get("attack", "natural") != "natural"]
     if attacked:
         # The last on the most images: a quick look at some does not replace a figure on all.

@@ -223,9 +223,9 @@ def _read_metrics(path: Path) -> list[Record]:
 
 
 def _read_evaluations(path: Path) -> dict[str, Evaluation]:
-    """The evaluation by each attack on the most images, and among those the last."""
+    """The final weights under each attack on the most images, and among those the last."""
     evaluations: dict[str, Evaluation] = {}
-    for number, record in records.read(path):
+    for number, record in records.of_final_weights(records.read(path)):
         records.require(record, _RESULT_KEYS, path, number)
         earlier = evaluations.get(record["attack"])
         if earlier and earlier.n > record["n"]:

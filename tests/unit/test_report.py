@@ -403,6 +403,12 @@ def markdown_table(report: Report, title: str) -> list[list[str]]:
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 
 
+def test_figures_of_a_shorter_run_are_not_those_of_the_longer(tmp_path: Path) -> None:
+    lines = [evaluation("pgd-50", 0.4, step=10), evaluation("natural", 0.9, step=20)]
+    folder = make_run(tmp_path / "run", results=lines)
+    assert list(read_runs([folder])[0].evaluations) == ["natural"]
+
+
 def test_a_quick_look_does_not_replace_a_figure_on_more_images(tmp_path: Path) -> None:
     """`eval --limit` after a full evaluation; of two on as many images the last one counts."""
     results = [

@@ -70,9 +70,10 @@ def test_others_say_why(tmp_path: Path) -> None:
 
 def test_a_finished_one_is_judged_by_its_strongest_attack(tmp_path: Path) -> None:
     run = write(tmp_path / "run", "done")
-    results = [("natural", 0.9, 359), ("pgd-50", 0.5, 359), ("pgd-10", 0.6, 359)]
-    results += [("pgd-50", 0.4, 359), ("pgd-50", 0.1, 10)]  # again; then a quick look
-    keys = ("attack", "accuracy", "n")
+    results = [("pgd-100", 0.2, 359, 100)]  # of the shorter run that this one was
+    results += [("natural", 0.9, 359, 200), ("pgd-50", 0.5, 359, 200), ("pgd-10", 0.6, 359, 200)]
+    results += [("pgd-50", 0.4, 359, 200), ("pgd-50", 0.1, 10, 200)]  # again; then a quick look
+    keys = ("attack", "accuracy", "n", "step")
     lines = [json.dumps(dict(zip(keys, result, strict=True))) for result in results]
     (run / "results.jsonl").write_text("\n".join(lines))
     assert (only(run).state, only(run).robust) == ("done", ("pgd-50", 0.4))
