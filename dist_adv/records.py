@@ -9,7 +9,6 @@ from typing import Any
 
 from dist_adv.errors import RunFailure, UserError
 
-
 Record = dict[str, Any]
 
 
