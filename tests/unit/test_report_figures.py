@@ -178,43 +178,44 @@ def collapsing(*robust: float) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("metrics", "collapse"),
-    [
-        (collapsing(0.40, 0.41, 0.20, 0.05), 3),  # below half of FGSM's 45 %, by 25 points
-        (collapsing(0.40, 0.24, 0.24, 0.24), None),  # half of it is left
-        (collapsing(0.40, 0.41, 0.02, 0.40), 3),
-        ([epoch(1, 9.0), epoch(2, 18.0, guard_tripped=True)], 2),
-        # FGSM tells nothing (it left little before, too), training accuracy does.
-        (
-            [
-                epoch(i, 9.0 * i, fgsm_accuracy=0.18, pgd_accuracy=0.1 / i, train_accuracy=0.2 * i)
-                for i in (1, 2, 3)
-            ],
-            2,
-        ),
-        (collapsing(0.40, 0.41, 0.42, 0.43), None),
-    ],
-)
-def test_collapse_is_marked_where_it_begins(metrics, collapse, tmp_path):
-    fallen = make_run(tmp_path / "it", {"name": "fast"}, metrics)
-    sound = make_run(tmp_path / "sound", {"name": "fast"}, collapsing(0.40, 0.41, 0.42, 0.43))
-    natural = make_run(tmp_path / "natural", metrics=collapsing(0, 0, 0, 0))
-    figure = report_on([natural, sound, fallen], tmp_path / "out")["catastrophic-overfitting"]
-    fate = "" if collapse is None else f"\ncollapsed in pass {collapse}"
-    assert {axes.get_title() for axes in figure.axes} == {f"it{fate}", "sound"}
+COLLAPSES = {  # a run's passes, and the one in which it collapsed
+    "half": (collapsing(0.40, 0.41, 0.20, 0.05), 3),  # below half of FGSM's 45 %, by 25 points
+    "held": (collapsing(0.40, 0.24, 0.24, 0.24), None),  # half of it is left
+    "back": (collapsing(0.40, 0.41, 0.02, 0.40), 3),
+    "guard": ([epoch(1, 9.0), epoch(2, 18.0, guard_tripped=True)], 2),
+    # FGSM tells nothing (it left little before, too), training accuracy does.
+    "trained": (
+        [
+            epoch(i, 9.0 * i, fgsm_accuracy=0.18, pgd_accuracy=0.1 / i, train_accuracy=0.2 * i)
+            for i in (1, 2, 3)
+        ],
+        2,
+    ),
+    "sound": (collapsing(0.40, 0.41, 0.42, 0.43), None),
+}
+
+
+def test_collapses_are_marked_where_they_begin(tmp_path):
+    runs = [
+        make_run(tmp_path / name, {"name": "fast"}, metrics)
+        for name, (metrics, _) in COLLAPSES.items()
+    ]
+    natural = make_run(tmp_path / "natural", metrics=collapsing(0, 0, 0, 0))  # none by design
+    figure = report_on([natural, *runs], tmp_path / "out")["catastrophic-overfitting"]
+    titles = {
+        name if collapse is None else f"{name}\ncollapsed in pass {collapse}": collapse
+        for name, (_, collapse) in COLLAPSES.items()
+    }
+    assert {axes.get_title() for axes in figure.axes} == titles.keys()
     for axes in figure.axes:
-        lines = [line.get_xdata()[0] for line in axes.lines[3:]]
-        assert lines == ([collapse] if "collapsed" in axes.get_title() else [])
+        collapse = titles[axes.get_title()]
+        marks = [line.get_xdata()[0] for line in axes.lines[3:]]
+        assert marks == ([] if collapse is None else [collapse])
         bottom, top = axes.get_ylim()
         assert all(bottom < y < top for line in axes.lines[:3] for y in line.get_ydata())
     said = (tmp_path / "out" / "report.md").read_text()
-    expected = (
-        "none of these runs collapsed"
-        if collapse is None
-        else f"collapsed: it (from pass {collapse} on"
-    )
-    assert expected in said
+    assert "collapsed: half (from pass 3 on; at the end 60.0" in said
+    assert "held (from" not in said
 
 
 def test_names_in_the_trade_off_cover_neither_each_other_nor_points(tmp_path):
