@@ -142,7 +142,7 @@ def report(run_dirs: tuple[Path, ...], out: Path, against: tuple[str, ...]) -> N
 )
 @click.option("--only", metavar="RUN", help="One run in this process, by name or number from 0.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Side by side.")
-@click.option("--dry-run", is_flag=True, help="Check every run, list them, and stop.")
+@click.option("--dry-run", is_flag=True, help="Check and list every run, time some steps, stop.")
 @click.option("--wandb", is_flag=True, help="Print the sweep as one for W&B agents, and stop.")
 @click.option("--slurm", is_flag=True, help="Submit it as a job array, and a report behind it.")
 @click.option("--limit", type=click.IntRange(1), help="With --slurm: so many runs at once.")
@@ -172,8 +172,9 @@ def sweep(
     """
     if limit and not slurm:
         raise click.UsageError("--limit goes with --slurm; here it is --jobs.")
-    stopping.catch_signals()
-    from dist_adv.sweep import as_wandb, listing, load_sweep
+    if not dry_run:
+        stopping.catch_signals()
+    from dist_adv.sweep import as_wandb, load_sweep
 
     checked = load_sweep(file, overrides)
     folder = out or Path("runs") / checked.name
@@ -183,9 +184,9 @@ def sweep(
         say = plan if dry_run else submit
         click.echo("\n".join(say(checked, folder, limit)))
     elif dry_run:
-        from rich.console import Console
+        from dist_adv.estimate import show
 
-        Console().print(listing(checked))
+        show(checked, only)
     elif wandb:
         click.echo(as_wandb(checked, file, overrides, folder), nl=False)
     elif only is not None:

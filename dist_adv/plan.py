@@ -83,6 +83,12 @@ class StepTime:
     def seconds(self, images: float) -> float:
         return self.fixed + self.per_image * images
 
+    def with_passes(self, attack_passes: float) -> "StepTime":
+        """The step of another method, as long as its passes are by `backward_share`'s count."""
+        other = StepTime(self.fixed, self.per_image, attack_passes)
+        longer = self.backward_share / other.backward_share
+        return StepTime(longer * self.fixed, longer * self.per_image, attack_passes)
+
     @property
     def backward_share(self) -> float:
         """Of the step: the training pass's backward, in which gradients can travel.

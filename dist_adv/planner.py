@@ -23,13 +23,14 @@ from dist_adv.attacks import frozen
 from dist_adv.bench import about
 from dist_adv.bench.timing import alternate, network, noise
 from dist_adv.config import Config
-from dist_adv.data import Batch
+from dist_adv.data import Batch, DataOptions
 from dist_adv.data.loader import split
 from dist_adv.errors import UserError
 from dist_adv.methods import build_method
 from dist_adv.models import build_model
 from dist_adv.plan import Cluster, Link, Row, StepTime, Work, buckets, predict, sent
 from dist_adv.progress import bar, start_logging
+from dist_adv.report.tables import duration
 from dist_adv.threat import build as build_threat
 from dist_adv.train import Meter, Trainer, check_statistics
 
@@ -46,6 +47,9 @@ LINKS = {
     "ethernet-100": Link(12.5e9, 14e-6),
     "ethernet-10": Link(1.25e9, 14e-6),
 }
+
+
+_ROUNDS = 5  # of timed steps
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,10 @@ def run_plan(config: Config, asked: Asked) -> None:
     gpus = _numbers(asked.gpus)
     if asked.json and asked.json.exists():
         raise UserError(f"--json: {asked.json} exists and is not overwritten; name another file")
+    if asked.json and not asked.json.parent.is_dir():
+        raise UserError(f"--json: {asked.json.parent} is no folder; make it, or name another file")
     images = _images(config, asked)
-    work = _work(config, images, asked.weak)
+    work = work_of(config, images, asked.weak)
     cluster = _cluster(asked)
     # What cannot be planned is refused before anything is measured.
     draft = [predict(work, cluster or Cluster(Link(math.inf)), n) for n in gpus]
@@ -106,7 +112,10 @@ def run_plan(config: Config, asked: Asked) -> None:
             work = replace(work, overlap=work.overlap and accelerator.device.type == "cuda")
         if not points:
             sizes = _sizes([row.local_batch for row in draft])
-            points = measure_steps(config, images, sizes, accelerator)
+            with bar(accelerator.is_main_process) as progress:
+                task = progress.add_task("measuring", total=len(sizes) * (_ROUNDS + 1), status="")
+                tick = partial(progress.advance, task)
+                points = measure_steps(config, images, sizes, accelerator, _ROUNDS, tick=tick)
             precision = accelerator.mixed_precision.replace("no", "fp32")
             source = about(accelerator.device, precision)
         if not accelerator.is_main_process:
@@ -179,13 +188,21 @@ def _images(config: Config, asked: Asked) -> Images:
         )
     else:
         images = Images(asked.images, 3, data.size, asked.classes)
+    return without_validation(data, images)
+
+
+def without_validation(data: DataOptions, images: Images) -> Images:
+    """Those that are trained on. Raises UserError where there are none."""
     if data.validation >= images.n:
         raise UserError(f"data.validation: {data.validation} images to hold out of {images.n}")
     return replace(images, n=images.n - data.validation)
 
 
-def _work(config: Config, images: Images, weak: bool) -> Work:
-    """Everything but the step time, of which only the passes of the attack are known yet."""
+def work_of(config: Config, images: Images, weak: bool = False) -> Work:
+    """Everything but the step time, of which only the passes of the attack are known yet.
+
+    `predict` then raises UserError for a batch size that the images do not fit.
+    """
     train = config.train
 
     def batches(batch: int, gpus: int) -> int:
@@ -262,29 +279,29 @@ def measure_steps(
     images: Images,
     sizes: Sequence[int],
     accelerator: Accelerator,
-    rounds: int = 5,
+    rounds: int,
     communicate: bool = False,
+    tick: Callable[[], object] = lambda: None,
 ) -> dict[int, float]:
-    """Seconds of an optimiser step of this rank by its batch size, its gradients kept or sent."""
+    """Seconds of an optimiser step of this rank by its batch size, its gradients kept or sent.
+
+    `tick` is called len(sizes) * (rounds + 1) times.
+    """
     sides: dict[str, Callable[[], None]] = {}
-    for size in sizes:
-        batch_size = size * accelerator.num_processes
-        train = config.train.model_copy(update={"batch_size": batch_size})
-        data = config.data.model_copy(update={"validation": 0})
-        some = noise(batch_size, images.size, images.classes, images.channels)
-        trainer = Trainer(
-            config.model_copy(update={"train": train, "data": data}), accelerator, (some, some)
-        )
-        parallel.settle(accelerator, trainer.net, some)
-        batch = next(trainer.loader.epoch(0))
-        learn = partial(trainer.learn, batch, Meter(accelerator.device))
-        sides[str(size)] = learn if communicate else partial(_alone, trainer, learn)
-    with (
-        bar(accelerator.is_main_process) as progress,
-        parallel.plain_failures(accelerator, "train.batch_size", config.train.batch_size),
-    ):
-        task = progress.add_task("measuring", total=len(sizes) * (rounds + 1), status="")
-        timings = alternate(sides, accelerator.device, rounds, tick=lambda: progress.advance(task))
+    with parallel.plain_failures(accelerator, "train.batch_size", config.train.batch_size):
+        for size in sizes:
+            batch_size = size * accelerator.num_processes
+            train = config.train.model_copy(update={"batch_size": batch_size})
+            data = config.data.model_copy(update={"validation": 0})
+            some = noise(batch_size, images.size, images.classes, images.channels)
+            trainer = Trainer(
+                config.model_copy(update={"train": train, "data": data}), accelerator, (some, some)
+            )
+            parallel.settle(accelerator, trainer.net, some)
+            batch = next(trainer.loader.epoch(0))
+            learn = partial(trainer.learn, batch, Meter(accelerator.device))
+            sides[str(size)] = learn if communicate else partial(_alone, trainer, learn)
+        timings = alternate(sides, accelerator.device, rounds, tick=tick)
     per_batch = count_passes(config)[0]
     return {size: timings.median(str(size)) / per_batch for size in sizes}
 
@@ -329,8 +346,8 @@ def _given(config: Config, images: Images, asked: Asked) -> tuple[dict[int, floa
 def _label(config: Config) -> str:
     """The method's name in benchmarks."""
     method = config.method
-    names = {"natural": "natural", "free": "Free", "fast": "Fast"}
-    return f"PGD-{method.steps}" if method.name == "pgd" else names[method.name]
+    names = {"free": "Free", "fast": "Fast"}
+    return f"PGD-{method.steps}" if method.name == "pgd" else names.get(method.name, method.name)
 
 
 _CASE = re.compile(r"([\w-]+)[^,]*, (\w+), batch (\d+), compile (\w+)")
@@ -417,8 +434,8 @@ def _table(rows: Sequence[Row], price: float | None) -> Table:
         "optimiser step, ms": lambda row: f"{1000 * row.step_s:.1f}",
         "all-reduce, ms": lambda row: f"{1000 * row.all_reduce_s:.1f}",
         "  of it not hidden, ms": lambda row: f"{1000 * row.exposed_s:.1f}",
-        "a pass": lambda row: _duration(row.pass_s),
-        "the run": lambda row: _duration(row.run_s),
+        "a pass": lambda row: duration(row.pass_s),
+        "the run": lambda row: duration(row.run_s),
         "sent by a GPU, a step, MB": lambda row: f"{row.sent_per_step / 1e6:,.1f}",
         "sent by a GPU, a pass, GB": lambda row: f"{row.sent_per_pass / 1e9:,.2f}",
         "images read a second, all": lambda row: f"{row.images_per_s:,.0f}",
@@ -433,13 +450,6 @@ def _table(rows: Sequence[Row], price: float | None) -> Table:
     for name, cell in lines.items():
         table.add_row(name, *map(cell, rows))
     return table
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"
 
 
 def _assumptions(

@@ -15,7 +15,7 @@ from types import FrameType
 
 # The answer of many ranks is the one furthest down.
 REASONS = ("", "train.max_minutes", "stop file", "launcher died", "SIGUSR1", "SIGTERM", "SIGINT")
-_STOP_FILE = "STOP"
+STOP_FILE = "STOP"
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 # Variables of processes that a launcher or a sweep has started.
@@ -80,7 +80,7 @@ class Stopping:
 
     def __init__(self, run_dir: Path, max_minutes: float | None, main: bool) -> None:
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else None
-        self.file = run_dir / _STOP_FILE if main else None
+        self.file = run_dir / STOP_FILE if main else None
         self.looked = -_SECONDS_BETWEEN_LOOKS
         self.found = False
 

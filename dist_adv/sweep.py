@@ -21,17 +21,19 @@ import yaml
 from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 from rich.box import SIMPLE
-from rich.table import Column, Table
+from rich.table import Table
 
 from dist_adv import records
 from dist_adv.config import Config, load_config, nearest, read_mapping, training_differences
 from dist_adv.errors import UserError
 from dist_adv.options import Options
-from dist_adv.report.tables import pixels
+from dist_adv.report.tables import duration, pixels
+from dist_adv.status import SLURM_JOB
+from dist_adv.stopping import STOP_FILE
 
 SAVED = "sweep.yaml"
 REPORT = "report"
-_TAKEN = (SAVED, REPORT, "logs")
+_TAKEN = (SAVED, REPORT, "logs", STOP_FILE, SLURM_JOB)
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,99}")
 
 
@@ -204,25 +206,49 @@ def _check_same(old: Sweep, new: Sweep, out: Path) -> None:
             raise refuse(f"run {there}: {'; '.join(changes)}")
 
 
-def listing(sweep: Sweep) -> Table:
-    """What would run."""
-    table = Table("", Column("run", overflow="fold"), title=sweep.name, box=SIMPLE, pad_edge=False)
-    for title in ("method", "model", "width", "passes", "batch", "seed"):
-        table.add_column(title)
+def listing(sweep: Sweep, seconds: Mapping[str, float] | None = None) -> Table:
+    """What would run; and how long, by the seconds of training of each run: ? where it has none."""
+    table = Table(title=sweep.name, box=SIMPLE, padding=0, show_edge=False)
+    table.add_column(justify="right")
+    table.add_column("run", overflow="fold")
+    for title in ("method", "model"):
+        table.add_column(title, no_wrap=True)
+    for title in ("width", "passes", "replays", "alpha", "batch", "seed"):
+        table.add_column(title, no_wrap=True, justify="right")
+    if seconds is not None:
+        table.add_column("~time", no_wrap=True, justify="right")
     for number, run in enumerate(sweep.runs):
-        train, model = run.config.train, run.config.model
-        figures = (model.width, train.epochs, train.batch_size, train.seed)
-        method = _method(run.config.method.model_dump())
-        table.add_row(str(number), run.name, method, model.name, *map(str, figures))
+        method, train, model = run.config.method.model_dump(), run.config.train, run.config.model
+        cells = [
+            number,
+            run.name,
+            _method(method),
+            _model(model.model_dump()),
+            model.width,
+            train.epochs,
+            method.get("replays", ""),
+            pixels(method["alpha"]) if "alpha" in method else "",
+            train.batch_size,
+            train.seed,
+        ]
+        if seconds is not None:
+            cells.append(duration(seconds[run.name]) if run.name in seconds else "?")
+        table.add_row(*map(str, cells))
     return table
 
 
 def _method(options: Mapping[str, Any]) -> str:
-    """What tells two runs of a method apart."""
-    parts = [f"{key} {options[key]}" for key in ("steps", "replays") if key in options]
-    if options.get("alpha") is not None:
-        parts.append(f"alpha {pixels(options['alpha'])}")
-    return ", ".join([options["name"], *parts])
+    """Its name with what is unusual: pgd-7; fast, zero; fast, stop."""
+    name = "-".join(str(options[key]) for key in ("name", "steps") if key in options)
+    unusual = [options.get("init", "random"), options["guard"]]
+    return ", ".join([name, *(word for word in unusual if word in ("zero", "previous", "stop"))])
+
+
+def _model(options: Mapping[str, Any]) -> str:
+    """preact_resnet18, wide_resnet-32-10, resnet50-imagenet: its name without the usual."""
+    return "-".join(
+        str(value) for key, value in options.items() if key != "width" and value != "batch"
+    )
 
 
 def as_wandb(sweep: Sweep, path: Path, overrides: Sequence[str], out: Path) -> str:

@@ -82,9 +82,10 @@ class _Runs:
     """All runs of a sweep: waiting, running, and what is known of each."""
 
     def __init__(self, sweep: Sweep, out: Path, jobs: int) -> None:
-        self.out, self.shares = out, _shares(jobs)
+        self.out = out
         self.running: list[_Job] = []
         self.waiting = [run for run in sweep.runs if not _is_done(run, out)]
+        self.shares = _shares(min(jobs, max(1, len(self.waiting))))
         self.known = {run.name: status.read(out / run.name, run.name) for run in sweep.runs}
         for run in self.waiting:
             self._know(run.name, "queued")

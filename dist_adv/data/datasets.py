@@ -181,7 +181,7 @@ def load_dataset(
     if options.name == "digits":
         data = _digits(split)
     elif options.name == "imagefolder":
-        data = _imagefolder(data_root(options), split, options)
+        data = _imagefolder(split, options)
     else:
         with main_process_first():
             data = _torchvision(options.name, data_root(options), split)
@@ -238,10 +238,14 @@ def _torchvision(name: str, root: Path, split: str) -> Dataset:
     )
 
 
-def _imagefolder(root: Path, split: str, options: DataOptions) -> Dataset:
+def image_files(options: DataOptions, split: str) -> tuple[Files, list[int], list[str]]:
+    """The files of an imagefolder's split, their labels, and the names of the classes.
+
+    Raises UserError for a folder that is missing or empty, or whose first image is damaged.
+    """
     from torchvision.datasets import ImageFolder
 
-    folder = root / split
+    folder = data_root(options) / split
     if not folder.is_dir():
         raise UserError(
             f"data.root: {folder} is no folder; imagefolder needs train/<class>/ and test/<class>/ "
@@ -252,7 +256,11 @@ def _imagefolder(root: Path, split: str, options: DataOptions) -> Dataset:
     except (FileNotFoundError, OSError) as error:
         raise UserError(f"data.root: {folder}: {str(error).splitlines()[0]}") from None
     files = Files([path for path, _ in source.samples], options.size, options.workers)
+    return files, source.targets, source.classes
+
+
+def _imagefolder(split: str, options: DataOptions) -> Dataset:
+    files, targets, classes = image_files(options, split)
     images = files if files.gigabytes > options.resident_gb else files.all()
-    labels = torch.tensor(source.targets)
     padding = files.shape[-1] // 8
-    return Dataset("imagefolder", images, labels, source.classes, padding, flip=True)
+    return Dataset("imagefolder", images, torch.tensor(targets), classes, padding, flip=True)

@@ -487,6 +487,7 @@ IN_PROCESS = [
         PLAN_AT + "2 data.name=imagefolder data.size=224",
         ("--images, --classes and data.size", "--images 1281167"),
     ),
+    Row("plan-json-where", PLAN_AT + "2 --json a/b", ("--json: a is no folder", "name another")),
     Row("plan-json", PLAN_AT + "2 --json a", ("--json: a exists", "not overwritten"), {"a": ""}),
     Row("plan-images", PLAN_AT + "2 --images 5", ("--images, --classes", "digits is known")),
     Row("plan-validation", PLAN_AT + "2 data.validation=1438", ("data.validation: 1438",)),
@@ -629,6 +630,15 @@ IN_PROCESS += [
         "sweep my.yaml",
         ("my.yaml: the run name 'report'", "another"),
         {"my.yaml": "runs: [{name: report}]"},
+    ),
+    *(
+        Row(
+            f"sweep-name-{name}",
+            "sweep my.yaml",
+            (f"my.yaml: the run name {name!r} is a sweep's own", "another"),
+            {"my.yaml": f"runs: [{{name: {name}}}]"},
+        )
+        for name in ("STOP", "slurm_job", "sweep.yaml")
     ),
     Row(
         "sweep-only",

@@ -49,7 +49,7 @@ WONG = {
     "wong-random": (fast(8), PREACT, 0.2, 30, 128),
     "wong-fast-10": (fast(10), PREACT, 0.2, 30, 128),
     "wong-fast-16": (fast(16), PREACT, 0.2, 30, 128),
-    "wong-fast-16-guard": (fast(16, guard="stop"), PREACT, 0.2, 30, 128),
+    "wong-guard": (fast(16, guard="stop"), PREACT, 0.2, 30, 128),
     "wong-free-8": (free(8), PREACT, 0.04, 12, 128),
     "wong-pgd-7": (PGD, PREACT, 0.2, 40, 128),
 }

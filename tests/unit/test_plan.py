@@ -117,6 +117,14 @@ def test_the_share_of_the_step_in_which_gradients_travel(attack_passes: int, sha
     assert StepTime(0, 1, attack_passes).backward_share == pytest.approx(share)
 
 
+def test_a_step_with_more_passes_is_longer_by_them():
+    """A training pass counts 3, an attack's 2: natural 3, Fast 5, PGD-7 17."""
+    natural, fast = StepTime(3, 6, 0), StepTime(5, 10, 1)
+    for step in (natural.with_passes(1), natural.with_passes(7).with_passes(1)):
+        assert (step.fixed, step.per_image) == pytest.approx((fast.fixed, fast.per_image))
+        assert step.attack_passes == 1
+
+
 @pytest.mark.parametrize(
     ("method", "steps", "passes"),
     [

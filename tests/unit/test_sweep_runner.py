@@ -66,6 +66,16 @@ def test_a_run_that_has_stopped_is_no_failure(
     assert str(failure.value) == f"{len(sweep.runs)} of {len(sweep.runs)} runs are not done ({why})"
 
 
+def test_cores_are_for_the_runs_that_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(sweep_runner, "_gpus", lambda: [])
+    runs = sweep_runner._Runs(load_sweep(DIGITS), tmp_path, jobs=6)
+    assert [share["OMP_NUM_THREADS"] for share in runs.shares] == ["3"] * 4
+
+
 def test_under_a_launcher_a_sweep_needs_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
