@@ -85,7 +85,8 @@ def test_what_cannot_be_timed_is_said_and_breaks_nothing(
         tmp_path,
         f"""
         - {{name: good}}
-        - {{name: folder, set: {{data.name: imagefolder, data.root: {images}}}}}
+        - name: folder
+          set: {{data.name: imagefolder, data.root: {images}, train.precision: bf16}}
         - {{name: no-images, set: {{data.name: imagefolder, data.root: {tmp_path}/none}}}}
         - {{name: one-left, set: {{train.batch_size: 1437}}}}
         - {{name: too-large, set: {{model.width: 100000}}}}
@@ -101,6 +102,7 @@ def test_what_cannot_be_timed_is_said_and_breaks_nothing(
     }
     said = " ".join(said.split())
     assert "of training in all, one run after another, going by a few steps on " in said
+    assert said.index(", bf16; ") < said.index(", fp32; evaluation not counted.")
     assert f"no-images: no time (data.root: {tmp_path}/none/train is no folder" in said
     assert "one-left: no time (train.batch_size: leaves a rank 1 image" in said
     assert "too-large: no time (rank 0 of 1 has no memory left" in said
