@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dist_adv.report.runs import Examples, Run, strongest_attack
+from dist_adv.report.runs import Examples, Run, best_of_each_method
 from dist_adv.report.tables import (
     Cell,
     Column,
@@ -57,17 +57,8 @@ def comparable(runs: Sequence[Run]) -> list[Run]:
             threat, images = run.config["threat"], run.examples
             kind = threat["norm"], threat["eps"], *images.classes, *images.clean.shape[1:]
             groups.setdefault(kind, []).append(run)
-    best = max(map(_best_of_each_method, groups.values()), key=len, default={})
+    best = max(map(best_of_each_method, groups.values()), key=len, default={})
     return sorted(best.values(), key=_place)
-
-
-def _best_of_each_method(runs: Sequence[Run]) -> dict[str, Run]:
-    attack = strongest_attack(runs)
-
-    def accuracy(run: Run) -> float:
-        return run.evaluations[attack].accuracy if attack and attack in run.evaluations else -1.0
-
-    return {run.config["method"]["name"]: run for run in sorted(runs, key=accuracy)}
 
 
 def _place(run: Run) -> int:
