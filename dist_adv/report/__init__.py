@@ -9,7 +9,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from dist_adv.errors import UserError
 from dist_adv.report.against import against_table, set_beside, write_against
 from dist_adv.report.csvfile import write_csv
-from dist_adv.report.figures import draw
 from dist_adv.report.networks import compare, comparison_tables
 from dist_adv.report.primer import explanation, methods
 from dist_adv.report.published import load_published
@@ -29,6 +28,9 @@ def write_report(runs: Sequence[Path], out: Path, against: Sequence[str] = ()) -
     itself; report.md refers to the files in figures/. Only where finished runs of several methods
     compare does it take time, and torch: their networks are looked at.
     """
+    # Others take words and numbers from this package: matplotlib is for those who draw.
+    from dist_adv.report.figures import draw
+
     sources = load_published(against)
     read = read_runs(runs)
     pairs = {name: set_beside(read, source) for name, source in sources.items()}

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,14 @@ def test_watching_shows_what_changes(tmp_path: Path) -> None:
     run = write(tmp_path / "run", "running")
     terminal, inside = pty.openpty()
     command = [sys.executable, "-m", "dist_adv", "status", "run", "--watch"]
-    watch = subprocess.Popen(command, cwd=tmp_path, stdout=inside, stderr=inside)
+    watch = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=inside,
+        stderr=inside,
+        # A shell without job control has what it puts into the background ignore Ctrl-C.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     os.close(inside)
     seen = b""
 
