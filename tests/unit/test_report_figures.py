@@ -168,7 +168,8 @@ def collapsing(*robust: float) -> list[dict[str, Any]]:
 COLLAPSES = {  # a run's passes, and the one in which it collapsed
     "half": (collapsing(0.40, 0.41, 0.20, 0.05), 3),  # below half of FGSM's 45 %, by 25 points
     "held": (collapsing(0.40, 0.24, 0.24, 0.24), None),  # half of it is left
-    "back": (collapsing(0.40, 0.41, 0.02, 0.40), 3),
+    "back": (collapsing(0.40, 0.02, 0.40, 0.41), None),  # a bad pass, not the end of the run
+    "twice": (collapsing(0.40, 0.02, 0.40, 0.02), 4),
     "guard": ([epoch(1, 9.0), epoch(2, 18.0, guard_tripped=True)], 2),
     # FGSM tells nothing (it left little before, too), training accuracy does.
     "trained": (
