@@ -78,7 +78,9 @@ class TrainOptions(Options):
     fuses the network's layers with torch.compile, which takes a minute or two at the start and a
     C++ compiler; `max` tunes longer and on GPUs replays whole passes as CUDA graphs.
     sync_batchnorm: BatchNorm's statistics are of the global batch instead of each rank's share (on
-    GPUs). threads: CPU threads of a rank (null: the cores divided by the ranks).
+    GPUs). deterministic: cuDNN takes algorithms that give the same bits each time, so that a run
+    on GPUs goes on bit for bit, too; false: the fastest, found out by timing them. CPUs always do.
+    threads: CPU threads of a rank (null: the cores divided by the ranks).
 
     Checkpoints come at the end of every pass, and every `save_steps` optimiser steps and every
     `save_minutes` (null: not); `keep` of them stay. max_minutes: save and leave after so long, to
@@ -92,6 +94,7 @@ class TrainOptions(Options):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: Literal["none", "default", "max"] = "none"
     sync_batchnorm: bool = False
+    deterministic: bool = True
     seed: Annotated[int, Field(ge=0)] = 0
     max_steps: PositiveInt | None = None
     keep: PositiveInt = 2
@@ -199,7 +202,15 @@ _FREE_TO_CHANGE = (
     "data.workers",
     *(
         f"train.{key}"
-        for key in ("keep", "log_every", "max_minutes", "on_nan", "save_minutes", "save_steps")
+        for key in (
+            "deterministic",
+            "keep",
+            "log_every",
+            "max_minutes",
+            "on_nan",
+            "save_minutes",
+            "save_steps",
+        )
     ),
     *(f"train.{key}" for key in ("skip_limit", "threads", "timeout_minutes")),
 )

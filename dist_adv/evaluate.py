@@ -312,7 +312,7 @@ def _attacked(
         "loss_fn": attack.loss,
         "seed": options.seed,
         "iterate": "first that fools, else the last",
-        "precision": "fp32",
+        **_precision(images.device),
     }
     results = [
         Result(
@@ -361,7 +361,7 @@ def _autoattacked(
         "eps": threat.eps,
         "version": "standard",
         "seed": options.seed,
-        "precision": "fp32",
+        **_precision(images.device),
     }
     flags = [f"AutoAttack: {message}" for message in gather_object(attack.warnings.messages)]
     return (
@@ -377,6 +377,12 @@ def _autoattacked(
         ),
         examples,
     )
+
+
+def _precision(device: torch.device) -> dict[str, Any]:
+    """fp32, and whether the GPU rounded the factors of its products to TF32's 10 bits."""
+    switches = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+    return {"precision": "fp32", "tf32": device.type == "cuda" and any(switches)}
 
 
 def _mean(loss_sum: float, n: int) -> float | None:

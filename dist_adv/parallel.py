@@ -23,14 +23,19 @@ from dist_adv.errors import LostRank, RankFailure, UserError
 T = TypeVar("T")
 
 
-def start(precision: str = "fp32", threads: int | None = None) -> Accelerator:
+def start(
+    precision: str = "fp32", threads: int | None = None, deterministic: bool = True
+) -> Accelerator:
     """The Accelerator of this process, on CUDA where there is any, else on the CPU with gloo.
+
+    fp32 is IEEE's from here on, and cuDNN's algorithms are `deterministic` or the fastest.
 
     Raises UserError for a precision that the device does not have, for settings of an engine that
     are not to be had (`engines.start`), for a port that is in use, and where the launcher's
     processes do not see each other (each would train alone and overwrite the others' files).
     Raises RankFailure where rank 0 cannot be reached.
     """
+    check_fp32_variables()
     cpu = not torch.cuda.is_available()
     if cpu:
         torch.set_num_threads(threads or threads_per_rank())
@@ -46,6 +51,7 @@ def start(precision: str = "fp32", threads: int | None = None) -> Accelerator:
             mixed_precision="no" if mixed == "fp32" else mixed,
             kwargs_handlers=[ddp],
         )
+    set_numerics(deterministic)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(
@@ -54,6 +60,40 @@ def start(precision: str = "fp32", threads: int | None = None) -> Accelerator:
             f"accelerate launch --multi_gpu --num_processes N, or torchrun --nproc-per-node N"
         )
     return accelerator
+
+
+# Each lets a library compute fp32 with shorter factors, whatever torch is told; and its values
+# that do not.
+_SHORTER_FP32 = {
+    "NVIDIA_TF32_OVERRIDE": ("", "0"),
+    "ONEDNN_DEFAULT_FPMATH_MODE": ("", "STRICT"),
+    "DNNL_DEFAULT_FPMATH_MODE": ("", "STRICT"),
+}
+
+
+def check_fp32_variables() -> None:
+    """Raises UserError for a variable by which fp32 would silently be less."""
+    for name, harmless in _SHORTER_FP32.items():
+        if (value := os.environ.get(name, "")).upper() not in harmless:
+            raise UserError(
+                f"{name}: {value!r} in the environment rounds the factors of fp32 products to "
+                f"fewer bits; unset it, or choose train.precision=bf16"
+            )
+
+
+def set_numerics(deterministic: bool) -> None:
+    """Make fp32 IEEE's on GPUs, and cuDNN's choice of algorithms repeatable or the fastest.
+
+    torch leaves cuDNN's convolutions on TF32 (10 bits of mantissa instead of 23), and Accelerate
+    turns TF32 on for matrix products where it compiles: hence after it. The older switches, as
+    inductor reads them, and torch raises where they are read after the newer ones were set (2.14,
+    torch/_inductor/kernel/conv.py:1137).
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.deterministic = deterministic
+    # Which algorithm is fastest is found out by timing, and may turn out otherwise each time.
+    torch.backends.cudnn.benchmark = not deterministic
 
 
 @contextmanager

@@ -42,7 +42,8 @@ def train_run(config: Config, run_dir: Path, resume: str) -> None:
     """
     track.check(config)
     with no_orphan():
-        accelerator = parallel.start(config.train.precision, config.train.threads)
+        train = config.train
+        accelerator = parallel.start(train.precision, train.threads, train.deterministic)
     start_logging(accelerator.is_main_process)
     with ExitStack() as stack:
         try:

@@ -11,6 +11,7 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
@@ -37,7 +38,26 @@ def share_out_everything(settings: dict) -> None:
     settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
     if settings["zero_optimization"]["stage"] == 3:
         settings["zero_optimization"]["sub_group_size"] = 20_000
+        allow_double_precision()
     check(settings)
+
+
+def allow_double_precision() -> None:
+    """Keep DeepSpeed's `zero.Init` from refusing float64 weights, which only these tests have.
+
+    DeepSpeed 0.19.8, runtime/zero/partition_parameters.py:409, `dtype or torch.float16 if
+    is_fp16_supported() else ...`, is read as `(dtype or torch.float16) if ...`: on a CPU with fp16
+    instructions it takes the float64 that it was given and fails its own assertion, on any other
+    CPU bfloat16, whatever it was given. Neither is used for a network that exists already.
+    """
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+
+    set_dtype = InsertPostInitMethodToModuleSubClasses._set_dtype
+
+    def set_another(init: Any, ds_config: Any, dtype: torch.dtype | None) -> None:
+        set_dtype(init, ds_config, None if dtype == torch.float64 else dtype)
+
+    InsertPostInitMethodToModuleSubClasses._set_dtype = set_another
 
 
 class Checked(train.Trainer):

@@ -3,11 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.utils import DistributedType
 
 from dist_adv import engines
 from dist_adv.config import OptimOptions, TrainOptions
 from dist_adv.errors import UserError
+from engine_runs import allow_double_precision
 
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
@@ -86,3 +88,17 @@ def test_deepspeed_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"dist-adv\[deepspeed\]"):
         engines.start(cpu=True, precision="fp32")
+
+
+@pytest.mark.parametrize("instructions", [True, False])
+def test_the_tests_double_precision_is_had_on_any_cpu(instructions, monkeypatch):
+    """With fp16 instructions or without: `zero.Init` chooses by them."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero import partition_parameters
+
+    init = partition_parameters.InsertPostInitMethodToModuleSubClasses
+    monkeypatch.setattr(init, "_set_dtype", init._set_dtype)  # put back afterwards
+    allow_double_precision()
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: instructions)
+    assert init(enabled=False, dtype=torch.float64).dtype != torch.float64

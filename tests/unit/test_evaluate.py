@@ -241,6 +241,7 @@ def test_record_says_how_it_was_measured(measure, digits, digits_net):
         "loss_fn": "ce",
         "seed": 4,
         "precision": "fp32",
+        "tf32": False,
         "flags": [],
     }
     assert {key: record[key] for key in expected} == expected

@@ -93,3 +93,37 @@ def test_compiled_attack_computes_no_weight_gradients(monkeypatch):
     assert masks == [[True, False, False]]  # compiled once for three steps
     F.cross_entropy(model(x), y).backward()
     assert masks[1:] == [[False, True, False]]
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_fp32_is_ieee_and_algorithms_are_chosen(deterministic):
+    """Switches that torch leaves otherwise; what they do is shown in tests/gpu."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    try:
+        with cudnn.flags(benchmark=deterministic, deterministic=not deterministic, allow_tf32=True):
+            matmul.allow_tf32 = True
+            parallel.start(threads=1, deterministic=deterministic)
+            assert (cudnn.allow_tf32, matmul.allow_tf32) == (False, False)
+            assert (cudnn.deterministic, cudnn.benchmark) == (deterministic, not deterministic)
+    finally:
+        matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fine"),
+    [
+        ("NVIDIA_TF32_OVERRIDE", "1", False),
+        ("NVIDIA_TF32_OVERRIDE", "0", True),
+        ("ONEDNN_DEFAULT_FPMATH_MODE", "BF16", False),
+        ("ONEDNN_DEFAULT_FPMATH_MODE", "strict", True),
+        ("DNNL_DEFAULT_FPMATH_MODE", "ANY", False),
+    ],
+)
+def test_variables_that_shorten_fp32_are_refused(name, value, fine, monkeypatch):
+    monkeypatch.setenv(name, value)
+    if fine:
+        parallel.check_fp32_variables()
+    else:
+        with pytest.raises(UserError, match=f"{name}: '{value}' in the environment .* unset it"):
+            parallel.check_fp32_variables()

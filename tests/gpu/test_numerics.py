@@ -1,0 +1,86 @@
+"""fp32 is IEEE's on a GPU, and a run goes on bit for bit there."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cases import CASES, config
+from dist_adv import parallel
+from dist_adv.config import parse_config
+from dist_adv.runner import train_run
+
+
+@pytest.fixture(scope="module")
+def colour(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """384 images of CIFAR-10's size: smaller ones leave cuDNN little to choose from."""
+    root, noise = tmp_path_factory.mktemp("colour"), np.random.default_rng(0)
+    for split, n in (("train", 128), ("test", 4)):
+        for label in "abc":
+            folder = root / split / label
+            folder.mkdir(parents=True)
+            for i in range(n):
+                pixels = noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def settings(case: str, root: Path, precision: str, **train: object) -> dict:
+    tree = config(case, "batch", root, precision)
+    tree["model"]["width"] = 64
+    tree["train"] |= {"batch_size": 128, "epochs": 1, "save_steps": 1, "keep": 100} | train
+    return tree
+
+
+def errors(device: torch.device) -> list[float]:
+    """Relative errors against fp64: a convolution, both its gradients, and a matrix product."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(128, 128, 3, padding=1, bias=False, device=device)
+    x = torch.randn(64, 128, 16, 16, device=device, requires_grad=True)
+    matrix = torch.randn(512, 512, device=device)
+
+    def compute(dtype: torch.dtype) -> list[Tensor]:
+        net, images = conv.to(dtype), x.detach().to(dtype).requires_grad_()
+        out = net(images)
+        gradients = torch.autograd.grad(out.square().sum(), [images, net.weight])
+        return [out.detach(), *gradients, matrix.to(dtype) @ matrix.to(dtype)]
+
+    pairs = zip(compute(torch.float32), compute(torch.float64), strict=True)
+    return [((one - two).abs().max() / two.abs().max()).item() for one, two in pairs]
+
+
+def test_fp32_is_ieee(gpu):
+    """23 bits of mantissa: 1e-6 after some thousand sums, where TF32's 10 bits leave 1e-4."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    if torch.cuda.get_device_capability() >= (8, 0):
+        assert max(errors(gpu)) > 5e-5
+    parallel.start("fp32")
+    assert max(errors(gpu)) < 1e-5
+
+
+def test_an_evaluation_says_that_it_was_not_tf32(colour, tmp_path):
+    tree = settings("natural", colour, "fp32", max_steps=1)
+    tree["eval"] |= {"attacks": ["pgd-2"]}
+    train_run(parse_config(tree, "test"), tmp_path / "run", "none")
+    record = json.loads((tmp_path / "run" / "results.jsonl").read_text().splitlines()[-1])
+    assert (record["precision"], record["tf32"]) == ("fp32", False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_goes_on_bit_for_bit(case, precision, colour, tmp_path):
+    """`auto` is bf16, or fp16 with a scaler on older GPUs; from the first batch of three."""
+    run = parse_config(settings(case, colour, precision), case)
+    train_run(run, tmp_path / "whole", "none")
+    first = min((tmp_path / "whole" / "checkpoints").iterdir())
+    train_run(run, tmp_path / "resumed", str(first))
+    whole, resumed = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed")
+    )
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
