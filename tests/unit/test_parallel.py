@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func, nop
 from torch._dynamo.backends.common import aot_autograd
+from torch.nn.parallel import DistributedDataParallel
 
 from dist_adv import parallel
 from dist_adv.attacks import ascend, frozen
@@ -93,6 +94,33 @@ def test_compiled_attack_computes_no_weight_gradients(monkeypatch):
     assert masks == [[True, False, False]]  # compiled once for three steps
     F.cross_entropy(model(x), y).backward()
     assert masks[1:] == [[False, True, False]]
+
+
+def test_a_compiled_network_is_one_graph_under_ddp(monkeypatch, tmp_path):
+    """dynamo would split it where DDP's buckets end: here after 1 MiB of 2.6 MB."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compile_in_place = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda model, **kwargs: compile_in_place(model, backend=record, dynamic=False),
+    )
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)  # put back afterwards
+    model = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(10)))
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1
+    )
+    try:
+        parallel.compile_network(model, "default")
+        DistributedDataParallel(model)(torch.rand(2, 256)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
