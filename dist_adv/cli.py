@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
-from dist_adv import __version__, stopping
+from dist_adv import __version__, launched, stopping, streams
 from dist_adv.errors import Preempted, RankFailure, RunFailure, UserError
 
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -36,6 +36,10 @@ def cli() -> None:
     dist-adv report runs/* --out report        tables, curves, adversarial images
     dist-adv sweep configs/sweeps/paper.yaml   every row of the paper
     """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder has been removed; cd to one that exists") from None
 
 
 @cli.command()
@@ -48,7 +52,7 @@ def demo(out: Path) -> None:
     \b
     dist-adv demo --out /tmp/demo
     """
-    stopping.catch_signals()
+    _begin_work()
     from dist_adv.demo import run_demo
 
     run_demo(out)
@@ -75,7 +79,7 @@ def train(config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume
     dist-adv train configs/cifar10/fast.yaml method.alpha=16/255 method.guard=stop
     torchrun --nproc-per-node 2 -m dist_adv train configs/digits/free.yaml
     """
-    stopping.catch_signals()  # before the seconds that importing torch takes
+    _begin_work()
     from dist_adv.config import load_config
     from dist_adv.runner import train_run
 
@@ -105,6 +109,8 @@ def evaluate(
     dist-adv eval runs/cifar10-fast --attacks natural,pgd-50-10 --limit 1000
     dist-adv eval runs/cifar10-fast eval.loss=margin data.root=/data
     """
+    streams.optional()
+    _announce()
     from dist_adv.runner import evaluate_run
 
     evaluate_run(run_dir, attacks.split(",") if attacks else [], limit, overrides)
@@ -129,6 +135,7 @@ def report(run_dirs: tuple[Path, ...], out: Path, against: tuple[str, ...]) -> N
     dist-adv report runs/* --out report      accuracy against m and time, collapses: docs/reports.md
     dist-adv report runs/paper/* --against paper --against wong2020    beside what was published
     """
+    _announce()
     from dist_adv.report import write_report
 
     click.echo(f"report: {write_report(run_dirs, out, against)}")
@@ -172,8 +179,10 @@ def sweep(
     """
     if limit and not slurm:
         raise click.UsageError("--limit goes with --slurm; here it is --jobs.")
-    if not dry_run:
-        stopping.catch_signals()
+    if dry_run or wandb or slurm:
+        _announce()
+    else:
+        _begin_work()
     from dist_adv.sweep import as_wandb, load_sweep
 
     checked = load_sweep(file, overrides)
@@ -229,6 +238,7 @@ def export(run_dir: Path, out: Path) -> None:
     dist-adv export runs/cifar10-fast --out exported
     python -c "import dist_adv; model = dist_adv.load_model('exported')"
     """
+    _announce()
     from dist_adv.export import export_run
 
     export_run(run_dir, out)
@@ -266,6 +276,8 @@ def bench(
     dist-adv bench --only steps,engine
     dist-adv bench --only robust --data data
     """
+    streams.optional()
+    _announce()
     from dist_adv.bench import run_bench
 
     cases = only.split(",") if only else []
@@ -342,6 +354,8 @@ def doctor(
     dist-adv doctor
     dist-adv doctor configs/cifar10/fast.yaml train.precision=bf16 --run-dir runs/fast
     """
+    if not as_json:
+        _announce()
     from dist_adv.doctor import run_doctor
 
     folder = run_dir or (_run_dir(config) if config else Path("runs"))
@@ -387,15 +401,31 @@ def plan(config: Path, overrides: tuple[str, ...], **asked: Any) -> None:
     dist-adv plan configs/cifar10/fast.yaml --bandwidth ib-ndr --step-times gpu.json
     torchrun --nproc-per-node 2 -m dist_adv plan configs/digits/fast.yaml --gpus 2,4
     """
+    _announce()
     from dist_adv.config import load_config
     from dist_adv.planner import Asked, run_plan
 
     run_plan(load_config(config, overrides), Asked(**asked))
 
 
+def _begin_work() -> None:
+    """What comes first in a command that trains: it can be asked to stop, and its files count."""
+    stopping.catch_signals()  # before the seconds that importing torch takes
+    streams.optional()
+    _announce()
+
+
+def _announce() -> None:
+    """Say at once what the first seconds of silence are; one rank does, on standard error."""
+    if launched.rank() == 0 and "torch" not in sys.modules:
+        click.echo(f"{time.strftime('%H:%M:%S')} loading PyTorch ...", err=True)
+
+
 def main() -> NoReturn:
     """Run a command; errors become one line and an exit status."""
+    streams.install()
     status = _run(sys.argv[1:])
+    streams.optional()
     sys.stdout.flush()
     sys.stderr.flush()
     # Everything is flushed. What runs while an interpreter shuts down can only spoil the end:
@@ -408,6 +438,7 @@ def _run(arguments: list[str]) -> int:
     try:
         # What a command raises as click's Exit comes back as a number.
         status = cli.main(arguments, prog_name="dist-adv", standalone_mode=False)
+        sys.stdout.flush()
     except click.ClickException as error:
         _let_rank_0_speak()
         error.show()
@@ -422,7 +453,7 @@ def _run(arguments: list[str]) -> int:
         _complain(error)
         return 1
     except Preempted as stop:
-        if _rank() == 0:
+        if launched.rank() == 0:
             _say(f"stopped ({stop}); the same command goes on from the last checkpoint")
         return stop.status
     except OSError as error:
@@ -442,15 +473,11 @@ def _let_rank_0_speak() -> None:
     They must not leave before it, or it is ended before it has spoken. One that is alone with its
     trouble speaks in the end.
     """
-    if _rank() != 0:
+    if launched.rank() != 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the launcher ends this one
         if stopping.asked():  # it may have done so already
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(20)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
 
 
 def _complain(message: Any) -> None:

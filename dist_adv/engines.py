@@ -31,6 +31,39 @@ from dist_adv.errors import UserError
 from dist_adv.nonfinite import gradient_norm
 
 
+_FLAG = frozenset("1 0 true false yes no on off t f y n".split())  # as Accelerate reads them
+_OFF = frozenset({"false"})
+_ENGINE = (frozenset({"true", "false"}), "write true or false")
+
+# Variables by which Accelerate would train another network, or fail: the values that do neither,
+# among them those that `accelerate launch` sets by itself, and what to do about any other.
+_VARIABLES: dict[str, tuple[frozenset[str], str]] = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        frozenset({"1", "auto"}),
+        "unset it; train.batch_size is the whole batch of an update",
+    ),
+    "ACCELERATE_DYNAMO_BACKEND": (frozenset({"no"}), "unset it and set train.compile"),
+    "ACCELERATE_FP8_BACKEND": (frozenset({"no"}), "unset it and set train.precision"),
+    "ACCELERATE_TORCH_DEVICE": (frozenset(), "unset it; CUDA_VISIBLE_DEVICES chooses GPUs"),
+    "ACCELERATE_USE_MEGATRON_LM": (_OFF, "unset it; Megatron-LM is no engine here"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (_OFF, "unset it; networks are not split here"),
+    "ACCELERATE_USE_SAGEMAKER": (_OFF, "unset it; start with torchrun"),
+    "ACCELERATE_USE_DEEPSPEED": _ENGINE,
+    "ACCELERATE_USE_FSDP": _ENGINE,
+    "ACCELERATE_USE_CPU": (_FLAG, "write true or false"),
+    "ACCELERATE_DEBUG_MODE": (_FLAG, "write true or false"),
+    "ACCELERATE_CPU_AFFINITY": (_FLAG, "write true or false"),
+}
+
+
+def check_environment() -> None:
+    """Raises UserError naming a variable of Accelerate's that would change training unseen."""
+    for name, (allowed, remedy) in _VARIABLES.items():
+        value = os.environ.get(name)
+        if value is not None and value.lower() not in allowed:
+            raise UserError(f"{name}: {value!r} in the environment is not for dist-adv; {remedy}")
+
+
 def start(cpu: bool, precision: str) -> Accelerator | None:
     """The Accelerator of the engine that the launcher has chosen; None for DDP.
 

@@ -17,13 +17,19 @@ class LostRank(RunFailure):
     """Another process of this run is gone, so this one cannot go on either. Exit 1."""
 
 
+_STATUS = {"SIGHUP": 129, "SIGINT": 130}  # 128 and the signal's number, as shells have it
+STOPPED = (129, 130, 143)
+"""Exit statuses of runs that were asked to stop and can go on."""
+
+
 class Preempted(Exception):
     """A run that was asked to stop, and has stopped where it can go on.
 
-    Exit 143, as a process that SIGTERM ends; 130 where a person pressed Ctrl-C.
+    Exit 143, as a process that SIGTERM ends; 130 where a person pressed Ctrl-C; 129 where the
+    terminal was closed.
     """
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.status = 130 if reason == "SIGINT" else 143
+        self.status = _STATUS.get(reason, 143)

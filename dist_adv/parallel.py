@@ -1,5 +1,6 @@
 """Processes and precision: the Accelerator, what ranks wait for, exact reductions."""
 
+import logging
 import os
 import re
 import socket
@@ -11,15 +12,21 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    broadcast_object_list,
+    gather_object,
+    str_to_bool,
+)
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_adv import engines
+from dist_adv import engines, launched, stopping
 from dist_adv.data import Dataset
 from dist_adv.engines import TrainNet
 from dist_adv.errors import LostRank, RankFailure, UserError
 
+log = logging.getLogger("dist_adv")
 T = TypeVar("T")
 
 
@@ -30,13 +37,19 @@ def start(
 
     fp32 is IEEE's from here on, and cuDNN's algorithms are `deterministic` or the fastest.
 
-    Raises UserError for a precision that the device does not have, for settings of an engine that
-    are not to be had (`engines.start`), for a port that is in use, and where the launcher's
+    Raises UserError for variables of a launcher that are left over (`launched.check`) and those of
+    Accelerate's that would change training (`engines.check_environment`), for a precision that the
+    device does not have, for settings of an engine that are not to be had (`engines.start`), for a
+    port that is in use, and where the launcher's
     processes do not see each other (each would train alone and overwrite the others' files).
-    Raises RankFailure where rank 0 cannot be reached.
+    Raises RankFailure where rank 0 cannot be reached; Preempted where this process was asked to
+    stop already.
     """
     check_fp32_variables()
-    cpu = not torch.cuda.is_available()
+    launched.check()
+    engines.check_environment()
+    forced = os.environ.get("ACCELERATE_USE_CPU", "false")
+    cpu = not torch.cuda.is_available() or str_to_bool(forced) == 1
     if cpu:
         torch.set_num_threads(threads or threads_per_rank())
     # Buffers: BatchNorm's statistics stay each rank's own while training and are averaged in
@@ -52,10 +65,9 @@ def start(
             kwargs_handlers=[ddp],
         )
     set_numerics(deterministic)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
+    if accelerator.num_processes != launched.ranks():
         raise UserError(
-            f"the launcher started {launched} processes but this one sees "
+            f"the launcher started {launched.ranks()} processes but this one sees "
             f"{accelerator.num_processes}; without GPUs use ACCELERATE_USE_CPU=true "
             f"accelerate launch --multi_gpu --num_processes N, or torchrun --nproc-per-node N"
         )
@@ -96,11 +108,24 @@ def set_numerics(deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
 
 
+def say_what_is_not_heeded(accelerator: Accelerator) -> None:
+    """Warn of a precision in `accelerate config`, which every launch hands on: it is ours to set.
+
+    Other variables of Accelerate's are used, harmless or refused (`engines.check_environment`).
+    """
+    wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if wanted not in ("no", accelerator.mixed_precision):
+        log.warning("ACCELERATE_MIXED_PRECISION=%s is not heeded: see train.precision", wanted)
+
+
 @contextmanager
 def _meeting() -> Iterator[None]:
     """The ranks meet at MASTER_ADDR and MASTER_PORT, or say in one line why they do not."""
     try:
-        yield
+        with stopping.leaving_at_once():
+            yield
+    except NotImplementedError as error:  # RTX 4000s with an old driver: it says what to set
+        raise UserError(str(error)) from error
     except dist.DistError as error:
         port, place = os.environ.get("MASTER_PORT"), os.environ.get("MASTER_ADDR")
         if "EADDRINUSE" in str(error):
@@ -140,8 +165,7 @@ def cores() -> int:
 
 def threads_per_rank() -> int:
     """Ranks times threads never exceed the cores: two threads too many slow a run tenfold."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    share = max(1, cores() // ranks)
+    share = max(1, cores() // launched.ranks_here())
     # A list such as `2,1` is for nested levels; the first is ours.
     wanted = (os.environ.get("OMP_NUM_THREADS") or str(share)).split(",")[0]
     if not wanted.isdecimal() or wanted == "0":

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from dist_adv import parallel, records
+from dist_adv import launched, parallel, records
 from dist_adv.attacks import frozen
 from dist_adv.bench import about
 from dist_adv.bench.timing import alternate, network, noise
@@ -163,7 +162,7 @@ def _cluster(asked: Asked) -> Cluster | None:
     if (asked.gpus_per_node is None) != (asked.node_bandwidth is None):
         raise UserError("--gpus-per-node and --node-bandwidth: give both, or none for one ring")
     if asked.bandwidth is None:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or asked.node_bandwidth:
+        if launched.ranks() == 1 or asked.node_bandwidth:
             raise UserError(
                 f"--bandwidth: missing; give GB/s or one of {', '.join(LINKS)}, or measure it: "
                 f"torchrun --nproc-per-node N -m dist_adv plan ..."

@@ -30,12 +30,20 @@ log = logging.getLogger("dist_adv")
 _SECONDS_BETWEEN_LINES = 60.0
 
 
+def interactive() -> bool:
+    """Can lines on standard error be drawn anew: is it a terminal, and none that is dumb?
+
+    rich says so of a file under FORCE_COLOR, too.
+    """
+    return console.is_interactive and console.is_terminal and sys.stderr.isatty()
+
+
 def start_logging(main: bool) -> None:
     """Messages to the terminal from the main process; the others only warn of errors."""
     log.setLevel(logging.INFO if main else logging.ERROR)
     if not log.handlers:
         handler: logging.Handler
-        if console.is_terminal:
+        if interactive():
             handler = RichHandler(console=console, show_path=False, show_level=False)
         else:
             handler = _StderrHandler()
@@ -57,7 +65,7 @@ def log_file(path: Path, main: bool) -> Iterator[None]:
     if not main:
         yield
         return
-    handler = _LogFile(path)
+    handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     try:
@@ -89,7 +97,7 @@ def bar(main: bool) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not (main and console.is_terminal),
+        disable=not (main and interactive()),
     )
 
 

@@ -20,7 +20,6 @@ from dist_adv.evaluate import evaluate
 from dist_adv.models import load_model, read_final, save_model
 from dist_adv.progress import EvaluationDisplay, bar, log_file, results_table, start_logging
 from dist_adv.session import Session
-from dist_adv.stopping import no_orphan
 from dist_adv.threat import build as build_threat
 from dist_adv.track import Tracker, write_results
 from dist_adv.train import Trainer
@@ -41,9 +40,8 @@ def train_run(config: Config, run_dir: Path, resume: str) -> None:
     RunFailure where it cannot go on.
     """
     track.check(config)
-    with no_orphan():
-        train = config.train
-        accelerator = parallel.start(train.precision, train.threads, train.deterministic)
+    train = config.train
+    accelerator = parallel.start(train.precision, train.threads, train.deterministic)
     start_logging(accelerator.is_main_process)
     with ExitStack() as stack:
         try:
@@ -85,6 +83,7 @@ def _train(
     main = accelerator.is_main_process
     if exists:
         stack.enter_context(log_file(run_dir / "log.txt", main))
+    log.info("loading %s ...", config.data.name)
     trainer = Trainer(config, accelerator)
     start = parallel.on_main(accelerator, lambda: _starting_point(run_dir, config, resume))
     if start:
@@ -126,6 +125,10 @@ def _train(
         accelerator.device.type,
         accelerator.num_processes,
     )
+
+    parallel.say_what_is_not_heeded(accelerator)
+    if config.train.compile != "none":
+        log.info("the first steps wait for torch.compile ...")
 
     def where() -> dict[str, float]:
         return {"step": trainer.clock.step, "epoch": trainer.passes}
@@ -207,6 +210,9 @@ def _supervised(
         session.leave()  # the first to go gets the others killed
         raise
     except Exception as error:
+        if main:
+            with suppress(RunFailure):
+                rundir.mark(run_dir, "failed", reason=str(error) or type(error).__name__)
         finish(1, f"{run_dir}: {error}")
         raise
     finally:
@@ -267,6 +273,7 @@ def _evaluate(
     trained = read_final(run_dir / "model.safetensors")["trained"]
     model = load_model(run_dir).to(accelerator.device)
     first = partial(parallel.main_process_first, accelerator)
+    log.info("evaluating on the test images of %s ...", config.data.name)
     data = data or parallel.on_every(accelerator, lambda: load_dataset(config.data, "test", first))
     threat = build_threat(config.threat.norm, config.threat.eps)
     with (

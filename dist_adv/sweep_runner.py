@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,10 +14,10 @@ import torch
 from rich.console import Group
 from rich.live import Live
 
-from dist_adv import parallel, rundir, status
-from dist_adv.errors import Preempted, RunFailure, UserError
+from dist_adv import launched, parallel, rundir, status
+from dist_adv.errors import STOPPED, Preempted, RunFailure, UserError
 from dist_adv.lock import Lock, held
-from dist_adv.progress import console, start_logging
+from dist_adv.progress import console, interactive, start_logging
 from dist_adv.report import write_report
 from dist_adv.runner import train_run
 from dist_adv.stopping import REASONS, STARTED_BY_SWEEP, Stopping
@@ -42,7 +42,8 @@ def run_sweep(sweep: Sweep, out: Path, jobs: int) -> None:
     Raises UserError before anything starts; Preempted where the sweep was asked to stop, after its
     runs have stopped; RunFailure naming the runs that are not done, after all others.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    launched.check()
+    if launched.ranks() > 1:
         raise UserError("a sweep starts processes itself: use no launcher, or --only RUN under it")
     start_logging(True)
     claim(sweep, out)
@@ -94,7 +95,8 @@ class _Runs:
         """Until there is none left. Raises Preempted when all have stopped that were asked to."""
         stopping, stop = Stopping(self.out, None, main=True), ""
         try:
-            with Live(console=console, auto_refresh=False, transient=True) as live:
+            live = Live(console=console, auto_refresh=False, transient=True)
+            with live if interactive() else nullcontext():
                 while self.running or (self.waiting and not stop):
                     if not stop and (stop := REASONS[stopping.reason()]):
                         self._ask_to_stop()
@@ -102,7 +104,7 @@ class _Runs:
                         self._start()
                     time.sleep(_SECONDS_BETWEEN_LOOKS)
                     self._collect(stop)
-                    live.update(self._table(), refresh=console.is_terminal)
+                    live.update(self._table(), refresh=live.is_started)
         finally:
             self._ask_to_stop()  # where this could not go on
             console.print(self._table())
@@ -133,7 +135,7 @@ class _Runs:
             self.shares.append(job.share)
             if code == 0:
                 self._know(name, "done")
-            elif stop or code in (130, 143):  # as `Preempted` ends: perhaps at train.max_minutes
+            elif stop or code in STOPPED:  # as `Preempted` ends: perhaps at train.max_minutes
                 self.known[name] = status.read(self.out / name, name)
             else:
                 self._know(name, "failed", job.trouble())

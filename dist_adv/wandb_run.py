@@ -16,6 +16,7 @@ import numpy as np
 
 from dist_adv import records
 from dist_adv.config import Config
+from dist_adv.errors import STOPPED
 
 if TYPE_CHECKING:  # the report imports matplotlib, for which no start of a run should wait
     from dist_adv import evaluate
@@ -220,7 +221,7 @@ class WandbRun:
         """Flush everything; status: as of the process."""
         import wandb
 
-        if status in (130, 143):
+        if status in STOPPED:
             self.run.mark_preempting()  # it will go on: no crash
         self.run.finish(exit_code=status)
         wandb.teardown()  # `finish` returns before the last records are in the file

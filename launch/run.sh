@@ -30,8 +30,9 @@ Variables:
   OMP_NUM_THREADS  CPU threads a process        [the cores of this machine / NPROC]
   PYTHON           the interpreter              [of the active environment, else of .venv]
 
-SIGTERM, SIGUSR1 and Ctrl-C reach every rank: all stop after the same batch, with a checkpoint, and
-the same command goes on. They have PET_SHUTDOWN_TIMEOUT seconds for it [300].
+SIGTERM, SIGUSR1, Ctrl-C and a terminal that closes (SIGHUP) reach every rank: all stop after the
+same batch, with a checkpoint, and the same command goes on. They have PET_SHUTDOWN_TIMEOUT seconds
+for it [300]. Under nohup a terminal that closes changes nothing.
 HELP
 }
 
@@ -75,9 +76,12 @@ is_count NPROC "$nproc" processes
 
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
-# torchrun's agent kills its ranks 30 s after SIGTERM, and dies of SIGUSR1 unless told otherwise.
+# torchrun's agent kills its ranks 30 s after SIGTERM, and dies of SIGUSR1 unless told otherwise. It
+# would end at SIGHUP under nohup, too, which has it ignored.
 export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-300}
-export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+hangup=SIGHUP,
+[[ $(trap -p HUP) != "trap -- '' "* ]] || hangup=
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,${hangup}SIGQUIT,SIGUSR1}
 
 if ((nnodes == 1 && nproc == 1)); then
   exec "$PYTHON" -m dist_adv "$@"
