@@ -30,8 +30,8 @@ from dist_adv.config import OptimOptions, TrainOptions
 from dist_adv.errors import UserError
 from dist_adv.nonfinite import gradient_norm
 
-
-_FLAG = frozenset("1 0 true false yes no on off t f y n".split())  # as Accelerate reads them
+_TRUE, _FALSE = {"1", "true", "t", "yes", "y", "on"}, {"0", "false", "f", "no", "n", "off"}
+_FLAG = (frozenset(_TRUE | _FALSE), "write true or false")  # as Accelerate reads them
 _OFF = frozenset({"false"})
 _ENGINE = (frozenset({"true", "false"}), "write true or false")
 
@@ -50,9 +50,9 @@ _VARIABLES: dict[str, tuple[frozenset[str], str]] = {
     "ACCELERATE_USE_SAGEMAKER": (_OFF, "unset it; start with torchrun"),
     "ACCELERATE_USE_DEEPSPEED": _ENGINE,
     "ACCELERATE_USE_FSDP": _ENGINE,
-    "ACCELERATE_USE_CPU": (_FLAG, "write true or false"),
-    "ACCELERATE_DEBUG_MODE": (_FLAG, "write true or false"),
-    "ACCELERATE_CPU_AFFINITY": (_FLAG, "write true or false"),
+    "ACCELERATE_USE_CPU": _FLAG,
+    "ACCELERATE_DEBUG_MODE": _FLAG,
+    "ACCELERATE_CPU_AFFINITY": _FLAG,
 }
 
 

@@ -273,7 +273,7 @@ def _evaluate(
     trained = read_final(run_dir / "model.safetensors")["trained"]
     model = load_model(run_dir).to(accelerator.device)
     first = partial(parallel.main_process_first, accelerator)
-    log.info("evaluating on the test images of %s ...", config.data.name)
+    log.info("evaluating: %s ...", ", ".join(attacks))
     data = data or parallel.on_every(accelerator, lambda: load_dataset(config.data, "test", first))
     threat = build_threat(config.threat.norm, config.threat.eps)
     with (
