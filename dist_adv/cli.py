@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, NoReturn
@@ -424,6 +425,7 @@ def _announce() -> None:
 def main() -> NoReturn:
     """Run a command; errors become one line and an exit status."""
     streams.install()
+    _find_home()
     status = _run(sys.argv[1:])
     streams.optional()
     sys.stdout.flush()
@@ -432,6 +434,14 @@ def main() -> NoReturn:
     # gloo's threads abort it (about one two-rank run in three), and W&B complains of a helper
     # process that was killed.
     os._exit(status)
+
+
+def _find_home() -> None:
+    """Set HOME where cron or a container has not: W&B's helper would log to standard error."""
+    if not os.environ.get("HOME"):
+        os.environ.pop("HOME", None)
+        home = os.path.expanduser("~")  # of the user data base
+        os.environ["HOME"] = tempfile.gettempdir() if home == "~" else home
 
 
 def _run(arguments: list[str]) -> int:

@@ -30,12 +30,12 @@ log = logging.getLogger("dist_adv")
 _SECONDS_BETWEEN_LINES = 60.0
 
 
-def interactive() -> bool:
-    """Can lines on standard error be drawn anew: is it a terminal, and none that is dumb?
+def interactive(shown_on: Console = console) -> bool:
+    """Can what was printed there be drawn anew: is it a terminal, and none that is dumb?
 
-    rich says so of a file under FORCE_COLOR, too.
+    rich takes a file for a terminal under FORCE_COLOR.
     """
-    return console.is_interactive and console.is_terminal and sys.stderr.isatty()
+    return shown_on.is_interactive and shown_on.is_terminal and shown_on.file.isatty()
 
 
 def start_logging(main: bool) -> None:

@@ -4,7 +4,7 @@ import json
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
-from dist_adv import records
+from dist_adv import records, streams
 from dist_adv.errors import UserError
 from dist_adv.lock import held
+from dist_adv.progress import interactive
 from dist_adv.report.tables import duration
 
 SLURM_JOB = "slurm_job"
@@ -63,15 +64,24 @@ class Status:
 def show(folders: Sequence[Path], watch: bool) -> None:
     """Print a table of runs, and of all runs of sweeps; over and over until Ctrl-C with `watch`.
 
+    Where a terminal cannot be drawn anew, in a pipe or a file, each change is a table of its own.
     Raises UserError for a folder that is neither.
     """
+    console, known = Console(), gather(folders)
+    if not watch or not interactive(console):
+        console.print(table(known))
     if not watch:
-        Console().print(table(gather(folders)))
         return
-    with suppress(KeyboardInterrupt), Live(table(gather(folders)), auto_refresh=False) as live:
-        while True:
+    live = Live(table(known), console=console, auto_refresh=False)
+    with suppress(KeyboardInterrupt), live if interactive(console) else nullcontext():
+        while not streams.lost():
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-            live.update(table(gather(folders)), refresh=True)
+            before, known = known, gather(folders)
+            if live.is_started:
+                live.update(table(known), refresh=True)
+            elif known != before:
+                console.print(table(known))
+                console.file.flush()
 
 
 def gather(folders: Sequence[Path]) -> list[Status]:

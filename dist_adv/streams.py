@@ -49,6 +49,8 @@ def install() -> None:
     sys.stdin = sys.stdin or io.TextIOWrapper(io.FileIO(0, closefd=False))
     codecs.register_error(_ERRORS, _in_ascii)
     sys.stdout, sys.stderr = _text(1, sys.stdout), _text(2, sys.stderr)
+    if os.environ.get("COLUMNS", "").strip("0") == "":  # some pseudo-terminals' 0: nothing is shown
+        os.environ.pop("COLUMNS", None)
 
 
 def optional() -> None:

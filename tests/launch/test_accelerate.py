@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from accelerate.commands.launch import (
     _filter_args,
     _validate_launch_command,
     launch_command_parser,
+    prepare_deepspeed_cmd_env,
     prepare_multi_gpu_env,
     prepare_simple_launcher_cmd_env,
 )
 
+from dist_adv import engines
 from launch import Job, free_port, status
 
 FILES = Path(__file__).parents[2] / "launch" / "accelerate"
@@ -150,3 +153,27 @@ def test_cpu_hides_gpus() -> None:
     command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "prepare"),
+    [
+        ("one-gpu.yaml", prepare_simple_launcher_cmd_env),
+        ("cpu.yaml", prepare_multi_gpu_env),
+        ("fsdp2.yaml", prepare_multi_gpu_env),
+        ("deepspeed-zero2.yaml", prepare_deepspeed_cmd_env),
+    ],
+)
+def test_what_accelerate_sets_by_itself_is_accepted(
+    name: str, prepare: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Variables that would change training are refused; these values of them would not."""
+    arguments = validated(name)
+    arguments.deepspeed_fields_from_accelerate_config = ""  # as `accelerate launch` fills it in
+    prepared = prepare(arguments)
+    environment = prepared if isinstance(prepared, dict) else prepared[-1]
+    ours = {key: value for key, value in environment.items() if key in engines._VARIABLES}
+    assert "ACCELERATE_DYNAMO_BACKEND" in ours
+    for key, value in ours.items():
+        monkeypatch.setenv(key, value)
+    engines.check_environment()

@@ -11,15 +11,17 @@ from pathlib import Path
 import pytest
 
 from dist_adv import stopping
+from dist_adv.errors import STOPPED, Preempted
 from dist_adv.stopping import REASONS, Stopping, catch_signals
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No signal yet, no launcher; the handlers of this process as they were afterwards."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
     monkeypatch.setattr(stopping, "_received", None)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     yield
@@ -144,6 +146,33 @@ def test_first_signal_is_the_reason(tmp_path):
     assert why(Stopping(tmp_path, None, main=True)) == "SIGUSR1"
 
 
+@pytest.mark.parametrize("rank", [True, False])
+def test_nohup(rank, tmp_path, monkeypatch):
+    """Ignored it stays; but ranks of torchrun get it from torchrun alone, which then leaves."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if rank:
+        launched(monkeypatch)
+    catch_signals()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert why(Stopping(tmp_path, None, main=True)) == ("SIGHUP" if rank else "")
+
+
+@pytest.mark.parametrize(
+    ("reason", "status"),
+    [("SIGHUP", 129), ("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 143), ("stop file", 143)],
+)
+def test_exit_status(reason, status):
+    assert Preempted(reason).status == status
+    assert status in STOPPED
+
+
+def test_a_signal_before_the_ranks_meet_is_heeded_at_once():
+    catch_signals()
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Preempted, match="SIGTERM"), stopping.leaving_at_once():
+        pytest.fail("waits for the others")
+
+
 def test_second_ctrl_c_insists():
     catch_signals()
     os.kill(os.getpid(), signal.SIGINT)
@@ -165,7 +194,7 @@ def test_a_library_does_not_catch_signals():
 import signal
 from pathlib import Path
 
-numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 before = [signal.getsignal(number) for number in numbers]
 import dist_adv.cli
 from dist_adv.stopping import Stopping
@@ -205,7 +234,7 @@ def test_the_strongest_reason_wins(tmp_path, clock, monkeypatch):
         found.append(asked.reason())
     assert found == [0, 1, 2, 3, 4]
     assert list(REASONS[:5]) == ["", "train.max_minutes", "stop file", "launcher died", "SIGUSR1"]
-    assert list(REASONS[5:]) == ["SIGTERM", "SIGINT"]
+    assert list(REASONS[5:]) == ["SIGHUP", "SIGTERM", "SIGINT"]
 
 
 def test_real_clock(tmp_path):

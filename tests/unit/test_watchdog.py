@@ -88,6 +88,30 @@ def test_counts_again_after_a_pause():
     assert "no progress for 0.5 s" in done.stderr
 
 
+def test_time_in_which_it_was_stopped_does_not_count():
+    """Ctrl-Z, a debugger, `scontrol suspend`: it could not have made progress."""
+    script = """
+import os, signal, subprocess, sys
+dog.beat()
+wake = f"sleep 2; kill -CONT {os.getpid()}"
+subprocess.Popen(["sh", "-c", wake])
+os.kill(os.getpid(), signal.SIGSTOP)
+time.sleep(0.2)
+dog.beat()
+print("reached", flush=True)
+time.sleep(40)
+"""
+    done = run(script)
+    assert done.stdout == "reached\n"
+    assert "no progress for 0.5 s" in done.stderr  # and it watches on
+
+
+def test_it_ends_although_nobody_reads_what_it_says():
+    script = "import os; os.close(2); dog.beat(); time.sleep(40); print('reached')"
+    done = run(script)
+    assert (done.returncode, done.stdout) == (1, "")
+
+
 def test_watching_keeps_no_process_alive():
     """One that ends by itself ends at once, with its own status."""
     began = time.monotonic()
