@@ -25,18 +25,27 @@ if [ "$1" = -c ]; then echo "$GPUS"; exit; fi
 echo "$OMP_NUM_THREADS" "$@"
 """
 NVIDIA_SMI = "#!/bin/sh\n"
+# Whether SIGHUP is ignored is inherited; these tests may run under nohup themselves.
+HANGUP, NOHUP = ("env", "--default-signal=HUP"), ("nohup",)
 OURS = ("NPROC", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
 
 def run(
-    *arguments: str, path: Path | None = None, **variables: str
+    *arguments: str,
+    path: Path | None = None,
+    wrapper: tuple[str, ...] = (),
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     """run.sh with these variables of its own and no others."""
     kept = {name: value for name, value in os.environ.items() if name not in OURS}
     if path:
         kept["PATH"] = os.pathsep.join([str(path), kept["PATH"]])
     return subprocess.run(
-        [RUN, *arguments], env=kept | variables, capture_output=True, text=True, timeout=60
+        [*wrapper, RUN, *arguments],
+        env=kept | variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
@@ -132,8 +141,10 @@ def test_torchrun_waits_for_a_checkpoint_and_survives_usr1(stand_ins: Path) -> N
     variables = ("PET_SHUTDOWN_TIMEOUT", "PET_SIGNALS_TO_HANDLE")
     program = "#!/bin/sh\necho " + " ".join(f"${name}" for name in variables)
     (stand_ins / "python-stand-in").write_text(program)
-    own = run("train", "x", path=stand_ins, PYTHON="python-stand-in", NPROC="2")
+    own = run("train", "x", path=stand_ins, wrapper=HANGUP, PYTHON="python-stand-in", NPROC="2")
     assert own.stdout == "300 SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1\n"
+    nohup = run("train", "x", path=stand_ins, wrapper=NOHUP, PYTHON="python-stand-in", NPROC="2")
+    assert nohup.stdout == "300 SIGTERM,SIGINT,SIGQUIT,SIGUSR1\n"
     users = {"NPROC": "2", "PET_SHUTDOWN_TIMEOUT": "20"}
     assert run("train", "x", path=stand_ins, PYTHON="python-stand-in", **users).stdout.startswith(
         "20 "
@@ -150,8 +161,15 @@ def test_help() -> None:
     assert nothing.stderr.startswith("Usage: launch/run.sh")
 
 
-def start(config: Path, run_dir: Path, ranks: int = 1, **variables: str) -> Job:
-    return Job(config, run_dir, ranks, env={"PYTHON": sys.executable, **variables}, launcher=(RUN,))
+def start(
+    config: Path,
+    run_dir: Path,
+    ranks: int = 1,
+    wrapper: tuple[str, ...] = HANGUP,
+    **variables: str,
+) -> Job:
+    env = {"PYTHON": sys.executable, **variables}
+    return Job(config, run_dir, ranks, env=env, wrapper=wrapper, launcher=(RUN,))
 
 
 def stop(job: Job, number: signal.Signals) -> int:
@@ -183,7 +201,7 @@ def test_one_process_two_processes_two_machines(images: Path, tmp_path: Path) ->
     """
     config = write_config(tmp_path / "run.yaml", "free", images, train={"epochs": PASSES})
     assert stop(start(config, tmp_path / "alone"), signal.SIGUSR1) == 143  # dist-adv's own
-    assert stop(start(config, tmp_path / "run", 2, NPROC="2"), signal.SIGTERM) == 1  # torchrun's
+    assert stop(start(config, tmp_path / "run", 2, NPROC="2"), signal.SIGHUP) == 1  # torchrun's
     port = str(free_port())
     machines = [{"NPROC": "1", **TWO, "NODE_RANK": rank, "MASTER_PORT": port} for rank in "01"]
     finish_all([start(config, tmp_path / "run", **machine) for machine in machines])
@@ -195,3 +213,13 @@ def test_one_process_two_processes_two_machines(images: Path, tmp_path: Path) ->
     launcher = (*c10d, *meeting, "--rdzv-id", "test", "-m", "dist_adv")
     finish_all([Job(config, tmp_path / "whole", launcher=launcher) for _ in range(2)])
     assert weights_hash(tmp_path / "run") == weights_hash(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_under_nohup_outlive_the_terminal(images: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", "free", images, train={"epochs": PASSES})
+    job = start(config, tmp_path / "run", 2, NOHUP, NPROC="2")
+    assert job.wait_for_checkpoint(PASS)
+    os.kill(job.process.pid, signal.SIGHUP)
+    job.finish()
+    assert status(tmp_path / "run")["state"] == "done"

@@ -174,6 +174,7 @@ def test_watching_shows_what_changes(tmp_path: Path) -> None:
         cwd=tmp_path,
         stdout=inside,
         stderr=inside,
+        env=os.environ | {"TERM": "xterm"},
         # A shell without job control has what it puts into the background ignore Ctrl-C.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
@@ -197,3 +198,20 @@ def test_watching_shows_what_changes(tmp_path: Path) -> None:
     finally:
         watch.kill()
         os.close(terminal)
+
+
+def test_watching_in_a_pipe_ends_with_its_reader(tmp_path: Path) -> None:
+    """Each change is a table of its own."""
+    run = write(tmp_path / "run", "running")
+    command = [sys.executable, "-m", "dist_adv", "status", "run", "--watch"]
+    watch = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    try:
+        assert watch.stdout
+        for word in ("killed", "out of memory"):
+            assert any(word in line for line in watch.stdout)
+            rundir.mark(run, "failed", reason="out of memory")
+        watch.stdout.close()
+        rundir.mark(run, "done")
+        assert watch.wait(60) == 0
+    finally:
+        watch.kill()
