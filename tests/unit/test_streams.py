@@ -2,6 +2,7 @@
 
 import io
 import os
+import pwd
 import subprocess
 import sys
 import time
@@ -53,6 +54,23 @@ def test_a_full_disk_fails_what_only_prints(tmp_path: Path) -> None:
     )
     head = command("dist-adv --help | true; echo ${PIPESTATUS[0]}")
     assert (head.stdout, head.stderr) == ("0\n", "")
+
+
+def test_a_folder_that_was_removed_is_named(tmp_path: Path) -> None:
+    gone = command(f"mkdir {tmp_path}/x; cd {tmp_path}/x; rmdir {tmp_path}/x; dist-adv status r")
+    assert (gone.returncode, gone.stdout) == (2, "")
+    assert gone.stderr == "dist-adv: the current folder has been removed; cd to one that exists\n"
+
+
+def test_a_home_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cron and containers have none, and W&B's helper would complain of that on the terminal."""
+    monkeypatch.delenv("HOME")
+    cli._find_home()
+    assert os.environ["HOME"] == pwd.getpwuid(os.getuid()).pw_dir
+    monkeypatch.setenv("HOME", "")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # a user whom nobody knows
+    cli._find_home()
+    assert Path(os.environ["HOME"]).is_dir()
 
 
 def test_a_full_disk_does_not_fail_what_is_in_files_too() -> None:

@@ -79,7 +79,9 @@ def test_cores_are_for_the_runs_that_there_are(
 def test_under_a_launcher_a_sweep_needs_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    ranks = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    for name, value in {**ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     assert cli._run(["sweep", str(DIGITS), "--out", str(tmp_path / "out")]) == 2
     assert "use no launcher, or --only RUN under it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,28 @@
+"""How the end of a run is recorded, whatever ended it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dist_adv.config import load_config
+from dist_adv.runner import train_run
+from launch import TINY
+
+DIGITS = Path(__file__).parents[2] / "configs" / "digits" / "fast.yaml"
+
+
+def test_a_failure_that_nobody_foresaw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerator: object
+) -> None:
+    """It is no reason to leave `running` behind, which would mean that the run was killed."""
+
+    def fail(*_: object) -> None:
+        raise ValueError("unforeseen")
+
+    monkeypatch.setattr("dist_adv.train.Trainer.fit", fail)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="unforeseen"):
+        train_run(load_config(DIGITS, TINY), tmp_path / "run", "auto")
+    found = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (found["state"], found["reason"]) == ("failed", "unforeseen")
