@@ -87,9 +87,7 @@ class Healthy:
         return (smooth + random.choice(self.departures, len(smooth))).clip(0, 1)
 
 
-def collapsing(
-    curve: Curve, begin: int, fall: float, passes: int
-) -> Curve:
+def collapsing(curve: Curve, begin: int, fall: float, passes: int) -> Curve:
     """Take `fall` from PGD-5 accuracy in equal parts over so many passes, and none from FGSM."""
     lost = fall * (np.arange(len(curve)) - begin + 1).clip(0, passes) / passes
     pgd = (curve[:, 0] - lost).clip(0)
@@ -102,7 +100,9 @@ def sampled(curve: Curve, n: int, random: np.random.Generator) -> Iterator[tuple
     for pgd, fgsm in curve:
         least, most = min(pgd, fgsm), max(pgd, fgsm)
         strong = random.binomial(n, least)
-        weak = strong + (random.binomial(n - strong, (most - least) / (1 - least)) if least < 1 else 0)
+        weak = strong + (
+            random.binomial(n - strong, (most - least) / (1 - least)) if least < 1 else 0
+        )
         yield (strong / n, weak / n) if pgd <= fgsm else (weak / n, strong / n)
 
 
@@ -150,7 +150,9 @@ def tables(runs: int) -> list[str]:
             )
     for rule in ("gap", "wong"):
         sound = [(of, curve) for run, (of, curve) in curves.items() if run not in COLLAPSED]
-        found = [len(alarms(rule, curve, of, None if rule == "gap" else random)) for of, curve in sound]
+        found = [
+            len(alarms(rule, curve, of, None if rule == "gap" else random)) for of, curve in sound
+        ]
         k = sum(map(bool, found))
         lines.append(
             f"| {len(sound)} recorded | {rule} | {k} | {upper(k, len(sound)):.1%} | "
@@ -186,10 +188,12 @@ def tables(runs: int) -> list[str]:
             found = [alarms(rule, curve, batch, random) for _ in range(runs)]
             shares.append(np.mean([any(0 <= each - number <= 1 for each in one) for one in found]))
         as_recorded = ", ".join(map(str, alarms("gap", curve, batch, None)))
-        lines.append(
-            f"| {run} | {number} | {as_recorded} | {shares[0]:.1%} | {shares[1]:.1%} |"
-        )
-    lines += ["", "| stated collapse | PGD | gap, 512 images | wong, 64 | wong, 128 |", "|---|---|---|---|---|"]
+        lines.append(f"| {run} | {number} | {as_recorded} | {shares[0]:.1%} | {shares[1]:.1%} |")
+    lines += [
+        "",
+        "| stated collapse | PGD | gap, 512 images | wong, 64 | wong, 128 |",
+        "|---|---|---|---|---|",
+    ]
     for name, (high, low) in STATED.items():
         curve = np.array([[high, high + 2], [low, high + 2]]) / 100
         cells = [

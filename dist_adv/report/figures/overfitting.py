@@ -79,7 +79,9 @@ def draw(album: Album, drawn: Sequence[Drawn]) -> None:
         "from where the guard tripped (PGD-5 accuracy on training images fell and FGSM accuracy "
         f"did not fall with it), or {attack} left less than half of the accuracy under FGSM, or "
         "less than a quarter of that on the training images, and by more than 20 points; a run "
-        "that recovered has no mark." + sample + (f" Not shown: {', '.join(left_out)}." if left_out else ""),
+        "that recovered has no mark."
+        + sample
+        + (f" Not shown: {', '.join(left_out)}." if left_out else ""),
         _look([each for each in shown if runs[each] is not None], attack),
     )
 
