@@ -6,8 +6,8 @@ Commands: python benchmarks/guard.py --collect RUN_DIR... (metrics.jsonl to CURV
 Both rules, by the code that training uses, over curves of PGD-5 and FGSM accuracy on training
 images. A simulated run has the trend of a recorded healthy one (moving average of five passes),
 pass by pass a recorded departure from such a trend (of both accuracies at once, of any healthy
-run with that batch), and what 512 images, or a batch, add to it: new images in every pass, which
-is harsher than the same ones. A simulated collapse takes accuracy from PGD-5 and none from FGSM.
+run with that batch, from a pass at most five away), and what 512 images, or a batch, add to it:
+new images in every pass, which is harsher than the same ones. A simulated collapse takes accuracy from PGD-5 and none from FGSM.
 """
 
 import argparse
@@ -80,11 +80,13 @@ class Healthy:
         self.trends = [trend(curve) for curve in curves]
         departures = [curve - smooth for curve, smooth in zip(curves, self.trends, strict=True)]
         # The average of five takes a fifth of a single pass's variance with it.
-        self.departures = np.concatenate(departures) * np.sqrt(5 / 4)
+        self.departures = np.stack(departures) * np.sqrt(5 / 4)
 
     def run(self, random: np.random.Generator) -> Curve:
         smooth = self.trends[random.integers(len(self.trends))]
-        return (smooth + random.choice(self.departures, len(smooth))).clip(0, 1)
+        near = (np.arange(PASSES) + random.integers(-5, 6, PASSES)).clip(0, PASSES - 1)
+        departures = self.departures[random.integers(len(self.trends), size=PASSES), near]
+        return (smooth + departures).clip(0, 1)
 
 
 def collapsing(curve: Curve, begin: int, fall: float, passes: int) -> Curve:

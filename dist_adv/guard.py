@@ -5,8 +5,8 @@ falls while accuracy under FGSM stays or rises. A high learning rate lowers both
 and recovers.
 
 `gap`, the default: after every pass PGD-5 and FGSM accuracy on the same training images, not
-augmented. The pass has collapsed where PGD-5 accuracy fell, since the most robust pass so far, by
-more than so many images explain, and FGSM accuracy by less than half of that.
+augmented. The pass has collapsed where, since the most robust pass so far, PGD-5 accuracy fell,
+and fell behind FGSM accuracy, each by more than the noise of so many images.
 benchmarks/guard.py finds how often this is wrong.
 
 `wong`, of Wong et al. 2020, section 5.4: PGD-5 accuracy on a pass's first training batch fell by
@@ -55,11 +55,11 @@ class Measured:
         fall = before.pgd - self.pgd
         if self.fgsm is None or before.fgsm is None:
             return fall > FALL
+        behind = fall - (before.fgsm - self.fgsm)
         # As of two samples. They are one, on which the difference of two passes varies less.
         mean = (before.pgd + self.pgd) / 2
         noise = math.sqrt(2 * mean * (1 - mean) / self.n)
-        learnt = before.pgd > self.chance
-        return learnt and fall > SIGMAS * noise and before.fgsm - self.fgsm < fall / 2
+        return before.pgd > self.chance and min(fall, behind) > SIGMAS * noise
 
     def reference(self, before: "Measured | None") -> "Measured":
         """Choose what the next pass is compared with.
