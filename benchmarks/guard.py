@@ -103,7 +103,7 @@ def healthy() -> dict[int, Healthy]:
             [
                 curve
                 for run, (of, curve) in recorded().items()
-                if of == batch and run not in COLLAPSED
+                if of == batch and len(curve) == PASSES and run not in COLLAPSED
             ]
         )
         for batch in (64, 128)

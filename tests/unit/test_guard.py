@@ -2,23 +2,27 @@
 
 import csv
 import itertools
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from cases import config
-from dist_adv import rng
+from dist_adv import load_model, rng
 from dist_adv.attacks import PGD
-from dist_adv.config import parse_config
+from dist_adv.config import load_config, parse_config
 from dist_adv.data import DataOptions, load_dataset
 from dist_adv.data.datasets import Files
 from dist_adv.evaluate import subset
 from dist_adv.guard import SAMPLE, Measured, on_sample
 from dist_adv.models import build_model
+from dist_adv.runner import train_run
 from dist_adv.threat import Linf
 
-CURVES = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-26-guard" / "curves.csv"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+CURVES = ROOT / "benchmarks" / "results" / "2026-11-26-guard" / "curves.csv"
 
 
 def gap(pgd: float, fgsm: float, n: int = SAMPLE) -> Measured:
@@ -160,3 +164,26 @@ def test_it_does_not_matter_where_the_images_are(images, accelerator):
     ]
     assert found[0] == found[1]
     assert found[0].n == 120  # all there are
+
+
+@pytest.mark.slow
+def test_a_run_that_collapses_is_stopped_with_the_weights_from_before(tmp_path, accelerator):
+    """FGSM from the image itself, a large radius, no crops: digits collapse within 20 passes."""
+    overrides = [
+        *("method.init=zero", "method.alpha=0.3", "threat.eps=0.3", "data.augment=false"),
+        *("model.name=wide_resnet", "model.depth=10", "model.widen=1", "model.width=16"),
+        *("method.guard=stop", "eval.every=0", "eval.attacks=[natural]"),
+    ]
+    run_dir = tmp_path / "run"
+    settings = load_config(CONFIGS / "digits" / "fast.yaml", overrides)
+    train_run(settings, run_dir, "none")
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    passes = [record for record in map(json.loads, lines) if record["kind"] == "epoch"]
+    *_, before, last = passes
+    assert [record["guard_tripped"] for record in passes] == [False] * (len(passes) - 1) + [True]
+    assert last["guard_accuracy"] < before["guard_accuracy"]
+    kept = load_model(run_dir)
+    assert kept.architecture["trained"]["epoch"] == before["epoch"]
+    data = load_dataset(settings.data, "train")
+    found = on_sample(kept, data, Linf(0.3), accelerator, 500, lambda: None)
+    assert found.record().items() <= before.items()
