@@ -12,6 +12,7 @@ from torch import Tensor
 from dist_adv import parallel
 from dist_adv.checkpoint import Checkpoint
 from dist_adv.errors import UserError
+from dist_adv.guard import Measured
 
 if TYPE_CHECKING:
     from dist_adv.session import Session
@@ -57,7 +58,7 @@ def collect(trainer: "Trainer", session: "Session", wandb_id: str | None) -> Che
     state = {
         "clock": asdict(trainer.clock),
         "pass_sums": trainer.pass_sums.tolist(),
-        "guard_accuracy": trainer.guard_accuracy,
+        "guard": asdict(trainer.guarded) if trainer.guarded else None,
         "good_clock": asdict(good[0]) if good else None,
         "best": asdict(trainer.best) if trainer.best else None,
         "scaler": scaler.state_dict() if scaler else None,
@@ -114,7 +115,8 @@ def restore(trainer: "Trainer", saved: Checkpoint, path: Path) -> None:
     trainer.nonfinite.restart()
     trainer.clock = Clock(**state["clock"])
     trainer.pass_sums = torch.tensor(state["pass_sums"], dtype=torch.float64)
-    trainer.guard_accuracy = state["guard_accuracy"]
+    # Earlier versions saved the accuracy on one batch, which no accuracy on the sample is like.
+    trainer.guarded = Measured(**state["guard"]) if state.get("guard") else None
     trainer.best = Best(**state["best"]) if state["best"] else None
     if state["good_clock"]:
         good = {

@@ -18,12 +18,12 @@ from accelerate import Accelerator
 from rich.progress import Progress
 from torch import Tensor
 
-from dist_adv import checkpoint, engines, parallel, state
+from dist_adv import checkpoint, engines, guard, parallel, state
 from dist_adv.config import Config
 from dist_adv.data import Batch, Dataset, Loader, load_dataset
 from dist_adv.errors import Preempted, RunFailure, UserError
 from dist_adv.evaluate import Examples, evaluate
-from dist_adv.guard import FALL, robust_accuracy
+from dist_adv.guard import Measured
 from dist_adv.methods import Step, build_method
 from dist_adv.models import build_model
 from dist_adv.nonfinite import NonFinite
@@ -164,7 +164,7 @@ class Trainer:
         self.clock = Clock()
         self.pass_sums = torch.zeros(4, dtype=torch.float64)
         self.best: Best | None = None
-        self.guard_accuracy: float | None = None
+        self.guarded: Measured | None = None
         self.good: tuple[Clock, dict[str, Tensor]] | None = None
         self.stopped, self.skipped = False, 0
 
@@ -290,7 +290,7 @@ class Trainer:
         if self.clock.batch == self.loader.batches:
             self.clock.epoch, self.clock.batch = self.clock.epoch + 1, 0
         curve, examples = self._curve(session)
-        record = self._record("epoch", self.pass_sums) | curve | self._guard()
+        record = self._record("epoch", self.pass_sums) | curve | self._guard(session)
         display.passed(record, self.config.train.epochs)
         if tracker:
             tracker.metrics(record, examples)
@@ -383,24 +383,17 @@ class Trainer:
         }
         return figures, examples
 
-    def _guard(self) -> dict[str, Any]:
-        """The rule of `guard.py`; `stop` puts the weights of the pass before into `copy`."""
-        mode = self.config.method.guard
-        if mode == "none":
+    def _guard(self, session: Session) -> dict[str, Any]:
+        """The rule of `guard.py`; `stop` puts the weights of the last good pass into `copy`."""
+        method = self.config.method
+        if method.guard == "none":
             return {}
-        first = next(self.loader.epoch(max(0, math.ceil(self.passes) - 1)))
-        accuracy = robust_accuracy(self.copy, first, self.threat, self.accelerator)
-        before, self.guard_accuracy = self.guard_accuracy, accuracy
-        tripped = before is not None and before - accuracy > FALL
-        if tripped:
-            log.warning(
-                "catastrophic overfitting in pass %g: PGD-5 accuracy on training images fell by "
-                "more than %g to %.1f %%",
-                self.passes,
-                FALL,
-                100 * accuracy,
-            )
-        if mode == "stop":
+        now, before = self._measured(session), self.guarded
+        tripped = before is not None and now.collapsed(before)
+        self.guarded = now.reference(before)
+        if before and tripped:
+            log.warning("catastrophic overfitting in pass %g: %s", self.passes, now.since(before))
+        if method.guard == "stop":
             if tripped:
                 assert self.good is not None
                 self.copy.load_state_dict(self.good[1])
@@ -408,7 +401,21 @@ class Trainer:
                 log.warning("stopped; the weights of pass %g are kept", self._passes(self.good[0]))
             else:
                 self.good = replace(self.clock), _clone(self.copy.state_dict())
-        return {"guard_accuracy": accuracy, "guard_tripped": tripped}
+        return now.record() | {"guard_tripped": tripped}
+
+    def _measured(self, session: Session) -> Measured:
+        """What the guard's rule looks at, of the weights in `copy`."""
+        if self.config.method.guard_rule == "wong":
+            first = next(self.loader.epoch(max(0, math.ceil(self.passes) - 1)))
+            return guard.on_batch(self.copy, first, self.threat, self.accelerator)
+        return guard.on_sample(
+            self.copy,
+            self.train_data,
+            self.threat,
+            self.accelerator,
+            self.config.eval.batch_size,
+            session.between_chunks,
+        )
 
     def trained(self) -> dict[str, float]:
         """How many passes and optimiser steps made the weights in `copy`."""

@@ -102,7 +102,8 @@ def _identity(row: Row) -> list[tuple[str, Any]]:
     return [
         (key, value)
         for key, value in row.settings.items()
-        if key == "model.name" or (key.startswith(("method.", "threat.")) and key != "method.guard")
+        if key == "model.name"
+        or (key.startswith(("method.", "threat.")) and not key.startswith("method.guard"))
     ]
 
 

@@ -10,7 +10,11 @@ import pytest
 import torch
 
 from cases import config
-from dist_adv import load_model
+from dist_adv import load_model, parallel
+from dist_adv.config import load_config
+from dist_adv.data import load_dataset
+from dist_adv.guard import on_sample
+from dist_adv.threat import build
 
 pytestmark = pytest.mark.slow
 
@@ -51,6 +55,26 @@ def test_launchers_train_on_two_ranks(method, launcher, tmp_path):
     alone = launch([sys.executable], "eval", "run", cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr[-3000:]
     assert accuracies()[:2] == accuracies()[2:]
+    if method == "fast":
+        assert measured_alone(tmp_path / "run") == guarded(tmp_path / "run")
+
+
+def guarded(run_dir: Path) -> tuple[float, float]:
+    """What the guard found after the last pass."""
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    return last["guard_accuracy"], last["guard_fgsm_accuracy"]
+
+
+def measured_alone(run_dir: Path) -> tuple[float, float]:
+    """What one process finds in the same weights."""
+    settings = load_config(run_dir / "config.yaml")
+    threat = build(settings.threat.norm, settings.threat.eps)
+    data = load_dataset(settings.data, "train")
+    accelerator = parallel.start(threads=1)
+    found = on_sample(load_model(run_dir), data, threat, accelerator, 500, lambda: None)
+    assert found.n == 512
+    assert found.fgsm is not None
+    return found.pgd, found.fgsm
 
 
 KILL_AFTER_FIRST_CHECKPOINT = """

@@ -1,6 +1,7 @@
 """A run that dies between two passes and goes on ends with the weights of one that did not."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from cases import CASES, config
 from dist_adv import checkpoint, load_model
 from dist_adv.config import Config, parse_config
 from dist_adv.errors import UserError
+from dist_adv.guard import Measured
 from dist_adv.runner import train_run
 from dist_adv.train import Trainer
 
@@ -62,10 +64,12 @@ def test_resumed_weights_are_those_of_the_uninterrupted_run(case, images, tmp_pa
     assert guards[0] == guards[1]
 
 
-def _guards(run_dir: Path) -> dict[float, float]:
+def _guards(run_dir: Path) -> dict[float, tuple[float, float, bool]]:
+    """What the guard found after each pass; of a pass that was closed twice the last."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    return {r["epoch"]: r["guard_accuracy"] for r in records if r["kind"] == "epoch"}
+    keys = ("guard_accuracy", "guard_fgsm_accuracy", "guard_tripped")
+    return {r["epoch"]: tuple(r[key] for key in keys) for r in records if r["kind"] == "epoch"}
 
 
 def test_saving_and_evaluating_do_not_change_training(images, tmp_path):
@@ -119,18 +123,18 @@ def test_no_good_checkpoint_is_an_error_and_not_a_fresh_start(images, tmp_path, 
 
 
 class Collapsing:
-    """Stands in for `guard.robust_accuracy`: rises, then falls by more than the rule allows."""
+    """Stands in for `guard.on_sample`: PGD-5 rises, then falls while FGSM accuracy stays."""
 
     def __init__(self) -> None:
-        self.values = iter([0.4, 0.5, 0.2, 0.9])
+        self.values = iter([(0.4, 0.5), (0.5, 0.5), (0.2, 0.5), (0.9, 0.9)])
 
-    def __call__(self, *arguments: object) -> float:
-        return next(self.values)
+    def __call__(self, *arguments: object) -> Measured:
+        return Measured(512, *next(self.values), chance=0.1)
 
 
 @pytest.mark.parametrize(("mode", "passes"), [("none", 4), ("warn", 4), ("stop", 2)])
 def test_the_guard_stops_with_the_last_good_weights(mode, passes, images, tmp_path, monkeypatch):
-    monkeypatch.setattr("dist_adv.train.robust_accuracy", Collapsing())
+    monkeypatch.setattr("dist_adv.guard.on_sample", Collapsing())
     tree = settings("fast-random", images, epochs=4).model_dump()
     tree["method"]["guard"] = mode
     kept: dict[float, dict[str, torch.Tensor]] = {}
@@ -148,7 +152,47 @@ def test_the_guard_stops_with_the_last_good_weights(mode, passes, images, tmp_pa
     found = model.state_dict()
     assert all(torch.equal(found[name], kept[passes][name]) for name in found)
     log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count("catastrophic overfitting in pass") == (mode != "none")
     assert ("catastrophic overfitting in pass 3" in log) == (mode != "none")
+
+
+@pytest.mark.parametrize("mode", ["warn", "stop"])
+def test_a_resumed_run_compares_with_the_most_robust_pass_before(
+    mode, images, tmp_path, monkeypatch
+):
+    """Killed between a slow collapse's passes: neither fall alone is more than noise."""
+    slow = {1.0: (0.5, 0.55), 2.0: (0.44, 0.56), 3.0: (0.35, 0.57)}
+
+    def measured(self: Trainer, session: object) -> Measured:
+        return Measured(512, *slow[self.passes], chance=0.1)
+
+    monkeypatch.setattr(Trainer, "_measured", measured)
+    tree = settings("fast-random", images).model_dump()
+    tree["method"]["guard"] = mode
+    config = parse_config(tree, mode)
+    train_run(config, tmp_path / "whole", "none")
+    train_and_die(monkeypatch, 2, config, tmp_path / "parts")
+    train_run(config, tmp_path / "parts", "auto")
+    for name in ("whole", "parts"):
+        guards = _guards(tmp_path / name)
+        assert [tripped for _, _, tripped in guards.values()] == [False, False, True]
+        trained = load_model(tmp_path / name).architecture["trained"]["epoch"]
+        assert trained == (2 if mode == "stop" else 3)
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_checkpoints_of_the_guard_before_this_one(images, tmp_path, monkeypatch):
+    """They have the accuracy on one batch: a run goes on from them and compares afresh."""
+    run_dir = tmp_path / "run"
+    train_and_die(monkeypatch, 2, settings("fast-random", images), run_dir)
+    newest = checkpoint.load(max((run_dir / "checkpoints").iterdir()))
+    assert newest.state["guard"]
+    state = {key: value for key, value in newest.state.items() if key != "guard"}
+    older = replace(newest, state={**state, "guard_accuracy": 0.9})
+    checkpoint.save(run_dir / "checkpoints", state["clock"]["step"], older, keep=1)
+    train_run(settings("fast-random", images), run_dir, "auto")
+    assert not any(tripped for _, _, tripped in _guards(run_dir).values())
 
 
 def test_a_run_goes_on_from_images_on_disk(images, tmp_path):

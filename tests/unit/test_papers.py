@@ -49,7 +49,7 @@ WONG = {
     "wong-random": (fast(8), PREACT, 0.2, 30, 128),
     "wong-fast-10": (fast(10), PREACT, 0.2, 30, 128),
     "wong-fast-16": (fast(16), PREACT, 0.2, 30, 128),
-    "wong-guard": (fast(16, guard="stop"), PREACT, 0.2, 30, 128),
+    "wong-guard": (fast(16, guard="stop") | {"guard_rule": "wong"}, PREACT, 0.2, 30, 128),
     "wong-free-8": (free(8), PREACT, 0.04, 12, 128),
     "wong-pgd-7": (PGD, PREACT, 0.2, 40, 128),
 }
@@ -93,7 +93,7 @@ def test_settings(
     found = runs(sweep)
     for name, (method, model, lr, passes, batch) in rows.items():
         config = found[name].model_dump()
-        assert config["method"] == method, name
+        assert config["method"] == {"guard_rule": "gap"} | method, name
         assert config["model"] == model, name
         assert config["threat"] == {"norm": "linf", "eps": 8 / 255}, name
         assert config["optim"] == optim | {"lr": lr}, name

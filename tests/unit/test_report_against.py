@@ -188,6 +188,17 @@ def test_nearest_row(
     assert len(pairs) == max(1, len(rows))
 
 
+@pytest.mark.parametrize(
+    ("rule", "differences"), [("wong", []), ("gap", ["guard rule gap instead of wong"])]
+)
+def test_their_early_stop_is_by_their_rule(
+    rule: str, differences: list[str], tmp_path: Path
+) -> None:
+    method = FAST | {"alpha": 16 / 255, "guard": "stop", "guard_rule": rule}
+    (pair,) = pairs_of(full_run(tmp_path / "run", method, train={"epochs": 30}), "wong2020")
+    assert [each for each in pair.differences if "guard" in each] == differences
+
+
 def test_another_threat_or_model_has_no_row(tmp_path: Path) -> None:
     larger = full_run(tmp_path / "eps", FAST, threat={"eps": 12 / 255})
     deeper = full_run(tmp_path / "model", FREE, model={"name": "wide_resnet"})

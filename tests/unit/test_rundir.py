@@ -208,6 +208,7 @@ MODELS = ("preact_resnet18", "wide_resnet", "resnet50")
 DECIDED: dict[str, tuple[Any, str]] = {
     "method.name": ("natural", "no"),
     "method.guard": ("stop", "no"),
+    "method.guard_rule": ("wong", "no"),
     "method.steps": (3, "no"),
     "method.replays": (3, "no"),
     "method.alpha": (0.01, "no"),

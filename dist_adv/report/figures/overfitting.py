@@ -76,10 +76,12 @@ def draw(album: Album, drawn: Sequence[Drawn]) -> None:
         "Training on a single attack step can go wrong from one pass to the next: the model "
         "learns to mislead that step, so accuracy on its own training images rises and FGSM, one "
         f"step too, still leaves some, while {attack} leaves nothing. The line and the shade mark "
-        "from where the guard tripped (PGD-5 accuracy on training images fell by more than 20 "
-        f"points), or {attack} left less than half of the accuracy under FGSM, or less than a "
-        "quarter of that on the training images, and by more than 20 points; a run that recovered "
-        "has no mark." + sample + (f" Not shown: {', '.join(left_out)}." if left_out else ""),
+        "from where the guard tripped (PGD-5 accuracy on training images fell and FGSM accuracy "
+        f"did not fall with it), or {attack} left less than half of the accuracy under FGSM, or "
+        "less than a quarter of that on the training images, and by more than 20 points; a run "
+        "that recovered has no mark."
+        + sample
+        + (f" Not shown: {', '.join(left_out)}." if left_out else ""),
         _look([each for each in shown if runs[each] is not None], attack),
     )
 
