@@ -114,7 +114,12 @@ def _meeting() -> Iterator[None]:
         ) from error
 
 
-def check_same_start(accelerator: Accelerator, about: Mapping[str, Any]) -> None:
+def check_same_start(
+    accelerator: Accelerator,
+    about: Mapping[str, Any],
+    fault: str = "were not started alike",
+    remedy: str = "give every rank the same command, code and files",
+) -> None:
     """Raises UserError on every rank where one was started with something else than rank 0."""
     mine = (socket.gethostname(), dict(about))
     everyone = gather_object([mine]) if accelerator.num_processes > 1 else [mine]
@@ -127,8 +132,8 @@ def check_same_start(accelerator: Accelerator, about: Mapping[str, Any]) -> None
         ]
         if different:
             raise UserError(
-                f"rank {rank} on {host} and rank 0 on {first} were not started alike "
-                f"({'; '.join(different)}); give every rank the same command, code and files"
+                f"rank {rank} on {host} and rank 0 on {first} {fault} "
+                f"({'; '.join(different)}); {remedy}"
             )
 
 

@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 
 from dist_adv.config import parse_config
 from dist_adv.data import DataOptions, Dataset, load_dataset
-from dist_adv.data.datasets import Files
+from dist_adv.data.files import Files
 from dist_adv.errors import UserError
 from dist_adv.train import Trainer
 
