@@ -137,6 +137,17 @@ def check_same_start(
             )
 
 
+def check_same_images(accelerator: Accelerator, **splits: Dataset) -> None:
+    """Raises UserError on every rank where one reads other images than rank 0."""
+    about = {
+        f"{split} {key}": value
+        for split, data in splits.items()
+        for key, value in (data.fingerprint or {}).items()
+    }
+    remedy = "copy the files below data.root (or DIST_ADV_DATA) once more"
+    check_same_start(accelerator, about, "have other images", remedy)
+
+
 def cores() -> int:
     """Those that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux

@@ -1,21 +1,25 @@
 """What a checkpoint of a training run holds, and how a run goes on from one."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dist_adv import parallel
 from dist_adv.checkpoint import Checkpoint
+from dist_adv.config import flatten
 from dist_adv.errors import UserError
 
 if TYPE_CHECKING:
     from dist_adv.session import Session
     from dist_adv.train import Trainer
+
+log = logging.getLogger("dist_adv")
 
 
 def collect(trainer: "Trainer", session: "Session", wandb_id: str | None) -> Checkpoint | None:
@@ -64,9 +68,46 @@ def collect(trainer: "Trainer", session: "Session", wandb_id: str | None) -> Che
         "world_size": accelerator.num_processes,
         "precision": accelerator.mixed_precision,
         "wandb_id": wandb_id,
+        "images": _images(trainer),
         "config": trainer.config.model_dump(),
     }
     return Checkpoint(groups, state, {"architecture": json.dumps(trainer.copy.architecture)})
+
+
+def check_images(trainer: "Trainer", saved: Checkpoint, path: Path, insist: bool) -> None:
+    """Compare the images with those that a checkpoint was trained on.
+
+    insist: go on with others, aloud, as far as they make as many batches.
+
+    Raises UserError.
+    """
+    clock, batches = saved.state["clock"], trainer.loader.batches
+    passes = clock["epoch"] * batches + clock["batch"]
+    fits = clock["step"] == passes * trainer.method.steps_per_batch
+    before, now = flatten(saved.state.get("images", {})), flatten(_images(trainer))
+    changed = [
+        f"{key}: {now.get(key)} now, {value} before"
+        for key, value in before.items()  # an older version's checkpoint has none
+        if now.get(key) != value
+    ]
+    what = f" ({'; '.join(changed)})" if changed else ""
+    if not fits:
+        raise UserError(
+            f"{path}: was trained on another number of images{what}: a pass has {batches} batches "
+            f"now; restore them, or start a new run with --run-dir"
+        )
+    if changed and not insist:
+        raise UserError(
+            f"{path}: was trained on other images{what}; restore them, start a new run with "
+            f"--run-dir, or go on with these all the same: --resume {path}"
+        )
+    if changed:
+        log.warning("going on with other images than before%s", what)
+
+
+def _images(trainer: "Trainer") -> dict[str, Any]:
+    """Return what tells the images of this run from others."""
+    return {"train": trainer.train_data.fingerprint, "test": trainer.test_data.fingerprint}
 
 
 def restore(trainer: "Trainer", saved: Checkpoint, path: Path) -> None:
