@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_adv import engines
-from dist_adv.data import Dataset
+from dist_adv.data import Dataset, Fingerprints, what_changed
 from dist_adv.engines import TrainNet
 from dist_adv.errors import LostRank, RankFailure, UserError
 
@@ -114,12 +114,7 @@ def _meeting() -> Iterator[None]:
         ) from error
 
 
-def check_same_start(
-    accelerator: Accelerator,
-    about: Mapping[str, Any],
-    fault: str = "were not started alike",
-    remedy: str = "give every rank the same command, code and files",
-) -> None:
+def check_same_start(accelerator: Accelerator, about: Mapping[str, Any]) -> None:
     """Raises UserError on every rank where one was started with something else than rank 0."""
     mine = (socket.gethostname(), dict(about))
     everyone = gather_object([mine]) if accelerator.num_processes > 1 else [mine]
@@ -132,20 +127,23 @@ def check_same_start(
         ]
         if different:
             raise UserError(
-                f"rank {rank} on {host} and rank 0 on {first} {fault} "
-                f"({'; '.join(different)}); {remedy}"
+                f"rank {rank} on {host} and rank 0 on {first} were not started alike "
+                f"({'; '.join(different)}); give every rank the same command, code and files"
             )
 
 
-def check_same_images(accelerator: Accelerator, **splits: Dataset) -> None:
+def check_same_images(accelerator: Accelerator, prints: Fingerprints) -> None:
     """Raises UserError on every rank where one reads other images than rank 0."""
-    about = {
-        f"{split} {key}": value
-        for split, data in splits.items()
-        for key, value in (data.fingerprint or {}).items()
-    }
-    remedy = "copy the files below data.root (or DIST_ADV_DATA) once more"
-    check_same_start(accelerator, about, "have other images", remedy)
+    mine = (socket.gethostname(), prints)
+    everyone = gather_object([mine]) if accelerator.num_processes > 1 else [mine]
+    first, expected = everyone[0]
+    for rank, (host, found) in enumerate(everyone):
+        changed = what_changed(expected, found)
+        if changed:
+            raise UserError(
+                f"data.root: rank {rank} on {host} has other images than rank 0 on {first} "
+                f"({'; '.join(changed)}); copy the folder (or that of DIST_ADV_DATA) once more"
+            )
 
 
 def cores() -> int:

@@ -270,7 +270,7 @@ def _evaluate(
     first = partial(parallel.main_process_first, accelerator)
     if data is None:
         data = parallel.on_every(accelerator, lambda: load_dataset(config.data, "test", first))
-        parallel.check_same_images(accelerator, test=data)
+        parallel.check_same_images(accelerator, {"test": data.fingerprint})
     threat = build_threat(config.threat.norm, config.threat.eps)
     with (
         parallel.plain_failures(accelerator, "eval.batch_size", config.eval.batch_size),

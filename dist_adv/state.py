@@ -5,14 +5,14 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dist_adv import parallel
 from dist_adv.checkpoint import Checkpoint
-from dist_adv.config import flatten
+from dist_adv.data import what_changed
 from dist_adv.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def collect(trainer: "Trainer", session: "Session", wandb_id: str | None) -> Che
         "world_size": accelerator.num_processes,
         "precision": accelerator.mixed_precision,
         "wandb_id": wandb_id,
-        "images": _images(trainer),
+        "images": trainer.fingerprints,
         "config": trainer.config.model_dump(),
     }
     return Checkpoint(groups, state, {"architecture": json.dumps(trainer.copy.architecture)})
@@ -84,12 +84,8 @@ def check_images(trainer: "Trainer", saved: Checkpoint, path: Path, insist: bool
     clock, batches = saved.state["clock"], trainer.loader.batches
     passes = clock["epoch"] * batches + clock["batch"]
     fits = clock["step"] == passes * trainer.method.steps_per_batch
-    before, now = flatten(saved.state.get("images", {})), flatten(_images(trainer))
-    changed = [
-        f"{key}: {now.get(key)} now, {value} before"
-        for key, value in before.items()  # an older version's checkpoint has none
-        if now.get(key) != value
-    ]
+    before = saved.state.get("images", {})  # an older version's checkpoint has none
+    changed = what_changed(before, trainer.fingerprints)
     what = f" ({'; '.join(changed)})" if changed else ""
     if not fits:
         raise UserError(
@@ -103,11 +99,6 @@ def check_images(trainer: "Trainer", saved: Checkpoint, path: Path, insist: bool
         )
     if changed:
         log.warning("going on with other images than before%s", what)
-
-
-def _images(trainer: "Trainer") -> dict[str, Any]:
-    """Return what tells the images of this run from others."""
-    return {"train": trainer.train_data.fingerprint, "test": trainer.test_data.fingerprint}
 
 
 def restore(trainer: "Trainer", saved: Checkpoint, path: Path) -> None:

@@ -137,8 +137,9 @@ class Trainer:
         self.config, self.accelerator = config, accelerator
         if data is None:
             data = parallel.on_every(accelerator, self._load)
-            parallel.check_same_images(accelerator, train=data[0], test=data[1])
         self.train_data, self.test_data = data
+        self.fingerprints = {"train": data[0].fingerprint, "test": data[1].fingerprint}
+        parallel.check_same_images(accelerator, self.fingerprints)
         check_splits(self.train_data, self.test_data)
         self.curve_data = self.test_data
         if config.data.validation:

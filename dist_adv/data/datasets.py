@@ -6,10 +6,8 @@ is embedded in scikit-learn; `imagefolder` is any folder with `train/<class>/` a
 `data`.
 """
 
-import hashlib
-import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +19,9 @@ from pydantic import Field
 from torch import Tensor
 
 from dist_adv import rng
+from dist_adv.data import fingerprint
 from dist_adv.data.files import Files, Listing, list_images
+from dist_adv.data.fingerprint import Fingerprint
 from dist_adv.errors import UserError, shown
 from dist_adv.options import Options, PositiveInt, Real
 
@@ -56,8 +56,8 @@ class Dataset:
     classes: list[str]
     crop_padding: int
     flip: bool
-    fingerprint: Mapping[str, int | str] | None = None
-    """What tells these images from others, wherever they lie; of the whole split."""
+    fingerprint: Fingerprint | None = None
+    """Of the whole split; None for images that were made up."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -134,23 +134,12 @@ def load_dataset(
         with main_process_first():
             data = _torchvision(options.name, data_root(options), split)
     if data.fingerprint is None:
-        data = replace(data, fingerprint=_fingerprint(data))
+        assert isinstance(data.images, Tensor)
+        found = fingerprint.of_tensors(data.images, data.labels, data.classes)
+        data = replace(data, fingerprint=found)
     if options.crop_padding is None:
         return data
     return replace(data, crop_padding=options.crop_padding)
-
-
-def _fingerprint(data: Dataset) -> dict[str, int | str]:
-    """Return what tells images in memory from others: labels under `names`, and all pixels."""
-    assert isinstance(data.images, Tensor)
-    names = hashlib.sha256(json.dumps([data.classes, data.labels.tolist()]).encode())
-    contents = hashlib.sha256(data.images.numpy().tobytes())
-    return {
-        "images": len(data),
-        "classes": len(data.classes),
-        "names": names.hexdigest()[:16],
-        "contents": contents.hexdigest()[:16],
-    }
 
 
 def _digits(split: str) -> Dataset:
@@ -237,5 +226,5 @@ def _imagefolder(split: str, options: DataOptions) -> Dataset:
         listing.classes,
         crop_padding=files.shape[-1] // 8,
         flip=True,
-        fingerprint=listing.fingerprint(),
+        fingerprint=fingerprint.of_files(listing),
     )

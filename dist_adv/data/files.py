@@ -5,7 +5,6 @@ Threads and not processes: Pillow lets go of the interpreter while it decodes an
 memory or socket to run out, and a signal to all processes of a run meets those that save it.
 """
 
-import hashlib
 import logging
 import math
 import os
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_adv import rng
 from dist_adv.data.image import Unreadable, decode, extensions
 from dist_adv.errors import RankFailure, UserError, few, shown
 
@@ -28,7 +26,6 @@ log = logging.getLogger("dist_adv")
 _Failure = type[UserError] | type[RankFailure]
 
 _BATCHES_AHEAD = 4
-_FILES_LOOKED_INTO = 2000
 # What systems put beside people's folders; names that begin with a dot are passed over, too.
 _NOT_PEOPLES = frozenset({"__MACOSX", "@eaDir", "lost+found"})
 
@@ -161,36 +158,6 @@ class Listing:
     paths: list[str]
     sizes: list[int]
     labels: list[int]
-
-    def fingerprint(self) -> dict[str, int | str]:
-        """Return what tells these images from others, wherever they lie.
-
-        names: of every file, relative to the folder, in order. contents: every file's size, and
-        the bytes of up to 2,000, always the same ones.
-        """
-        names, contents = hashlib.sha256(), hashlib.sha256()
-        for path, size in zip(self.paths, self.sizes, strict=True):
-            names.update(os.fsencode(os.path.relpath(path, self.folder)) + b"\0")
-            contents.update(b"%d\0" % size)
-        order = rng.permutation(rng.stream_key("fingerprint"), len(self.paths))
-        some = [self.paths[k] for k in order[:_FILES_LOOKED_INTO].tolist()]
-        with ThreadPoolExecutor() as pool:
-            for digest in pool.map(_digest, some):
-                contents.update(digest)
-        return {
-            "images": len(self.paths),
-            "classes": len(self.classes),
-            "names": names.hexdigest()[:16],
-            "contents": contents.hexdigest()[:16],
-        }
-
-
-def _digest(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-    except OSError as error:
-        raise unusable(path, error) from None
 
 
 def unusable(path: str | Path, error: OSError | ValueError) -> UserError:
