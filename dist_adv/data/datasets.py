@@ -158,6 +158,11 @@ def _digits(split: str) -> Dataset:
 def _torchvision(name: str, root: Path, split: str) -> Dataset:
     from torchvision import datasets
 
+    reason = _why_not(root)
+    if reason:
+        raise UserError(
+            f"data.root: {shown(root)}: cannot be used{reason}; set data.root or DIST_ADV_DATA"
+        )
     train, existed = split == "train", root.exists()
     try:
         if name == "svhn":
@@ -177,7 +182,7 @@ def _torchvision(name: str, root: Path, split: str) -> Dataset:
         found = f"found {', '.join(present[:5])}, incomplete or damaged" if present else "no files"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"data.root: {name} in {root}: {found}, and downloading it failed ({reason}); "
+            f"data.root: {name} in {shown(root)}: {found}, and downloading it failed ({reason}); "
             f"put the archive there by hand or set data.root or DIST_ADV_DATA"
         ) from None
     return Dataset(
