@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageOps, features
 
-from dist_adv.data.image import Unreadable, decode, extensions, formats
+from dist_adv.data.image import Unreadable, decode, extensions
 
 RAMP = np.linspace(0, 1, 256).reshape(16, 16)
 LEVELS = np.arange(256).reshape(16, 16)
