@@ -82,8 +82,8 @@ def check_images(trainer: "Trainer", saved: Checkpoint, path: Path, insist: bool
     Raises UserError.
     """
     clock, batches = saved.state["clock"], trainer.loader.batches
-    passes = clock["epoch"] * batches + clock["batch"]
-    fits = clock["step"] == passes * trainer.method.steps_per_batch
+    done = clock["epoch"] * batches + clock["batch"]
+    fits = clock["step"] == done * trainer.method.steps_per_batch and clock["batch"] <= batches
     before = saved.state.get("images", {})  # an older version's checkpoint has none
     changed = what_changed(before, trainer.fingerprints)
     what = f" ({'; '.join(changed)})" if changed else ""

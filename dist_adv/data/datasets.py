@@ -161,7 +161,8 @@ def _torchvision(name: str, root: Path, split: str) -> Dataset:
     reason = _why_not(root)
     if reason:
         raise UserError(
-            f"data.root: {shown(root)}: cannot be used{reason}; set data.root or DIST_ADV_DATA"
+            f"data.root: {name} in {shown(root)}: no such folder{reason}; set data.root or "
+            f"DIST_ADV_DATA"
         )
     train, existed = split == "train", root.exists()
     try:
