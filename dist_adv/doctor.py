@@ -252,7 +252,7 @@ def _data(config: Config | None) -> Findings:
 
 
 def _is_there(name: str, root: Path) -> bool:
-    return all((root / file).exists() for file in _FILES[name])
+    return all(os.path.exists(root / file) for file in _FILES[name])
 
 
 def _run_folder(config: Config | None, folder: Path) -> Findings:

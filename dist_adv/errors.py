@@ -1,5 +1,8 @@
 """How a command ends early; `cli.main` turns each into one line and an exit status."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 
 class UserError(Exception):
     """Something that the user can mend: what is wrong, which key or file, what to do. Exit 2."""
@@ -33,3 +36,14 @@ class Preempted(Exception):
         super().__init__(reason)
         self.reason = reason
         self.status = _STATUS.get(reason, 143)
+
+
+def few(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names of a list that may be long, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(shown, names[:most])) + more
+
+
+def shown(name: str | Path) -> str:
+    """Return a name as a line can have it: without control characters and bytes of no text."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(name))

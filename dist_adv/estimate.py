@@ -113,9 +113,9 @@ def _images(options: DataOptions) -> Images:
     """The training split, whose files are looked at where the name does not say it all."""
     if options.name in SETS:
         return SETS[options.name]
-    files, _, classes = image_files(options, "train")
+    files, listing = image_files(options, "train")
     n, channels, size, _ = files.shape
-    return Images(n, channels, size, len(classes))
+    return Images(n, channels, size, len(listing.classes))
 
 
 def _time(jobs: list[_Job], precision: str, threads: int | None) -> tuple[StepTime, str]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_adv import engines, launched, stopping
-from dist_adv.data import Dataset
+from dist_adv.data import Dataset, Fingerprints, what_changed
 from dist_adv.engines import TrainNet
 from dist_adv.errors import LostRank, RankFailure, UserError
 
@@ -154,6 +154,20 @@ def check_same_start(accelerator: Accelerator, about: Mapping[str, Any]) -> None
             raise UserError(
                 f"rank {rank} on {host} and rank 0 on {first} were not started alike "
                 f"({'; '.join(different)}); give every rank the same command, code and files"
+            )
+
+
+def check_same_images(accelerator: Accelerator, prints: Fingerprints) -> None:
+    """Raises UserError on every rank where one reads other images than rank 0."""
+    mine = (socket.gethostname(), prints)
+    everyone = gather_object([mine]) if accelerator.num_processes > 1 else [mine]
+    first, expected = everyone[0]
+    for rank, (host, found) in enumerate(everyone):
+        changed = what_changed(expected, found)
+        if changed:
+            raise UserError(
+                f"data.root: rank {rank} on {host} has other images than rank 0 on {first} "
+                f"({'; '.join(changed)}); copy the folder (or that of DIST_ADV_DATA) once more"
             )
 
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from dist_adv import checkpoint, parallel, records, rundir, state, track
 from dist_adv.checkpoint import Checkpoint
 from dist_adv.config import Config, flatten, load_config, longer, parse_config
-from dist_adv.data import Dataset, data_root, load_dataset
+from dist_adv.data import Dataset, load_dataset
 from dist_adv.errors import Preempted, RunFailure, UserError
 from dist_adv.evaluate import evaluate
 from dist_adv.models import load_model, read_final, save_model
@@ -88,6 +88,7 @@ def _train(
     start = parallel.on_main(accelerator, lambda: _starting_point(run_dir, config, resume))
     if start:
         path, saved = start
+        state.check_images(trainer, saved, path, insist=resume not in ("auto", "none"))
         state.restore(trainer, saved, path)
         log.info("going on from %s (pass %g)", path, trainer.passes)
         _say_what_differs(config, accelerator, saved)
@@ -274,14 +275,17 @@ def _evaluate(
     model = load_model(run_dir).to(accelerator.device)
     first = partial(parallel.main_process_first, accelerator)
     log.info("evaluating: %s ...", ", ".join(attacks))
-    data = data or parallel.on_every(accelerator, lambda: load_dataset(config.data, "test", first))
+    if data is None:
+        data = parallel.on_every(accelerator, lambda: load_dataset(config.data, "test", first))
+        parallel.check_same_images(accelerator, {"test": data.fingerprint})
     threat = build_threat(config.threat.norm, config.threat.eps)
     with (
         parallel.plain_failures(accelerator, "eval.batch_size", config.eval.batch_size),
         bar(accelerator.is_main_process) as progress,
     ):
         display = EvaluationDisplay(progress)
-        unfinished = Unfinished(run_dir, _identity(config, run_dir, attacks, limit), accelerator)
+        identity = _identity(config, run_dir, attacks, limit, data)
+        unfinished = Unfinished(run_dir, identity, accelerator)
         results, examples = evaluate(
             model,
             data,
@@ -309,13 +313,14 @@ def _evaluate(
 
 
 def _identity(
-    config: Config, run_dir: Path, attacks: Sequence[str], limit: int | None
+    config: Config, run_dir: Path, attacks: Sequence[str], limit: int | None, data: Dataset
 ) -> dict[str, Any]:
     """Everything that an evaluation's figures depend on, but for the number of ranks."""
+    where = {"root", "resident_gb", "workers"}
     return {
         "weights": _weights(run_dir),
         "threat": config.threat.model_dump(),
-        "data": config.data.model_dump() | {"root": str(data_root(config.data).resolve())},
+        "data": config.data.model_dump(exclude=where) | {"images": data.fingerprint},
         "eval": {key: getattr(config.eval, key) for key in ("step_size", "loss", "seed")},
         "attacks": list(attacks),
         "limit": limit,

@@ -1,6 +1,7 @@
 """What a checkpoint of a training run holds, and how a run goes on from one."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,12 +12,15 @@ from torch import Tensor
 
 from dist_adv import parallel
 from dist_adv.checkpoint import Checkpoint
+from dist_adv.data import what_changed
 from dist_adv.errors import UserError
 from dist_adv.guard import Measured
 
 if TYPE_CHECKING:
     from dist_adv.session import Session
     from dist_adv.train import Trainer
+
+log = logging.getLogger("dist_adv")
 
 
 def collect(trainer: "Trainer", session: "Session", wandb_id: str | None) -> Checkpoint | None:
@@ -65,9 +69,37 @@ def collect(trainer: "Trainer", session: "Session", wandb_id: str | None) -> Che
         "world_size": accelerator.num_processes,
         "precision": accelerator.mixed_precision,
         "wandb_id": wandb_id,
+        "images": trainer.fingerprints,
         "config": trainer.config.model_dump(),
     }
     return Checkpoint(groups, state, {"architecture": json.dumps(trainer.copy.architecture)})
+
+
+def check_images(trainer: "Trainer", saved: Checkpoint, path: Path, insist: bool) -> None:
+    """Compare the images with those that a checkpoint was trained on.
+
+    insist: go on with others, aloud, as far as they make as many batches.
+
+    Raises UserError.
+    """
+    clock, batches = saved.state["clock"], trainer.loader.batches
+    done = clock["epoch"] * batches + clock["batch"]
+    fits = clock["step"] == done * trainer.method.steps_per_batch and clock["batch"] <= batches
+    before = saved.state.get("images", {})  # an older version's checkpoint has none
+    changed = what_changed(before, trainer.fingerprints)
+    what = f" ({'; '.join(changed)})" if changed else ""
+    if not fits:
+        raise UserError(
+            f"{path}: was trained on another number of images{what}: a pass has {batches} batches "
+            f"now; restore them, or start a new run with --run-dir"
+        )
+    if changed and not insist:
+        raise UserError(
+            f"{path}: was trained on other images{what}; restore them, start a new run with "
+            f"--run-dir, or go on with these all the same: --resume {path}"
+        )
+    if changed:
+        log.warning("going on with other images than before%s", what)
 
 
 def restore(trainer: "Trainer", saved: Checkpoint, path: Path) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from dist_adv import checkpoint, engines, guard, parallel, state
 from dist_adv.config import Config
 from dist_adv.data import Batch, Dataset, Loader, load_dataset
-from dist_adv.errors import Preempted, RunFailure, UserError
+from dist_adv.errors import Preempted, RunFailure, UserError, few
 from dist_adv.evaluate import Examples, evaluate
 from dist_adv.guard import Measured
 from dist_adv.methods import Step, build_method
@@ -102,6 +102,24 @@ def check_statistics(config: Config, smallest_share: int) -> None:
         )
 
 
+def check_splits(train: Dataset, test: Dataset) -> None:
+    """Raises UserError where the splits have other classes, or images of other sizes."""
+    for one, name, other in ((train, "train", test), (test, "test", train)):
+        missing = [each for each in one.classes if each not in set(other.classes)]
+        if missing:
+            raise UserError(
+                f"data.root: the train split has {len(train.classes)} classes and the test split "
+                f"{len(test.classes)}; {len(missing)} are in the {name} split alone "
+                f"({few(missing)}); they must be the same"
+            )
+    (height, width), (h, w) = train.images.shape[2:], test.images.shape[2:]
+    if (height, width) != (h, w):
+        raise UserError(
+            f"data.size: the images for training are {width}x{height} and those for testing "
+            f"{w}x{h} pixels; set data.size, for example data.size={min(height, width)}"
+        )
+
+
 class Trainer:
     """One experiment on this process: data, model, method, and how far it is.
 
@@ -117,12 +135,12 @@ class Trainer:
         data: tuple[Dataset, Dataset] | None = None,
     ) -> None:
         self.config, self.accelerator = config, accelerator
-        self.train_data, self.test_data = data or parallel.on_every(accelerator, self._load)
-        if self.train_data.classes != self.test_data.classes:
-            raise UserError(
-                f"data.root: the train split has the classes {self.train_data.classes} and the "
-                f"test split {self.test_data.classes}; they must be the same"
-            )
+        if data is None:
+            data = parallel.on_every(accelerator, self._load)
+        self.train_data, self.test_data = data
+        self.fingerprints = {"train": data[0].fingerprint, "test": data[1].fingerprint}
+        parallel.check_same_images(accelerator, self.fingerprints)
+        check_splits(self.train_data, self.test_data)
         self.curve_data = self.test_data
         if config.data.validation:
             self.train_data, self.curve_data = self.train_data.hold_out(config.data.validation)

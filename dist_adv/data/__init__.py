@@ -1,6 +1,16 @@
 """Data sets as uint8 tensors, and the loader that keeps them on the device."""
 
 from dist_adv.data.datasets import DataOptions, Dataset, data_root, load_dataset
+from dist_adv.data.fingerprint import Fingerprints, what_changed
 from dist_adv.data.loader import Batch, Loader
 
-__all__ = ["Batch", "DataOptions", "Dataset", "Loader", "data_root", "load_dataset"]
+__all__ = [
+    "Batch",
+    "DataOptions",
+    "Dataset",
+    "Fingerprints",
+    "Loader",
+    "data_root",
+    "load_dataset",
+    "what_changed",
+]

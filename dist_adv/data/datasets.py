@@ -6,23 +6,23 @@ is embedded in scikit-learn; `imagefolder` is any folder with `train/<class>/` a
 `data`.
 """
 
-import math
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from pydantic import Field
 from torch import Tensor
 
 from dist_adv import rng
-from dist_adv.errors import UserError
+from dist_adv.data import fingerprint
+from dist_adv.data.files import Files, Listing, list_images
+from dist_adv.data.fingerprint import Fingerprint
+from dist_adv.errors import UserError, shown
 from dist_adv.options import Options, PositiveInt, Real
 
 
@@ -42,63 +42,8 @@ class DataOptions(Options):
     """imagefolder: resize the shorter side and crop the centre to size x size."""
     resident_gb: Annotated[Real, Field(ge=0)] = 8.0
     """imagefolder: a split that is larger once decoded stays on disk and is read as it is used."""
-    workers: PositiveInt = 4
-    """Processes of each rank that read such a split ahead of training."""
-
-
-class Files:
-    """Image files of one size, decoded when they are asked for.
-
-    shape: (N, 3, H, W). Raises UserError for a file that is no image or has another size.
-    """
-
-    def __init__(self, paths: list[str], size: int | None, workers: int) -> None:
-        self.paths, self.size, self.workers = paths, size, workers
-        self.shape: tuple[int, ...] = (len(paths), *self.load([0]).shape[1:])
-
-    @property
-    def gigabytes(self) -> float:
-        """Of all images, decoded."""
-        return math.prod(self.shape) / 1e9
-
-    def load(self, samples: list[int], apply: Callable[..., Iterable[Any]] = map) -> Tensor:
-        """uint8 (n, 3, H, W)."""
-        images = list(apply(self._decode, samples))
-        bad = [self.paths[k] for k, image in zip(samples, images, strict=True) if image is None]
-        if bad:
-            raise UserError(
-                f"data.root: {bad[0]}: not a readable image ({len(bad)} of {len(images)} files "
-                f"read); repair or remove it"
-            )
-        shapes = {image.shape for image in images}
-        if len(shapes) > 1 or (hasattr(self, "shape") and shapes != {(*self.shape[2:], 3)}):
-            raise UserError(
-                f"data.size: {self.paths[samples[0]]} and others have {max(2, len(shapes))} "
-                f"different sizes; set data.size, for example data.size=32"
-            )
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-
-    def _decode(self, sample: int) -> np.ndarray | None:
-        try:
-            with Image.open(self.paths[sample]) as file:
-                image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            return None
-        if self.size is not None:
-            square = (self.size, self.size)
-            image = ImageOps.fit(image, square, Image.Resampling.BILINEAR)
-        return np.asarray(image)
-
-    def __getitem__(self, samples: Tensor) -> Tensor:
-        """uint8 (n, 3, H, W) of these samples, int64 (n,)."""
-        with ThreadPoolExecutor() as pool:
-            return self.load(samples.tolist(), pool.map)
-
-    def all(self) -> Tensor:
-        return self[torch.arange(len(self.paths))].contiguous()
-
-    def part(self, samples: Tensor) -> "Files":
-        return Files([self.paths[k] for k in samples.tolist()], self.size, self.workers)
+    workers: Annotated[int, Field(ge=0, le=256)] = 4
+    """Threads of each rank that read such a split ahead of training (0: as it is needed)."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +56,8 @@ class Dataset:
     classes: list[str]
     crop_padding: int
     flip: bool
+    fingerprint: Fingerprint | None = None
+    """Of the whole split; None for images that were made up."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -142,7 +89,7 @@ class Dataset:
         images = self.images
         if isinstance(images, Files):
             some = rng.permutation(rng.stream_key("statistics"), len(self))
-            images = images[some[:_IMAGES_FOR_STATISTICS]]
+            images = images.load(some[:_IMAGES_FOR_STATISTICS].tolist())
         values = torch.arange(256, dtype=torch.float64) / 255
         means, stds = [], []
         for channel in range(images.shape[1]):
@@ -164,7 +111,8 @@ _STATISTICS = {
 
 def data_root(options: DataOptions) -> Path:
     """Where the files are, or will be downloaded to."""
-    return Path(options.root or os.environ.get("DIST_ADV_DATA") or "data").expanduser()
+    root = options.root or os.environ.get("DIST_ADV_DATA") or "data"
+    return Path(os.path.expanduser(root))
 
 
 def load_dataset(
@@ -185,6 +133,10 @@ def load_dataset(
     else:
         with main_process_first():
             data = _torchvision(options.name, data_root(options), split)
+    if data.fingerprint is None:
+        assert isinstance(data.images, Tensor)
+        found = fingerprint.of_tensors(data.images, data.labels, data.classes)
+        data = replace(data, fingerprint=found)
     if options.crop_padding is None:
         return data
     return replace(data, crop_padding=options.crop_padding)
@@ -206,6 +158,12 @@ def _digits(split: str) -> Dataset:
 def _torchvision(name: str, root: Path, split: str) -> Dataset:
     from torchvision import datasets
 
+    reason = _why_not(root)
+    if reason:
+        raise UserError(
+            f"data.root: {name} in {shown(root)}: no such folder{reason}; set data.root or "
+            f"DIST_ADV_DATA"
+        )
     train, existed = split == "train", root.exists()
     try:
         if name == "svhn":
@@ -225,7 +183,7 @@ def _torchvision(name: str, root: Path, split: str) -> Dataset:
         found = f"found {', '.join(present[:5])}, incomplete or damaged" if present else "no files"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"data.root: {name} in {root}: {found}, and downloading it failed ({reason}); "
+            f"data.root: {name} in {shown(root)}: {found}, and downloading it failed ({reason}); "
             f"put the archive there by hand or set data.root or DIST_ADV_DATA"
         ) from None
     return Dataset(
@@ -238,29 +196,41 @@ def _torchvision(name: str, root: Path, split: str) -> Dataset:
     )
 
 
-def image_files(options: DataOptions, split: str) -> tuple[Files, list[int], list[str]]:
-    """The files of an imagefolder's split, their labels, and the names of the classes.
+def image_files(options: DataOptions, split: str) -> tuple[Files, Listing]:
+    """Return the files of an imagefolder's split as images, and as they lie there.
 
     Raises UserError for a folder that is missing or empty, or whose first image is damaged.
     """
-    from torchvision.datasets import ImageFolder
-
     folder = data_root(options) / split
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(
-            f"data.root: {folder} is no folder; imagefolder needs train/<class>/ and test/<class>/ "
-            f"below data.root (or DIST_ADV_DATA)"
+            f"data.root: {shown(folder)} is no folder; imagefolder needs train/<class>/ and "
+            f"test/<class>/ below data.root (or DIST_ADV_DATA){_why_not(folder)}"
         )
+    listing = list_images(folder)
+    return Files(listing.paths, options.size, options.workers), listing
+
+
+def _why_not(folder: Path) -> str:
+    """Return the system's reason for not showing a folder, where it is another than absence."""
     try:
-        source = ImageFolder(str(folder))
-    except (FileNotFoundError, OSError) as error:
-        raise UserError(f"data.root: {folder}: {str(error).splitlines()[0]}") from None
-    files = Files([path for path, _ in source.samples], options.size, options.workers)
-    return files, source.targets, source.classes
+        os.stat(folder)
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError) as error:
+        return f" ({getattr(error, 'strerror', None) or error})"
+    return ""
 
 
 def _imagefolder(split: str, options: DataOptions) -> Dataset:
-    files, targets, classes = image_files(options, split)
+    files, listing = image_files(options, split)
     images = files if files.gigabytes > options.resident_gb else files.all()
-    padding = files.shape[-1] // 8
-    return Dataset("imagefolder", images, torch.tensor(targets), classes, padding, flip=True)
+    return Dataset(
+        "imagefolder",
+        images,
+        torch.tensor(listing.labels),
+        listing.classes,
+        crop_padding=files.shape[-1] // 8,
+        flip=True,
+        fingerprint=fingerprint.of_files(listing),
+    )

@@ -2,8 +2,8 @@
 
 All images live on the device as uint8. A batch is one gather: the random crop and the flip are
 in the indices, so nothing is done a sample in Python and nothing waits for the host. A set that is
-too large for that is read off the disk by worker processes, a few batches ahead, and goes the same
-way from there on: the same batches, bit for bit.
+too large for that is read off the disk by threads, a few batches ahead, and goes the same way from
+there on: the same batches, bit for bit.
 
 Rank r of W takes positions r, r + W, r + 2 W, ... of every global batch. A position then belongs
 to the same rank in full and in short batches (what Free's delta needs), and the ranks' shares
@@ -16,12 +16,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
 from dist_adv import rng
-from dist_adv.data.datasets import Dataset, Files
-from dist_adv.errors import RankFailure, UserError
+from dist_adv.data.datasets import Dataset
+from dist_adv.data.files import Files
+from dist_adv.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -127,14 +126,8 @@ class Loader:
         if not isinstance(files, Files):
             assert self.pixels is not None
             return itertools.repeat(self.pixels, len(shares))
-        ahead = DataLoader(
-            _Share(files),
-            batch_size=None,
-            sampler=[share.tolist() for share in shares],
-            num_workers=files.workers,
-            pin_memory=self.device.type == "cuda",
-        )
-        return (self._rows(_checked(images)) for images in ahead)
+        ahead = files.ahead(shares, pin=self.device.type == "cuda")
+        return (self._rows(images) for images in ahead)
 
     def _rows(self, images: Tensor) -> Tensor:
         """uint8 (N, C, H, W) to a pixel a row, on the device, with borders to crop into.
@@ -164,22 +157,3 @@ class Loader:
         index = corners[:, None] + self.windows[flipped]
         shape = (len(numbers), self.height, self.width, self.channels)
         return pixels.index_select(0, index.flatten()).view(shape).permute(0, 3, 1, 2)
-
-
-class _Share(TorchDataset):
-    """A rank's share of a batch, read by a worker process: images, or what is wrong with them."""
-
-    def __init__(self, files: Files) -> None:
-        self.files = files
-
-    def __getitem__(self, samples: list[int]) -> Tensor | str:
-        try:
-            return self.files.load(samples)
-        except UserError as error:
-            return str(error)
-
-
-def _checked(images: Tensor | str) -> Tensor:
-    if isinstance(images, str):
-        raise RankFailure(images)
-    return images

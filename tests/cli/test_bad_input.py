@@ -211,7 +211,7 @@ REAL = [
     Row(
         "classes-differ",
         FOLDER,
-        ("data.root: the train split", "['a', 'b', 'c']", "['a', 'b']", "must be the same"),
+        ("data.root: the train split has 3 classes", "test split 2", "(c)", "must be the same"),
         prepare=lambda folder: images(folder, test="ab"),
     ),
     Row(

@@ -70,7 +70,11 @@ def complaint(process: subprocess.Popen[str], status: int = 2) -> str:
     return lines[0]
 
 
-def of_both(*ranks: subprocess.Popen[str]) -> str:
+def of_both(
+    *ranks: subprocess.Popen[str],
+    says: str = "rank 1 on {host} and rank 0 on {host} were not started alike (",
+    remedy: str = "give every rank the same command, code and files",
+) -> str:
     """What rank 0 says where rank 1 was started with something else."""
     try:
         line = complaint(ranks[0])
@@ -80,8 +84,8 @@ def of_both(*ranks: subprocess.Popen[str]) -> str:
         for process in ranks:
             process.kill()
     host = socket.gethostname()
-    assert f"rank 1 on {host} and rank 0 on {host} were not started alike (" in line
-    assert "give every rank the same command, code and files" in line
+    assert says.format(host=host) in line
+    assert remedy in line
     return line
 
 
@@ -122,6 +126,28 @@ def test_another_evaluation(tmp_path: Path) -> None:
     )
     assert "(eval.attacks: ['fgsm'] there, ['natural'] on rank 0; weights: " in line
     assert (here / "results.jsonl").read_bytes() == before
+
+
+def test_other_images(images: Path, tmp_path: Path) -> None:
+    """A copy of the folder in which a file has come into another class; in an evaluation, too."""
+    there = shutil.copytree(images, tmp_path / "there")
+    (there / "test" / "a" / "0.png").rename(there / "test" / "b" / "z.png")
+    small = (*TINY, "train.batch_size=32", "data.name=imagefolder")
+    train_run(load_config(DIGITS, (*small, f"data.root={images}")), tmp_path / "here", "none")
+    wanted = {
+        "says": "data.root: rank 1 on {host} has other images than rank 0 on {host} (test: the "
+        "same number of images, but other names)",
+        "remedy": "copy the folder (or that of DIST_ADV_DATA) once more",
+    }
+    for command in (
+        ("train", str(DIGITS), *small, "--run-dir", "new"),
+        ("eval", "here", "data.root=null"),
+    ):
+        port = free_port()
+        roots = [{"DIST_ADV_DATA": str(root)} for root in (images, there)]
+        ranks = [rank(k, tmp_path, port, command, **roots[k]) for k in range(2)]
+        of_both(*ranks, **wanted)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_port_in_use(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from dist_adv.data import Batch, Dataset, Loader
-from dist_adv.data.datasets import Files
+from dist_adv.data.files import Files
 from dist_adv.errors import RankFailure, UserError
 
 N, BATCH, SEED = 37, 8, 5
