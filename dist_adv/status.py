@@ -3,7 +3,7 @@
 import json
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
-from dist_adv import records
+from dist_adv import reading
 from dist_adv.errors import UserError
 from dist_adv.lock import held
 from dist_adv.report.tables import duration
@@ -123,9 +123,15 @@ def last_word(log: Path, start: int = 0) -> str:
 def read(run_dir: Path, name: str, task: tuple[str, str] | None = None) -> Status:
     """One run. task: what Slurm or a sweep says of it, as `squeue` does."""
     state, reason = _state(run_dir, task)
-    env = _object(run_dir / "env.json")
-    metrics = [record for _, record in records.read(run_dir / "metrics.jsonl")]
-    last = metrics[-1] if metrics else {}
+    last = reading.last_metrics(run_dir, "step") or {}
+    env: Mapping[str, Any] = {}
+    robust = None
+    try:
+        if (run_dir / "env.json").exists():
+            env = reading.read_environment(run_dir)
+        robust = _robust(run_dir)
+    except UserError as error:  # of this run alone: the others have their rows
+        reason = reason or str(error)
     return Status(
         name,
         state,
@@ -135,13 +141,13 @@ def read(run_dir: Path, name: str, task: tuple[str, str] | None = None) -> Statu
         passes=last.get("epoch", 0.0),
         images=env.get("dataset", {}).get("train", 0),
         images_per_s=last.get("images_per_s"),
-        robust=_robust(run_dir, metrics),
+        robust=robust,
     )
 
 
 def _state(run_dir: Path, task: tuple[str, str] | None) -> tuple[str, str]:
     said = _object(run_dir / "status.json")
-    state, reason = said.get("state", "not started"), said.get("reason", "")
+    state, reason = str(said.get("state", "not started")), str(said.get("reason", ""))
     if state == "running" and held(run_dir) is False:
         state = "killed"
     if task and state not in ("running", "done", "failed"):
@@ -150,23 +156,20 @@ def _state(run_dir: Path, task: tuple[str, str] | None) -> tuple[str, str]:
     return state, reason
 
 
-def _robust(run_dir: Path, metrics: Sequence[dict[str, Any]]) -> tuple[str, float] | None:
+def _robust(run_dir: Path) -> tuple[str, float] | None:
     """Under the strongest attack on the final weights, or at the last point of the curve."""
-    lines = records.of_final_weights(records.read(run_dir / "results.jsonl"))
-    final = [record for _, record in lines]
-    attacked = [record for record in final if record.get("attack", "natural") != "natural"]
-    if attacked:
-        # The last on the most images: a quick look at some does not replace a figure on all.
-        attacked.sort(key=lambda record: record.get("n", 0))
-        latest = {record["attack"]: record.get("accuracy", 1.0) for record in attacked}
-        return min(latest.items(), key=lambda item: item[1])
-    curve = [record for record in metrics if "pgd_accuracy" in record]
-    return (curve[-1].get("curve_attack", "pgd"), curve[-1]["pgd_accuracy"]) if curve else None
+    if (run_dir / reading.RESULTS).exists():
+        config = reading.read_config(run_dir)
+        results = reading.read_results(run_dir, config["threat"], config["data"]["name"])
+        if strongest := reading.strongest(results.figures):
+            return strongest.attack, strongest.accuracy
+    curve = reading.last_metrics(run_dir, "pgd_accuracy")
+    return (curve.get("curve_attack", "pgd"), curve["pgd_accuracy"]) if curve else None
 
 
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none to be read."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         found = json.loads(path.read_text())
         if isinstance(found, dict):
             return found

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_adv.report.runs import Evaluation, Run
+from dist_adv.reading import Evaluation
+from dist_adv.report.runs import Run
 from dist_adv.report.tables import attack_order
 
 _RUN_COLUMNS: dict[str, Callable[[Run], Any]] = {

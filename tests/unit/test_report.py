@@ -235,8 +235,8 @@ def test_resumed_run_counts_no_stretch_twice(tmp_path: Path) -> None:
     [
         ("config.yaml", None, "missing, so this is not a run folder"),
         ("config.yaml", "method: [", "not valid YAML"),
-        ("config.yaml", "method: {name: fast}", "threat.norm is missing"),
-        ("config.yaml", "", "method.name is missing"),
+        ("config.yaml", "method: {name: fast}", "threat is missing"),
+        ("config.yaml", "", "no mapping of keys"),
         ("env.json", "{", "not valid JSON"),
         ("env.json", "[]", "not a JSON object"),
         ("metrics.jsonl", '{"kind": "epoch", "epoch": 1}', "line 1 lacks step, seconds"),
