@@ -124,6 +124,8 @@ def evaluate(
 def report(run_dirs: tuple[Path, ...], out: Path, against: tuple[str, ...]) -> None:
     """Tables, curves and adversarial images of one run or many, as a page and as Markdown.
 
+    A sweep's folder stands for its runs; what is no run is passed over.
+
     \b
     dist-adv report runs/digits-natural runs/digits-fast --out report
     dist-adv report runs/* --out report      accuracy against m and time, collapses: docs/reports.md
@@ -131,7 +133,17 @@ def report(run_dirs: tuple[Path, ...], out: Path, against: tuple[str, ...]) -> N
     """
     from dist_adv.report import write_report
 
-    click.echo(f"report: {write_report(run_dirs, out, against)}")
+    click.echo(f"report: {write_report(_runs(run_dirs), out, against)}")
+
+
+def _runs(named: tuple[Path, ...]) -> list[Path]:
+    """The run folders among those that are named; the others are said to be passed over."""
+    from dist_adv.reading import find_runs, passed_over
+
+    runs, others = find_runs(named)
+    if others:
+        click.echo(passed_over(others), err=True)
+    return runs
 
 
 @cli.command()
@@ -296,7 +308,7 @@ def sync(run_dirs: tuple[Path, ...], offline: Path | None) -> None:
     """
     from dist_adv.sync import sync_runs
 
-    for name, where in sync_runs(run_dirs, offline):
+    for name, where in sync_runs(_runs(run_dirs), offline):
         click.echo(f"{name}: {where}")
 
 

@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
@@ -32,6 +32,7 @@ from dist_adv.records import Record
 
 METRICS = "metrics.jsonl"
 RESULTS = "results.jsonl"
+SWEEP = "sweep.yaml"
 
 
 class _Section(BaseModel, extra="allow"):
@@ -170,6 +171,65 @@ class Metrics:
 
     lines: Sequence[Record]
     last: Record | None
+
+
+def kind_of(folder: Path) -> Literal["run", "sweep", ""]:
+    """Return what a folder is by its configuration; '' for all else that is there.
+
+    Raises UserError where there is nothing of that name, or it cannot be looked into.
+    """
+    try:
+        if (folder / "config.yaml").is_file():
+            return "run"
+        if (folder / SWEEP).is_file():
+            return "sweep"
+        folder.stat()
+    except FileNotFoundError:
+        raise UserError(f"{folder}: there is no such run folder; check the path") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); check the path") from None
+    return ""
+
+
+def find_runs(named: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Return the run folders among `named`, those of sweeps included, and what is passed over.
+
+    A shell's `runs/*` names reports and logs, too. Raises UserError where nothing is a run, and as
+    `kind_of` does.
+    """
+    runs, others = [], []
+    for path in named:
+        match kind_of(path):
+            case "run":
+                runs.append(path)
+            case "sweep":
+                members = (path / name for name in names_in_sweep(path))
+                runs += [run for run in members if run.exists() and kind_of(run) == "run"]
+            case _:
+                others.append(path)
+    if not runs:
+        who = (
+            f"{named[0]}: is no run folder" if len(named) == 1 else "none of these is a run folder"
+        )
+        raise UserError(f"{who} (with a config.yaml) nor a sweep's; name one that training wrote")
+    return runs, others
+
+
+def passed_over(others: Sequence[Path]) -> str:
+    """Return the line that says which of the named folders are no runs."""
+    more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+    return f"passed over, no run folders: {', '.join(map(str, others[:5]))}{more}"
+
+
+def names_in_sweep(folder: Path) -> list[str]:
+    """Return the names of a sweep's runs in their order. Raises UserError for a damaged file."""
+    path = folder / SWEEP
+    try:
+        return [
+            str(run["name"]) for run in yaml.safe_load(path.read_text(encoding="utf-8"))["runs"]
+        ]
+    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); restore it") from None
 
 
 def read_config(run_dir: Path) -> Mapping[str, Any]:

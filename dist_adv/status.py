@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -9,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.box import SIMPLE
 from rich.console import Console, Group
 from rich.live import Live
@@ -63,8 +63,14 @@ class Status:
 def show(folders: Sequence[Path], watch: bool) -> None:
     """Print a table of runs, and of all runs of sweeps; over and over until Ctrl-C with `watch`.
 
-    Raises UserError for a folder that is neither.
+    What is neither is passed over, which is said once. Raises UserError where nothing is a run.
     """
+    others = [folder for folder in folders if not reading.kind_of(folder)]
+    folders = [folder for folder in folders if folder not in others]
+    if not folders:
+        raise UserError(f"{others[0]}: is no folder of a run or of a sweep; name one")
+    if others:
+        print(reading.passed_over(others), file=sys.stderr)
     if not watch:
         Console().print(table(gather(folders)))
         return
@@ -77,24 +83,18 @@ def show(folders: Sequence[Path], watch: bool) -> None:
 def gather(folders: Sequence[Path]) -> list[Status]:
     """The runs in these folders, sweeps in the order of their files."""
     queue = _queue()
-    found = []
+    found: list[Status] = []
     for folder in folders:
-        if (folder / "config.yaml").is_file():
-            found.append(read(folder, str(folder), queue.get(_job(folder))))
-        elif (folder / "sweep.yaml").is_file():
+        if reading.kind_of(folder) == "sweep":
             found += _sweep(folder, queue)
         else:
-            raise UserError(f"{folder}: is no folder of a run or of a sweep; name one")
+            found.append(read(folder, str(folder), queue.get(_job(folder))))
     return found
 
 
 def _sweep(folder: Path, queue: dict[str, tuple[str, str]]) -> Iterable[Status]:
-    try:
-        names = [run["name"] for run in yaml.safe_load((folder / "sweep.yaml").read_text())["runs"]]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/sweep.yaml: cannot be read ({error}); restore it") from None
     coming = held(folder)  # by a sweep that starts them one after another
-    for number, name in enumerate(names):
+    for number, name in enumerate(reading.names_in_sweep(folder)):
         run = folder / name
         task = queue.get(_job(run)) or queue.get(f"{_job(folder)}_{number}")
         if task is None and coming:

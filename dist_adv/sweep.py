@@ -23,7 +23,7 @@ from pydantic_core import ErrorDetails
 from rich.box import SIMPLE
 from rich.table import Table
 
-from dist_adv import records
+from dist_adv import reading, records
 from dist_adv.config import Config, load_config, nearest, read_mapping, training_differences
 from dist_adv.errors import UserError
 from dist_adv.options import Options
@@ -31,7 +31,7 @@ from dist_adv.report.tables import duration, pixels
 from dist_adv.status import SLURM_JOB
 from dist_adv.stopping import STOP_FILE
 
-SAVED = "sweep.yaml"
+SAVED = reading.SWEEP
 REPORT = "report"
 _TAKEN = (SAVED, REPORT, "logs", STOP_FILE, SLURM_JOB)
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,99}")
