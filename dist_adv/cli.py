@@ -1,6 +1,5 @@
 """Commands: parse, call, print. Nothing heavy is imported before a command needs it."""
 
-import errno
 import os
 import signal
 import sys
@@ -11,9 +10,8 @@ from typing import Any, NoReturn
 import click
 
 from dist_adv import __version__, stopping
-from dist_adv.errors import Preempted, RankFailure, RunFailure, UserError
+from dist_adv.errors import DISK_TROUBLE, Preempted, RankFailure, RunFailure, UserError
 
-_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 _RUN_DIR = click.option(
     "--run-dir", type=click.Path(path_type=Path), help="[default: runs/FOLDER-NAME of the config]"
@@ -438,7 +436,7 @@ def _run(arguments: list[str]) -> int:
             _say(f"stopped ({stop}); the same command goes on from the last checkpoint")
         return stop.status
     except OSError as error:
-        if error.errno not in _DISK_TROUBLE:
+        if error.errno not in DISK_TROUBLE:
             raise
         _say(f"{error.filename or 'a file'}: could not be written ({error.strerror})")
         return 1

@@ -1,5 +1,10 @@
 """How a command ends early; `cli.main` turns each into one line and an exit status."""
 
+import errno
+
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What is wrong with a disk and not with the place on it that was named."""
+
 
 class UserError(Exception):
     """Something that the user can mend: what is wrong, which key or file, what to do. Exit 2."""
@@ -27,3 +32,11 @@ class Preempted(Exception):
         super().__init__(reason)
         self.reason = reason
         self.status = 130 if reason == "SIGINT" else 143
+
+
+def unwritable(path: object, error: OSError, remedy: str) -> UserError | RunFailure:
+    """Return what to raise where a command's output cannot be written to `path`."""
+    reason = error.strerror or str(error)
+    if error.errno in DISK_TROUBLE:
+        return RunFailure(f"{path}: could not be written ({reason})")
+    return UserError(f"{path}: cannot be written ({reason}); {remedy}")

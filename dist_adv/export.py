@@ -1,12 +1,14 @@
 """A trained model as a folder to hand on: weights, config.json and a model card."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dist_adv import reading
-from dist_adv.errors import UserError
+from dist_adv.errors import unwritable
 from dist_adv.models import read_final
 from dist_adv.reading import Evaluation
 
@@ -23,21 +25,28 @@ _SETTINGS = {
 
 
 def export_run(run_dir: Path, out: Path) -> None:
-    """Write model.safetensors, config.json and README.md to the new folder `out`.
+    """Write model.safetensors, config.json and README.md to the new folder `out`, or nothing.
 
-    Raises UserError where the run has no final weights, or `out` exists.
+    Raises UserError where the run has no final weights, or `out` exists; RunFailure where the disk
+    refuses.
     """
     weights = run_dir / "model.safetensors"
     architecture = read_final(weights)
     card = _card(architecture, run_dir)
+    partial = out.with_name(f".partial-{out.name}") if out.name else out
     try:
-        out.mkdir(parents=True)
-        shutil.copy(weights, out / "model.safetensors")
-        (out / "config.json").write_text(json.dumps(architecture, indent=1))
-        (out / "README.md").write_text(card)
+        if out.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+        partial.mkdir(parents=True)
+        shutil.copy(weights, partial / "model.safetensors")
+        (partial / "config.json").write_text(json.dumps(architecture, indent=1))
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        partial.rename(out)
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{out}: cannot be written ({reason}); choose a new folder") from None
+        if partial != out:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise unwritable(out, error, "choose a new folder") from None
 
 
 def _card(architecture: dict, run_dir: Path) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -41,6 +41,29 @@ def replace(path: Path, content: bytes) -> None:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise RunFailure(f"{path}: could not be written ({error.strerror})") from error
+
+
+def output_file(path: Path, option: str, own: Callable[[bytes], bool]) -> Path:
+    """Return where to write the file that an option names, links followed.
+
+    own: tells by its content whether a file is an earlier output of the same command. Raises
+    UserError for anything else that is there, and for a folder that cannot be written to.
+    """
+    try:
+        place = path.resolve(strict=False)
+        if place.is_symlink() or (place.exists() and not place.is_file()):
+            raise UserError(f"{option}: {path} is no regular file; name another file")
+        if place.exists():
+            if not own(place.read_bytes()):
+                raise UserError(f"{option}: {path} exists and is not overwritten; name another")
+        elif not place.parent.is_dir():
+            raise UserError(f"{option}: {path.parent} is no folder; make it, or name another file")
+        if not os.access(place.parent, os.W_OK):
+            raise UserError(f"{option}: {path.parent} cannot be written to; name another file")
+    except (OSError, RuntimeError) as error:  # links in a circle, before Python 3.13
+        reason = getattr(error, "strerror", None) or "a loop of links"
+        raise UserError(f"{option}: {path} cannot be a file ({reason}); name another") from None
+    return place
 
 
 def drop_torn_line(path: Path) -> None:

@@ -270,7 +270,7 @@ def test_missing_folder_and_no_folder(tmp_path: Path) -> None:
 
 def test_out_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "out").touch()
-    with pytest.raises(UserError, match="cannot write the report"):
+    with pytest.raises(UserError, match=r"cannot be written \(File exists\); name another"):
         write_report([make_run(tmp_path / "run")], tmp_path / "out")
 
 
@@ -279,6 +279,7 @@ def test_bare_run_and_replaced_report(tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / "figures").mkdir(parents=True)
     (out / "figures" / "007-curves-gone.png").touch()
+    (out / "report.md").write_text("# Adversarial training report\n\nOf other runs.\n")
     (out / "figures" / "mine.png").touch()
     run = make_run(tmp_path / "run", metrics=[], finished=False)
     (run / "metrics.jsonl").unlink()
