@@ -131,7 +131,8 @@ def report(run_dirs: tuple[Path, ...], out: Path, against: tuple[str, ...]) -> N
     """
     from dist_adv.report import write_report
 
-    click.echo(f"report: {write_report(_runs(run_dirs), out, against)}")
+    page = write_report(_runs(run_dirs), out, against)
+    click.echo(f"report: {click.format_filename(page)}")
 
 
 def _runs(named: tuple[Path, ...]) -> list[Path]:
@@ -242,7 +243,7 @@ def export(run_dir: Path, out: Path) -> None:
     from dist_adv.export import export_run
 
     export_run(run_dir, out)
-    click.echo(f"exported: {out}")
+    click.echo(f"exported: {click.format_filename(out)}")
 
 
 @cli.command()

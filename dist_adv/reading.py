@@ -282,6 +282,17 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def shown(name: str) -> str:
+    r"""Return a name as it can be printed: \xe9 for a byte that is no UTF-8, \n for a line end."""
+    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in name)
+
+
+def _escaped(letter: str) -> str:
+    if "\udc80" <= letter <= "\udcff":  # how Python keeps a byte of a file's name
+        return f"\\x{ord(letter) - 0xDC00:02x}"
+    return letter.encode("unicode_escape").decode()
+
+
 def read_metrics(run_dir: Path, kinds: Collection[str] = tuple(_KINDS)) -> Metrics:
     """Return the log of training, of which only lines of `kinds` are kept.
 

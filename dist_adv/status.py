@@ -201,7 +201,7 @@ def table(runs: Sequence[Status]) -> Group:
     for run in runs:
         live = run.state == "running"
         made.add_row(
-            run.name,
+            Text(reading.shown(run.name)),
             Text(run.state, _COLOURS.get(run.state, "")),
             f"{run.step:,} of {run.total:,}" if run.total else "",
             f"{run.passes:.1f}" if run.passes else "",
@@ -209,4 +209,6 @@ def table(runs: Sequence[Status]) -> Group:
             duration(run.left) if live and run.left is not None else "",
             f"{run.robust[0]} {run.robust[1]:.1%}" if run.robust else "",
         )
-    return Group(made, *(Text(f"{run.name}: {run.reason}") for run in runs if run.reason))
+    return Group(
+        made, *(Text(reading.shown(f"{run.name}: {run.reason}")) for run in runs if run.reason)
+    )

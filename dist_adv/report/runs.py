@@ -135,7 +135,7 @@ def _read_run(folder: Path, label: str) -> Run:
     results = reading.read_results(folder, config["threat"], config["data"]["name"])
     return Run(
         folder=folder,
-        label=label,
+        label=reading.shown(label),
         config=config,
         env=env,
         epochs=metrics.lines,

@@ -296,7 +296,7 @@ def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
     run = make_run(tmp_path / "<b>$x$|y", results=[evaluation("natural", 0.9)])
     report = report_on([run], tmp_path / "out")
     assert "<td>&lt;b&gt;$x$|y</td>" in report.html.replace("\n", "")
-    assert markdown_table(report, "Results")[2][0] == r"\<b>$x$\|y"
+    assert markdown_table(report, "Results")[2][0] == r"\<b>\$x\$\|y"
 
 
 @pytest.mark.parametrize(("split", "said"), [("test", "test"), ("held-out", "held-out")])
