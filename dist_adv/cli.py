@@ -1,6 +1,5 @@
 """Commands: parse, call, print. Nothing heavy is imported before a command needs it."""
 
-import errno
 import os
 import signal
 import sys
@@ -12,9 +11,8 @@ from typing import Any, NoReturn
 import click
 
 from dist_adv import __version__, launched, stopping, streams
-from dist_adv.errors import Preempted, RankFailure, RunFailure, UserError
+from dist_adv.errors import DISK_TROUBLE, Preempted, RankFailure, RunFailure, UserError
 
-_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 _RUN_DIR = click.option(
     "--run-dir", type=click.Path(path_type=Path), help="[default: runs/FOLDER-NAME of the config]"
@@ -131,6 +129,8 @@ def evaluate(
 def report(run_dirs: tuple[Path, ...], out: Path, against: tuple[str, ...]) -> None:
     """Tables, curves and adversarial images of one run or many, as a page and as Markdown.
 
+    A sweep's folder stands for its runs; what is no run is passed over.
+
     \b
     dist-adv report runs/digits-natural runs/digits-fast --out report
     dist-adv report runs/* --out report      accuracy against m and time, collapses: docs/reports.md
@@ -139,7 +139,18 @@ def report(run_dirs: tuple[Path, ...], out: Path, against: tuple[str, ...]) -> N
     _announce()
     from dist_adv.report import write_report
 
-    click.echo(f"report: {write_report(run_dirs, out, against)}")
+    page = write_report(_runs(run_dirs), out, against)
+    click.echo(f"report: {click.format_filename(page)}")
+
+
+def _runs(named: tuple[Path, ...]) -> list[Path]:
+    """The run folders among those that are named; the others are said to be passed over."""
+    from dist_adv.reading import find_runs, passed_over
+
+    runs, others = find_runs(named)
+    if others:
+        click.echo(passed_over(others), err=True)
+    return runs
 
 
 @cli.command()
@@ -243,7 +254,7 @@ def export(run_dir: Path, out: Path) -> None:
     from dist_adv.export import export_run
 
     export_run(run_dir, out)
-    click.echo(f"exported: {out}")
+    click.echo(f"exported: {click.format_filename(out)}")
 
 
 @cli.command()
@@ -309,7 +320,7 @@ def sync(run_dirs: tuple[Path, ...], offline: Path | None) -> None:
     """
     from dist_adv.sync import sync_runs
 
-    for name, where in sync_runs(run_dirs, offline):
+    for name, where in sync_runs(_runs(run_dirs), offline):
         click.echo(f"{name}: {where}")
 
 
@@ -467,7 +478,7 @@ def _run(arguments: list[str]) -> int:
             _say(f"stopped ({stop}); the same command goes on from the last checkpoint")
         return stop.status
     except OSError as error:
-        if error.errno not in _DISK_TROUBLE:
+        if error.errno not in DISK_TROUBLE:
             raise
         _say(f"{error.filename or 'a file'}: could not be written ({error.strerror})")
         return 1

@@ -7,8 +7,10 @@ names the file or key and the remedy.
 import difflib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -189,7 +191,7 @@ class Config(Options):
 
     def dump(self) -> str:
         """The resolved configuration as YAML, which `load_config` reads back to the same."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, default_flow_style=None)
+        return to_yaml(self.model_dump())
 
 
 # Differences in these do not change what is trained, so a run goes on in spite of them. The data
@@ -261,22 +263,67 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key given twice is an error and not silently the last one."""
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key!r} is given twice", problem_mark=node.start_mark
-                )
-        return super().construct_mapping(node, deep)
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error, and a number is what people take it for.
+
+    To YAML 1.1, and so to PyYAML, 010 is 8 and 1:30 is 90. Here leading zeros mean nothing, as in
+    YAML 1.2, and 1:30 is text.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in known if tag not in (_INT, _FLOAT)]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here, because merge keys (<<) are resolved into repeated ones afterwards.
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        digits = node.value.replace("_", "").lower()
+        base = {"0x": 16, "0b": 2}.get(digits.lstrip("+-")[:2], 10)
+        return int(digits, base)
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML that both `_Loader` and YAML 1.1 read back to the same: the text 08 is in quotes."""
+
+
+_Loader.add_constructor(_INT, _Loader.construct_yaml_int)
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        _INT, re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)$"), list("-+0123456789")
+    )
+    _class.add_implicit_resolver(
+        _FLOAT,
+        re.compile(
+            r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+][0-9]+)?$"
+            r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+        ),
+        list("-+.0123456789"),
+    )
+
+
+def to_yaml(tree: Mapping[str, Any]) -> str:
+    """Return a mapping as YAML, which `read_mapping` reads back to the same."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, default_flow_style=None)
 
 
 def _parse_yaml(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, _UniqueKeys)
+        return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # PyYAML lets Python's own errors through: a date of month 13, brackets without end.
         mark = getattr(error, "problem_mark", None)
@@ -309,7 +356,8 @@ def read_mapping(path: Path, needs: str, wanted: str = "") -> dict[str, Any]:
 
 def _read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping of a file with everything that it extends."""
-    if path.resolve() in seen:
+    here = Path(os.path.realpath(path))  # Path.resolve raises for a link to itself
+    if here in seen:
         raise UserError(f"{path}: extends itself; remove the circle of 'extends'")
     wanted = f" (which {seen[-1]} extends)" if seen else ""
     tree = read_mapping(path, "method: {name: fast}", wanted)
@@ -318,7 +366,7 @@ def _read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return tree
     if not isinstance(base, str):
         raise UserError(f"{path}: extends: must be one file name, relative to this file")
-    return _merge(_read_file(path.parent / base, (*seen, path.resolve())), tree)
+    return _merge(_read_file(path.parent / base, (*seen, here)), tree)
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -385,7 +433,7 @@ def _explain(error: ErrorDetails, tree: Mapping[str, Any]) -> str:
     context = error.get("ctx", {})
     match error["type"]:
         case "extra_forbidden":
-            return f"{key}: unknown key{nearest(place[-1], _known_keys(place[:-1]))}"
+            return f"{key}: unknown key{_elsewhere(place, tree)}"
         case "missing":
             return f"{key}: missing; a method is needed: 'method: {{name: fast}}'"
         case "union_tag_invalid":
@@ -404,7 +452,43 @@ def _explain(error: ErrorDetails, tree: Mapping[str, Any]) -> str:
             reason = str(context["error"])
             return f"{key}.{reason}" if _names_a_key(reason) else f"{key}: {reason}"
         case _:
-            return f"{key}: {error['msg'].lower()} (it is {error['input']!r})"
+            return f"{key}: {error['msg'].lower()} (it is {error['input']!r}){_remedy(error, key)}"
+
+
+def _remedy(error: ErrorDetails, key: str) -> str:
+    """What to write for a value of another type than the key's."""
+    value = error["input"]
+    match error["type"]:
+        case "string_type" if isinstance(value, bool | int | float | date):
+            # In a list the last part of the key is the number of the element.
+            return f"; put it in quotes, in a shell in two kinds: {key}='\"{value}\"'"
+        case "list_type" if isinstance(value, str):
+            return f"; write it in brackets: {key}=[{value}]"
+        case "int_type" if isinstance(value, str) and value.strip().lstrip("+-").isdecimal():
+            return f"; write it without quotes: {key}={value}"
+        case "bool_type":
+            return "; write true or false"
+        case _:
+            return ""
+
+
+def _elsewhere(place: list[str], tree: Mapping[str, Any]) -> str:
+    """Where a key that is not known at `place` is one: in another section, or nearly so here."""
+    chosen = {
+        name: {"name": section["name"]}
+        for name, section in tree.items()
+        if isinstance(section, Mapping) and "name" in section
+    }
+    natural = {"method": {"name": "natural"}}
+    try:
+        known = Config.model_validate({**natural, **chosen})
+    except ValidationError:
+        known = Config.model_validate(natural)
+    keys = flatten(known.model_dump())
+    homes = [key for key in keys if key.split(".")[-1] == place[-1]]
+    if homes:
+        return f"; did you mean {' or '.join(map(repr, homes))}?"
+    return nearest(place[-1], _known_keys(place[:-1]))
 
 
 def _names_a_key(reason: str) -> bool:

@@ -16,11 +16,12 @@ _TITLE = "Adversarial training"
 
 
 def make_dashboard(out: Path, project: str, entity: str | None) -> list[str]:
-    """Write workspace and report to `out`, replacing an earlier file; return where they are on W&B.
+    """Write workspace and report to `out`, replacing earlier ones; return where they are on W&B.
 
-    Nowhere, where nobody is logged in or WANDB_MODE is offline. Raises UserError where
-    wandb-workspaces is not installed, RunFailure where W&B refuses.
+    Nowhere, where nobody is logged in or WANDB_MODE is offline. Raises UserError where `out` is
+    something else or wandb-workspaces is not installed, RunFailure where W&B refuses.
     """
+    file = records.output_file(out, "--out", _is_own)
     import wandb
 
     try:
@@ -39,10 +40,18 @@ def make_dashboard(out: Path, project: str, entity: str | None) -> list[str]:
         report = wr.Report(entity=entity, project=project, title=_TITLE, blocks=_blocks(wr))
         views = {"workspace": workspace, "report": report}
         specification = {name: _as_json(view) for name, view in views.items()}
-        records.replace(out, json.dumps(specification, indent=1).encode())
+        records.replace(file, json.dumps(specification, indent=1).encode())
         return [view.save().url for view in views.values()] if online else []
     except (wandb.Error, ValueError, TypeError) as error:
         raise RunFailure(f"dashboard: W&B does not take it ({error}); {out} may have it") from error
+
+
+def _is_own(content: bytes) -> bool:
+    """Is it the specification of a dashboard?"""
+    try:
+        return json.loads(content).keys() == {"workspace", "report"}
+    except (ValueError, AttributeError, RecursionError):
+        return False
 
 
 def _sections(wr: Any) -> dict[str, list[Any]]:

@@ -1,7 +1,11 @@
 """How a command ends early; `cli.main` turns each into one line and an exit status."""
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
+
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What is wrong with a disk and not with the place on it that was named."""
 
 
 class UserError(Exception):
@@ -45,5 +49,19 @@ def few(names: Sequence[str], most: int = 5) -> str:
 
 
 def shown(name: str | Path) -> str:
-    """Return a name as a line can have it: without control characters and bytes of no text."""
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(name))
+    r"""Return a name as it can be printed: \xe9 for a byte that is no UTF-8, \n for a line end."""
+    return "".join(each if each.isprintable() else _escaped(each) for each in str(name))
+
+
+def _escaped(letter: str) -> str:
+    if "\udc80" <= letter <= "\udcff":  # how Python keeps a byte of a file's name
+        return f"\\x{ord(letter) - 0xDC00:02x}"
+    return letter.encode("unicode_escape").decode()
+
+
+def unwritable(path: object, error: OSError, remedy: str) -> UserError | RunFailure:
+    """Return what to raise where a command's output cannot be written to `path`."""
+    reason = error.strerror or str(error)
+    if error.errno in DISK_TROUBLE:
+        return RunFailure(f"{path}: could not be written ({reason})")
+    return UserError(f"{path}: cannot be written ({reason}); {remedy}")

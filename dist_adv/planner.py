@@ -92,10 +92,8 @@ def run_plan(config: Config, asked: Asked) -> None:
     Raises UserError for options that do not fit together or the configuration.
     """
     gpus = _numbers(asked.gpus)
-    if asked.json and asked.json.exists():
-        raise UserError(f"--json: {asked.json} exists and is not overwritten; name another file")
-    if asked.json and not asked.json.parent.is_dir():
-        raise UserError(f"--json: {asked.json.parent} is no folder; make it, or name another file")
+    # Measured once and perhaps elsewhere: not even an earlier plan is overwritten.
+    file = asked.json and records.output_file(asked.json, "--json", lambda content: False)
     images = _images(config, asked)
     work = work_of(config, images, asked.weak)
     cluster = _cluster(asked)
@@ -121,13 +119,13 @@ def run_plan(config: Config, asked: Asked) -> None:
             return
     work = replace(work, step=StepTime.fit(points, work.step.attack_passes))
     rows = [predict(work, cluster, n) for n in gpus]
-    if asked.json:
-        record = _record(config, images, points, source, rows)
-        records.replace(asked.json, json.dumps(record, indent=1).encode())
     console = Console()
     console.print(_table(rows, asked.price))
     for line in _assumptions(config, work, cluster, points, source):
         console.print(line, highlight=False, markup=False)
+    if file:  # last, so that a disk that refuses it leaves what was printed
+        record = _record(config, images, points, source, rows)
+        records.replace(file, json.dumps(record, indent=1).encode())
 
 
 def _numbers(text: str) -> list[int]:

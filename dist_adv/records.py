@@ -2,14 +2,18 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from dist_adv.errors import RunFailure, UserError
 
 Record = dict[str, Any]
+_BLOCK = 1 << 16
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
@@ -39,49 +43,99 @@ def replace(path: Path, content: bytes) -> None:
         raise RunFailure(f"{path}: could not be written ({error.strerror})") from error
 
 
+def output_file(path: Path, option: str, own: Callable[[bytes], bool]) -> Path:
+    """Return where to write the file that an option names, links followed.
+
+    own: tells by its content whether a file is an earlier output of the same command. Raises
+    UserError for anything else that is there, and for a folder that cannot be written to.
+    """
+    try:
+        place = path.resolve(strict=False)
+        if place.is_symlink() or (place.exists() and not place.is_file()):
+            raise UserError(f"{option}: {path} is no regular file; name another file")
+        if place.exists():
+            if not own(place.read_bytes()):
+                raise UserError(f"{option}: {path} exists and is not overwritten; name another")
+        elif not place.parent.is_dir():
+            raise UserError(f"{option}: {path.parent} is no folder; make it, or name another file")
+        if not os.access(place.parent, os.W_OK):
+            raise UserError(f"{option}: {path.parent} cannot be written to; name another file")
+    except (OSError, RuntimeError) as error:  # links in a circle, before Python 3.13
+        reason = getattr(error, "strerror", None) or "a loop of links"
+        raise UserError(f"{option}: {path} cannot be a file ({reason}); name another") from None
+    return place
+
+
 def drop_torn_line(path: Path) -> None:
     """Cut the half line that a killed process may have left, or the next one would join it."""
-    if path.exists():
-        text = path.read_bytes()
-        if not text.endswith(b"\n"):
-            os.truncate(path, text.rfind(b"\n") + 1)
+    with suppress(FileNotFoundError):
+        torn = next(backwards(path), b"")
+        if not torn.endswith(b"\n"):
+            os.truncate(path, path.stat().st_size - len(torn))
 
 
-def read(path: Path) -> list[tuple[int, Record]]:
-    """The objects of the file with their line numbers; none if there is no such file.
+def backwards(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file from its last to its first, each with its line end.
+
+    Only as much is read as is asked for: a long run logs hundreds of megabytes.
+    """
+    with path.open("rb") as file:
+        start, size = file.seek(0, os.SEEK_END), _BLOCK
+        rest = b""  # the end of a line that begins further up
+        while start:
+            start, end = max(0, start - size), start
+            file.seek(start)
+            rest, *lines = BytesIO(file.read(end - start) + rest)
+            yield from reversed(lines)
+            size = _BLOCK if lines else 2 * size  # a line without end takes no quadratic time
+        if rest:
+            yield rest
+
+
+def read(path: Path) -> Iterator[tuple[int, Record]]:
+    """Yield the objects of the file with their line numbers; none if there is no such file.
 
     A half last line is passed over. Raises UserError naming any other line that is no object.
     """
-    if not path.exists():
-        return []
-    # A write cut short can end inside a character, hence bytes: only whole lines must decode.
-    lines = path.read_bytes().rstrip().split(b"\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # brackets without end
-            if number == len(lines):
-                break  # the process was killed while it wrote this line
-            raise UserError(
-                f"{path}: line {number} is not valid JSON ({error}); remove the line"
-            ) from error
-        if not isinstance(record, dict):
-            raise UserError(f"{path}: line {number} is not a JSON object; remove the line")
-        records.append((number, record))
-    return records
+    try:
+        # A write cut short can end inside a character, hence bytes: only whole lines must decode.
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError) as error:  # brackets without end
+                    if not any(rest.strip() for rest in file):
+                        return  # the process was killed while it wrote this line
+                    raise UserError(
+                        f"{path}: line {number} is not valid JSON ({error}); remove the line"
+                    ) from None
+                if not isinstance(record, dict):
+                    raise UserError(f"{path}: line {number} is not a JSON object; remove the line")
+                yield number, record
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def of_final_weights(lines: Sequence[tuple[int, Record]]) -> list[tuple[int, Record]]:
-    """The evaluations of the furthest weights: a run that was made longer has older ones, too."""
-    furthest = max((record.get("step", 0) for _, record in lines), default=0)
-    return [(number, record) for number, record in lines if record.get("step", 0) == furthest]
-
-
-def require(record: Mapping[str, Any], keys: Sequence[str], path: Path, number: int) -> None:
-    """Raises UserError where a line lacks what its reader needs."""
-    missing = [key for key in keys if key not in record]
+def check(record: Record, kind: TypeAdapter[Any], path: Path, number: int) -> None:
+    """Raise UserError where a line lacks what its reader needs, or has it as something else."""
+    try:
+        kind.validate_python(record, strict=True)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+    else:
+        return
+    missing = [
+        str(each["loc"][0])
+        for each in problems
+        if (each["type"], len(each["loc"])) == ("missing", 1)
+    ]
     if missing:
-        raise UserError(f"{path}: line {number} lacks {', '.join(missing)}; remove the line")
+        what = f"lacks {', '.join(missing)}"
+    else:
+        where = ".".join(map(str, problems[0]["loc"]))
+        what = f"is no such record ({where}: {problems[0]['msg'].lower()})"
+    raise UserError(f"{path}: line {number} {what}; remove the line")

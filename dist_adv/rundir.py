@@ -19,6 +19,7 @@ from dist_adv.config import Config, differences, load_config, longer, training_d
 from dist_adv.errors import UserError
 from dist_adv.lock import Lock, unusable
 from dist_adv.models import read_final
+from dist_adv.reading import weights_of_shorter_run
 
 log = logging.getLogger("dist_adv")
 
@@ -83,7 +84,7 @@ def go_on(run_dir: Path, config: Config, accelerator: Accelerator, about: dict[s
     saved, weights = run_dir / "config.yaml", run_dir / "model.safetensors"
     if weights.exists():  # of the shorter run that this one was
         step = read_final(weights)["trained"]["step"]
-        kept = weights.rename(run_dir / f"model-step-{step:09d}.safetensors")
+        kept = weights.rename(weights_of_shorter_run(run_dir, step))
         log.info("%s: the weights of the shorter run are kept as %s", run_dir, kept.name)
     for line in differences(config_of(run_dir), config):
         log.info("config.yaml: %s", line)

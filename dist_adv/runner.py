@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dist_adv import checkpoint, parallel, records, rundir, state, track
+from dist_adv import checkpoint, parallel, reading, rundir, state, track
 from dist_adv.checkpoint import Checkpoint
 from dist_adv.config import Config, flatten, load_config, longer, parse_config
 from dist_adv.data import Dataset, load_dataset
@@ -346,10 +346,11 @@ def _save_final(run_dir: Path, trainer: Trainer) -> None:
 
 
 def _missing(run_dir: Path, config: Config) -> list[str]:
-    """The configured attacks of which results.jsonl has no line for these weights."""
-    trained = read_final(run_dir / "model.safetensors")["trained"]
-    lines = [record for _, record in records.read(run_dir / "results.jsonl")]
-    done = {record.get("attack") for record in lines if record.get("step") == trained["step"]}
+    """The configured attacks without a figure on as many images as are configured."""
+    results = reading.read_results(run_dir, config.threat.model_dump(), config.data.name)
+    images = reading.read_environment(run_dir).get("dataset", {}).get("test", 1)
+    wanted = min(images, config.eval.limit or images)
+    done = [attack for attack, figure in results.figures.items() if figure.n >= wanted]
     return [attack for attack in config.eval.attacks if attack not in done]
 
 

@@ -2,22 +2,22 @@
 
 import json
 import subprocess
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.box import SIMPLE
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
-from dist_adv import records, streams
-from dist_adv.errors import UserError
+from dist_adv import reading, streams
+from dist_adv.errors import UserError, shown
 from dist_adv.lock import held
 from dist_adv.progress import interactive
 from dist_adv.report.tables import duration
@@ -64,9 +64,15 @@ class Status:
 def show(folders: Sequence[Path], watch: bool) -> None:
     """Print a table of runs, and of all runs of sweeps; over and over until Ctrl-C with `watch`.
 
+    What is neither is passed over, which is said once. Raises UserError where nothing is a run.
     Where a terminal cannot be drawn anew, in a pipe or a file, each change is a table of its own.
-    Raises UserError for a folder that is neither.
     """
+    others = [folder for folder in folders if not reading.kind_of(folder)]
+    folders = [folder for folder in folders if folder not in others]
+    if not folders:
+        raise UserError(f"{others[0]}: is no folder of a run or of a sweep; name one")
+    if others:
+        print(reading.passed_over(others), file=sys.stderr)
     console, known = Console(), gather(folders)
     if not watch or not interactive(console):
         console.print(table(known))
@@ -87,24 +93,18 @@ def show(folders: Sequence[Path], watch: bool) -> None:
 def gather(folders: Sequence[Path]) -> list[Status]:
     """The runs in these folders, sweeps in the order of their files."""
     queue = _queue()
-    found = []
+    found: list[Status] = []
     for folder in folders:
-        if (folder / "config.yaml").is_file():
-            found.append(read(folder, str(folder), queue.get(_job(folder))))
-        elif (folder / "sweep.yaml").is_file():
+        if reading.kind_of(folder) == "sweep":
             found += _sweep(folder, queue)
         else:
-            raise UserError(f"{folder}: is no folder of a run or of a sweep; name one")
+            found.append(read(folder, str(folder), queue.get(_job(folder))))
     return found
 
 
 def _sweep(folder: Path, queue: dict[str, tuple[str, str]]) -> Iterable[Status]:
-    try:
-        names = [run["name"] for run in yaml.safe_load((folder / "sweep.yaml").read_text())["runs"]]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/sweep.yaml: cannot be read ({error}); restore it") from None
     coming = held(folder)  # by a sweep that starts them one after another
-    for number, name in enumerate(names):
+    for number, name in enumerate(reading.names_in_sweep(folder)):
         run = folder / name
         task = queue.get(_job(run)) or queue.get(f"{_job(folder)}_{number}")
         if task is None and coming:
@@ -133,9 +133,15 @@ def last_word(log: Path, start: int = 0) -> str:
 def read(run_dir: Path, name: str, task: tuple[str, str] | None = None) -> Status:
     """One run. task: what Slurm or a sweep says of it, as `squeue` does."""
     state, reason = _state(run_dir, task)
-    env = _object(run_dir / "env.json")
-    metrics = [record for _, record in records.read(run_dir / "metrics.jsonl")]
-    last = metrics[-1] if metrics else {}
+    last = reading.last_metrics(run_dir, "step") or {}
+    env: Mapping[str, Any] = {}
+    robust = None
+    try:
+        if (run_dir / "env.json").exists():
+            env = reading.read_environment(run_dir)
+        robust = _robust(run_dir)
+    except UserError as error:  # of this run alone: the others have their rows
+        reason = reason or str(error)
     return Status(
         name,
         state,
@@ -145,13 +151,13 @@ def read(run_dir: Path, name: str, task: tuple[str, str] | None = None) -> Statu
         passes=last.get("epoch", 0.0),
         images=env.get("dataset", {}).get("train", 0),
         images_per_s=last.get("images_per_s"),
-        robust=_robust(run_dir, metrics),
+        robust=robust,
     )
 
 
 def _state(run_dir: Path, task: tuple[str, str] | None) -> tuple[str, str]:
     said = _object(run_dir / "status.json")
-    state, reason = said.get("state", "not started"), said.get("reason", "")
+    state, reason = str(said.get("state", "not started")), str(said.get("reason", ""))
     if state == "running" and held(run_dir) is False:
         state = "killed"
     if task and state not in ("running", "done", "failed"):
@@ -160,23 +166,20 @@ def _state(run_dir: Path, task: tuple[str, str] | None) -> tuple[str, str]:
     return state, reason
 
 
-def _robust(run_dir: Path, metrics: Sequence[dict[str, Any]]) -> tuple[str, float] | None:
+def _robust(run_dir: Path) -> tuple[str, float] | None:
     """Under the strongest attack on the final weights, or at the last point of the curve."""
-    lines = records.of_final_weights(records.read(run_dir / "results.jsonl"))
-    final = [record for _, record in lines]
-    attacked = [record for record in final if record.get("attack", "natural") != "natural"]
-    if attacked:
-        # The last on the most images: a quick look at some does not replace a figure on all.
-        attacked.sort(key=lambda record: record.get("n", 0))
-        latest = {record["attack"]: record.get("accuracy", 1.0) for record in attacked}
-        return min(latest.items(), key=lambda item: item[1])
-    curve = [record for record in metrics if "pgd_accuracy" in record]
-    return (curve[-1].get("curve_attack", "pgd"), curve[-1]["pgd_accuracy"]) if curve else None
+    if (run_dir / reading.RESULTS).exists():
+        config = reading.read_config(run_dir)
+        results = reading.read_results(run_dir, config["threat"], config["data"]["name"])
+        if strongest := reading.strongest(results.figures):
+            return strongest.attack, strongest.accuracy
+    curve = reading.last_metrics(run_dir, "pgd_accuracy")
+    return (curve.get("curve_attack", "pgd"), curve["pgd_accuracy"]) if curve else None
 
 
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none to be read."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         found = json.loads(path.read_text())
         if isinstance(found, dict):
             return found
@@ -208,7 +211,7 @@ def table(runs: Sequence[Status]) -> Group:
     for run in runs:
         live = run.state == "running"
         made.add_row(
-            run.name,
+            Text(shown(run.name)),
             Text(run.state, _COLOURS.get(run.state, "")),
             f"{run.step:,} of {run.total:,}" if run.total else "",
             f"{run.passes:.1f}" if run.passes else "",
@@ -216,4 +219,4 @@ def table(runs: Sequence[Status]) -> Group:
             duration(run.left) if live and run.left is not None else "",
             f"{run.robust[0]} {run.robust[1]:.1%}" if run.robust else "",
         )
-    return Group(made, *(Text(f"{run.name}: {run.reason}") for run in runs if run.reason))
+    return Group(made, *(Text(shown(f"{run.name}: {run.reason}")) for run in runs if run.reason))

@@ -23,15 +23,22 @@ from pydantic_core import ErrorDetails
 from rich.box import SIMPLE
 from rich.table import Table
 
-from dist_adv import records
-from dist_adv.config import Config, load_config, nearest, read_mapping, training_differences
+from dist_adv import reading, records
+from dist_adv.config import (
+    Config,
+    load_config,
+    nearest,
+    read_mapping,
+    to_yaml,
+    training_differences,
+)
 from dist_adv.errors import UserError
 from dist_adv.options import Options
 from dist_adv.report.tables import duration, pixels
 from dist_adv.status import SLURM_JOB
 from dist_adv.stopping import STOP_FILE
 
-SAVED = "sweep.yaml"
+SAVED = reading.SWEEP
 REPORT = "report"
 _TAKEN = (SAVED, REPORT, "logs", STOP_FILE, SLURM_JOB)
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,99}")
@@ -82,7 +89,7 @@ class Sweep:
     def dump(self) -> str:
         """The same runs as a sweep file that needs no other."""
         runs = [{"name": run.name, "set": run.config.model_dump()} for run in self.runs]
-        return yaml.safe_dump({"runs": runs}, sort_keys=False, default_flow_style=None)
+        return to_yaml({"runs": runs})
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:

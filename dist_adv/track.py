@@ -81,6 +81,8 @@ class Tracker:
 
     def results(self) -> None:
         """The final figures on the dashboards; `write_results` keeps the record."""
+        if not (self.wandb or self.tensorboard):
+            return
         with self._views():
             run = self._read()
             if self.wandb:

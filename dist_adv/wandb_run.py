@@ -16,7 +16,7 @@ import numpy as np
 
 from dist_adv import records
 from dist_adv.config import Config
-from dist_adv.errors import STOPPED
+from dist_adv.errors import STOPPED, shown
 
 if TYPE_CHECKING:  # the report imports matplotlib, for which no start of a run should wait
     from dist_adv import evaluate
@@ -73,7 +73,7 @@ def picture(examples: "Examples") -> np.ndarray:
 def caption(examples: "Examples") -> str:
     """What each image is, what it is taken for, and what for after the attack."""
     answers = (examples.label, examples.clean_prediction, examples.adversarial_prediction)
-    names = ([examples.classes[int(i)] for i in numbers] for numbers in answers)
+    names = ([shown(examples.classes[int(i)]) for i in numbers] for numbers in answers)
     each = ", ".join(
         f"{label}: {clean} > {attacked}" for label, clean, attacked in zip(*names, strict=True)
     )

@@ -16,7 +16,7 @@ from rich.table import Table
 from dist_adv import parallel, records
 from dist_adv.bench.cases import CASES, Bench, Row
 from dist_adv.bench.timing import network
-from dist_adv.errors import UserError
+from dist_adv.errors import UserError, unwritable
 from dist_adv.progress import bar, console, start_logging
 
 _OPT_IN = ("robust",)  # eight minutes of training on data that are not here
@@ -39,15 +39,13 @@ def run_bench(
     unknown = [case for case in cases if case not in CASES]
     if unknown:
         raise UserError(f"--only: {unknown[0]!r} is no case; use {', '.join(CASES)}")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is not a folder; name another")
     accelerator = parallel.start(precision)
     start_logging(accelerator.is_main_process)
     if accelerator.num_processes > 1:
         raise UserError("bench: runs as one process; its case `ranks` starts two by itself")
     chosen = list(cases) or [case for case in CASES if case not in _OPT_IN]
     rows: list[Row] = []
-    out.mkdir(parents=True, exist_ok=True)
+    _make(out)
     header = about(accelerator.device, accelerator.mixed_precision.replace("no", "fp32"))
     with bar(True) as progress:
         task = progress.add_task("bench", total=None)
@@ -70,6 +68,29 @@ def run_bench(
             _write(out, rows, header)
     console.print(_table(rows))
     return all(row.met is not False for row in rows)
+
+
+def _make(out: Path) -> None:
+    """Make the folder, or find that it has no other files of our names in it.
+
+    Raises UserError where it has, or cannot be written to.
+    """
+    try:
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out: {out} is not a folder; name another")
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(out, error, "name another --out") from None
+    for name in ("bench.json", "bench.md"):
+        records.output_file(out / name, "--out", lambda _: _is_own(out / "bench.json"))
+
+
+def _is_own(path: Path) -> bool:
+    """Is it a record of this command's?"""
+    try:
+        return {"rows", "hardware", "threads"} <= json.loads(path.read_bytes()).keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def about(device: torch.device, precision: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from dist_adv.data import Batch, Loader, load_dataset
 from dist_adv.evaluate import evaluate, subset
 from dist_adv.models import Classifier, build_model, load_model
 from dist_adv.progress import TrainingDisplay, bar
+from dist_adv.report.runs import read_runs
 from dist_adv.session import Session
 from dist_adv.threat import build as build_threat
 from dist_adv.track import Tracker
@@ -547,10 +548,9 @@ def robust(bench: Bench) -> Iterator[Row]:
         reason = (done.stderr.strip().splitlines() or ["failed"])[-1].removeprefix("dist-adv: ")
         yield Row("robust", what, f"not measured: {reason}")
         return
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    results = [json.loads(line) for line in (run_dir / "results.jsonl").read_text().splitlines()]
-    accuracy = {line["attack"]: line["accuracy"] for line in results}
-    seconds, n = lines[-1]["seconds"], results[0]["n"]
+    (run,) = read_runs([run_dir])
+    accuracy = {attack: figure.accuracy for attack, figure in run.evaluations.items()}
+    seconds, n = run.seconds or 0.0, run.evaluations["natural"].n
     yield Row(
         "robust",
         what,

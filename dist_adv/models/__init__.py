@@ -5,6 +5,7 @@ metadata of every `model.safetensors`: a weights file alone is enough to rebuild
 """
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -127,9 +128,9 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     Raises UserError where the file is missing, damaged, or not one of this project's.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such weights file; has the run finished?")
     try:
+        if not path.is_file():
+            raise UserError(f"{path}: no such weights file; has the run finished?")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -163,7 +164,9 @@ def load_model(path: str | Path) -> Classifier:
     Raises UserError where there is no such file, or one that is damaged or not this project's.
     """
     path = Path(path)
-    architecture, tensors = read_weights(path / "model.safetensors" if path.is_dir() else path)
+    # Not is_dir, which raises for a folder without permission; read_weights says what is wrong.
+    folder = os.path.isdir(path)
+    architecture, tensors = read_weights(path / "model.safetensors" if folder else path)
     model = Classifier(architecture)
     try:
         model.load_state_dict(tensors)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from dist_adv.errors import UserError
+from dist_adv.errors import UserError, unwritable
 from dist_adv.report.against import against_table, set_beside, write_against
 from dist_adv.report.csvfile import write_csv
 from dist_adv.report.networks import compare, comparison_tables
@@ -19,14 +19,18 @@ from dist_adv.report.text import headline, notices
 
 __all__ = ["write_report"]
 
+_TITLE = "# Adversarial training report"
+_FILES = ("report.md", "report.html", "results.csv", "against.csv")
+
 
 def write_report(runs: Sequence[Path], out: Path, against: Sequence[str] = ()) -> Path:
     """Report on the run folders `runs` in the folder `out`; return the path of report.html.
 
     `against` names publications of published.yaml whose figures are set beside those of the runs.
-    `out` is created if need be, and an earlier report in it is replaced. The page holds its images
-    itself; report.md refers to the files in figures/. Only where finished runs of several methods
-    compare does it take time, and torch: their networks are looked at.
+    `out` is created if need be, and an earlier report in it is replaced. Other files in it stay;
+    UserError is raised where they have the names of a report's. The page holds its images itself;
+    report.md refers to the files in figures/. Only where finished runs of several methods compare
+    does it take time, and torch: their networks are looked at.
     """
     # Others take words and numbers from this package: matplotlib is for those who draw.
     from dist_adv.report.figures import draw
@@ -34,9 +38,12 @@ def write_report(runs: Sequence[Path], out: Path, against: Sequence[str] = ()) -
     sources = load_published(against)
     read = read_runs(runs)
     pairs = {name: set_beside(read, source) for name, source in sources.items()}
+    _check_out(out)
     comparison = compare(read)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        # First of all, so that the rest is known for a report's by whoever writes it again.
+        (out / "report.md").write_text(f"{_TITLE}\n\nBeing written.\n")
         content = {
             "headline": headline(read),
             "explanation": explanation(read),
@@ -61,8 +68,30 @@ def write_report(runs: Sequence[Path], out: Path, against: Sequence[str] = ()) -
             text = templates.get_template(f"{name}.j2").render(content)
             (out / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{out}: cannot write the report ({error}); name another folder") from error
+        raise unwritable(out, error, "name another folder") from error
     return out / "report.html"
+
+
+def _check_out(out: Path) -> None:
+    """Raise UserError where the files of a report would replace others that are none of one."""
+    try:
+        found = [out / name for name in _FILES if (out / name).exists()]
+        found = [path for path in found if not path.is_file() or path.stat().st_size]
+        found += sorted((out / "figures").glob("[0-9][0-9][0-9]-*.png"))
+        if not found:
+            return
+        page = out / "report.md"
+        with page.open("rb") as file:
+            if file.read(len(_TITLE)) == _TITLE.encode():
+                return
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise unwritable(out, error, "name another folder") from error
+    raise UserError(
+        f"{out}: {found[0].relative_to(out)} is there, of no earlier report, and is not "
+        f"overwritten; name another --out"
+    )
 
 
 def _templates() -> Environment:
@@ -80,6 +109,6 @@ def _templates() -> Environment:
 
 def _escape_markdown(text: str) -> str:
     """Let names such as `a|b` stand for themselves in Markdown."""
-    for character in "\\`*|<":
+    for character in "\\`*|<[$&~":
         text = text.replace(character, f"\\{character}")
     return text

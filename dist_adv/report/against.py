@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dist_adv.reading import Evaluation
 from dist_adv.report.published import IN_PIXELS, Row, Settings, Source
-from dist_adv.report.runs import Evaluation, Run
+from dist_adv.report.runs import Run
 from dist_adv.report.tables import (
     Cell,
     Column,

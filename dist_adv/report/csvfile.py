@@ -5,12 +5,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_adv.report.runs import Evaluation, Run
+from dist_adv.errors import shown
+from dist_adv.reading import Evaluation
+from dist_adv.report.runs import Run
 from dist_adv.report.tables import attack_order
 
 _RUN_COLUMNS: dict[str, Callable[[Run], Any]] = {
     "run": lambda run: run.label,
-    "folder": lambda run: run.folder,
+    "folder": lambda run: shown(str(run.folder)),
     "method": lambda run: run.config["method"]["name"],
     "method_steps": lambda run: run.config["method"].get("steps"),
     "method_replays": lambda run: run.config["method"].get("replays"),

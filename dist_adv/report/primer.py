@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from dist_adv.errors import shown
 from dist_adv.report.runs import Run
 from dist_adv.report.tables import Cell, Column, Table, method_title, threat_name
 
@@ -83,7 +84,10 @@ def _data_sets(runs: Sequence[Run]) -> list[str]:
             height, width = run.examples.clean.shape[2:]
             parts.append(f"{height} x {width} pixels")
         if classes := recorded.get("classes"):
-            some = [*classes[:_CLASSES_NAMED], *(["..."] if len(classes) > _CLASSES_NAMED else [])]
+            some = [
+                *map(shown, classes[:_CLASSES_NAMED]),
+                *(["..."] if len(classes) > _CLASSES_NAMED else []),
+            ]
             parts.append(f"{len(classes)} classes ({', '.join(some)})")
         sentences.setdefault(name, f"Data: {', '.join([name, *parts])}.")
     return list(sentences.values())

@@ -7,44 +7,15 @@ folders that were copied from the machine that trained.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from safetensors import SafetensorError, safe_open
 
-from dist_adv import records
-from dist_adv.errors import UserError
-
-Record = dict[str, Any]
-
-# What the report reads without asking whether it is there; everything else is optional.
-_CONFIG_KEYS = {
-    "method": ("name",),
-    "threat": ("norm", "eps"),
-    "model": ("name",),
-    "data": ("name",),
-    "train": ("epochs", "batch_size", "precision", "seed"),
-}
-_METRIC_KEYS = {
-    "train": ("epoch", "step", "seconds"),
-    "epoch": ("epoch", "step", "seconds", "train_loss", "train_accuracy"),
-}
-_RESULT_KEYS = ("attack", "accuracy", "ci95", "n")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The final weights under one attack ("natural" is the attack that changes nothing)."""
-
-    attack: str
-    accuracy: float
-    interval: tuple[float, float]  # 95 %, of the accuracy
-    n: int
-    flags: tuple[str, ...]  # warnings of the evaluation about itself
-    record: Mapping[str, Any]  # the whole line, with the attack's settings
+from dist_adv import reading
+from dist_adv.errors import UserError, shown
+from dist_adv.reading import Evaluation, Record
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,15 +39,17 @@ class Run:
     label: str
     config: Mapping[str, Any]
     env: Mapping[str, Any]
-    metrics: Sequence[Record]
+    epochs: Sequence[Record]  # the lines that close a pass, in order
+    last: Record | None  # the last line of metrics
     evaluations: Mapping[str, Evaluation]
+    elsewhere: int  # evaluations within another threat or on other data, which are not shown
     examples: Examples | None
     finished: bool
 
-    @cached_property
-    def epochs(self) -> list[Record]:
-        """The lines that close an epoch, in order."""
-        return [record for record in self.metrics if record["kind"] == "epoch"]
+    @property
+    def metrics(self) -> Sequence[Record]:
+        """Every line of metrics, read again: of a long run hundreds of megabytes."""
+        return reading.read_metrics(self.folder).lines
 
     def curve(self, key: str) -> list[Record]:
         """The epoch lines that hold `key`: the curves need not be evaluated after every epoch."""
@@ -85,17 +58,17 @@ class Run:
     @property
     def passes(self) -> float:
         """Passes over the data so far."""
-        return float(self.metrics[-1]["epoch"]) if self.metrics else 0.0
+        return float(self.last["epoch"]) if self.last else 0.0
 
     @property
     def steps(self) -> int:
         """Optimiser steps so far."""
-        return int(self.metrics[-1]["step"]) if self.metrics else 0
+        return int(self.last["step"]) if self.last else 0
 
     @property
     def seconds(self) -> float | None:
         """Wall time of training alone so far."""
-        return float(self.metrics[-1]["seconds"]) if self.metrics else None
+        return float(self.last["seconds"]) if self.last else None
 
     @property
     def epoch_seconds(self) -> float | None:
@@ -156,90 +129,22 @@ def _label(folder: Path, folders: Sequence[Path]) -> str:
 def _read_run(folder: Path, label: str) -> Run:
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such run folder; check the path")
+    config = reading.read_config(folder)
+    env = reading.read_environment(folder)
+    metrics = reading.read_metrics(folder, ("epoch",))
+    results = reading.read_results(folder, config["threat"], config["data"]["name"])
     return Run(
         folder=folder,
-        label=label,
-        config=_read_config(folder / "config.yaml"),
-        env=_read_env(folder / "env.json"),
-        metrics=_read_metrics(folder / "metrics.jsonl"),
-        evaluations=_read_evaluations(folder / "results.jsonl"),
+        label=shown(label),
+        config=config,
+        env=env,
+        epochs=metrics.lines,
+        last=metrics.last,
+        evaluations=results.figures,
+        elsewhere=results.elsewhere,
         examples=_read_examples(folder / "examples.safetensors"),
         finished=(folder / "model.safetensors").exists(),
     )
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: missing, so this is not a run folder; name a folder that training wrote"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({_line(error)}); restore the file") from error
-
-
-def _read_config(path: Path) -> Mapping[str, Any]:
-    try:
-        config: Mapping[str, Any] = yaml.safe_load(_read_text(path))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML ({_line(error)}); restore the file") from error
-    for section, keys in _CONFIG_KEYS.items():
-        for key in keys:
-            try:
-                config[section][key]
-            except (KeyError, TypeError):
-                raise UserError(
-                    f"{path}: {section}.{key} is missing; restore the file that training wrote"
-                ) from None
-    return config
-
-
-def _read_env(path: Path) -> Mapping[str, Any]:
-    try:
-        env = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({_line(error)}); restore the file") from error
-    if not isinstance(env, dict):
-        raise UserError(f"{path}: not a JSON object; restore the file that training wrote")
-    return env
-
-
-def _read_metrics(path: Path) -> list[Record]:
-    """The log of training, with the stretches that a resumed run repeated only once."""
-    latest: dict[tuple[str, int], Record] = {}
-    newest = 0
-    for number, record in records.read(path):
-        kind = record.get("kind")
-        if kind not in _METRIC_KEYS:
-            raise UserError(f"{path}: line {number} is of unknown kind {kind!r}; remove the line")
-        records.require(record, _METRIC_KEYS[kind], path, number)
-        step = record["step"]
-        if step < newest:  # resumed from an older checkpoint: what was logged beyond it is void
-            latest = {key: old for key, old in latest.items() if key[1] <= step}
-        latest[kind, step] = record
-        newest = step
-    return list(latest.values())
-
-
-def _read_evaluations(path: Path) -> dict[str, Evaluation]:
-    """The final weights under each attack on the most images, and among those the last."""
-    evaluations: dict[str, Evaluation] = {}
-    for number, record in records.of_final_weights(records.read(path)):
-        records.require(record, _RESULT_KEYS, path, number)
-        earlier = evaluations.get(record["attack"])
-        if earlier and earlier.n > record["n"]:
-            continue  # a quick look at some images does not replace a figure on all of them
-        low, high = record["ci95"]
-        evaluations[record["attack"]] = Evaluation(
-            attack=record["attack"],
-            accuracy=record["accuracy"],
-            interval=(low, high),
-            n=record["n"],
-            flags=tuple(record.get("flags", ())),
-            record=record,
-        )
-    return evaluations
 
 
 def _read_examples(path: Path) -> Examples | None:
@@ -259,10 +164,6 @@ def _read_examples(path: Path) -> Examples | None:
             )
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(
-            f"{path}: not readable as example images ({_line(error)}); remove or rewrite the file"
+            f"{path}: not readable as example images ({reading.one_line(error)}); "
+            f"remove or rewrite the file"
         ) from error
-
-
-def _line(error: Exception) -> str:
-    """An error's text on one line."""
-    return " ".join(str(error).split())

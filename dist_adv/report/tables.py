@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dist_adv.report.runs import Evaluation, Run
+from dist_adv.reading import Evaluation
+from dist_adv.report.runs import Run
 
 # What besides its name decides what an evaluation's accuracy means: keys of results.jsonl and
 # column titles.

@@ -84,7 +84,9 @@ def _free_against_fast(runs: Sequence[Run], attack: str) -> list[str]:
 def notices(runs: Sequence[Run]) -> list[str]:
     """Everything that limits what the numbers mean."""
     return [
-        line for run in runs for line in (*_progress(run), *_guard(run), *_flags(run))
+        line
+        for run in runs
+        for line in (*_progress(run), *_guard(run), *_flags(run), *_elsewhere(run))
     ] + _differences(runs)
 
 
@@ -112,6 +114,15 @@ def _flags(run: Run) -> list[str]:
         for flag in evaluation.flags:
             attacks.setdefault(flag, []).append(attack_name(evaluation.attack))
     return [f"{run.label}, {_join(names)}: {flag}" for flag, names in attacks.items()]
+
+
+def _elsewhere(run: Run) -> list[str]:
+    if not run.elsewhere:
+        return []
+    return [
+        f"{run.label}: of its evaluations {run.elsewhere} within another threat or on other data "
+        "are not shown (they stay in results.jsonl)."
+    ]
 
 
 def _differences(runs: Sequence[Run]) -> list[str]:

@@ -295,8 +295,14 @@ REAL = [
     Row(
         "report-no-run",
         "report mine --out new",
-        ("mine/config.yaml: missing", "name a folder that training wrote"),
+        ("mine: is no run folder", "name one that training wrote"),
         {"mine/notes.txt": "mine"},
+    ),
+    Row(
+        "report-of-no-runs",
+        "report mine notes.txt --out new",
+        ("none of these is a run folder", "name one that training wrote"),
+        {"mine/notes.txt": "mine", "notes.txt": "mine"},
     ),
     Row(
         "report-against",
@@ -669,7 +675,7 @@ IN_PROCESS += [
             "new/.claim": "",
         },
     ),
-    Row("status-of-nothing", "status nothing", ("nothing: is no folder of a run or of a sweep",)),
+    Row("status-of-nothing", "status nothing", ("nothing: there is no such run folder", "path")),
     Row(
         "status-damaged",
         "status new",

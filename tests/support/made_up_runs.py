@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,10 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def add_examples(folder: Path, channels: int, size: int) -> None:
+CLASSES = ("cat", "dog", "a rather long name")
+
+
+def add_examples(folder: Path, channels: int, size: int, classes: Sequence[str] = CLASSES) -> None:
     """Three images, of which the attack fools the first."""
     rng = np.random.default_rng(0)
     clean = rng.random((3, channels, size, size), dtype=np.float32)
@@ -122,5 +126,5 @@ def add_examples(folder: Path, channels: int, size: int) -> None:
         "clean_prediction": label,
         "adversarial_prediction": np.array([1, 1, 2]),
     }
-    metadata = {"attack": "pgd-20", "classes": json.dumps(["cat", "dog", "a rather long name"])}
+    metadata = {"attack": "pgd-20", "classes": json.dumps(classes)}
     save_file(tensors, folder / "examples.safetensors", metadata=metadata)

@@ -235,8 +235,8 @@ def test_resumed_run_counts_no_stretch_twice(tmp_path: Path) -> None:
     [
         ("config.yaml", None, "missing, so this is not a run folder"),
         ("config.yaml", "method: [", "not valid YAML"),
-        ("config.yaml", "method: {name: fast}", "threat.norm is missing"),
-        ("config.yaml", "", "method.name is missing"),
+        ("config.yaml", "method: {name: fast}", "threat is missing"),
+        ("config.yaml", "", "no mapping of keys"),
         ("env.json", "{", "not valid JSON"),
         ("env.json", "[]", "not a JSON object"),
         ("metrics.jsonl", '{"kind": "epoch", "epoch": 1}', "line 1 lacks step, seconds"),
@@ -270,7 +270,7 @@ def test_missing_folder_and_no_folder(tmp_path: Path) -> None:
 
 def test_out_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "out").touch()
-    with pytest.raises(UserError, match="cannot write the report"):
+    with pytest.raises(UserError, match=r"cannot be written \(File exists\); name another"):
         write_report([make_run(tmp_path / "run")], tmp_path / "out")
 
 
@@ -279,6 +279,7 @@ def test_bare_run_and_replaced_report(tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / "figures").mkdir(parents=True)
     (out / "figures" / "007-curves-gone.png").touch()
+    (out / "report.md").write_text("# Adversarial training report\n\nOf other runs.\n")
     (out / "figures" / "mine.png").touch()
     run = make_run(tmp_path / "run", metrics=[], finished=False)
     (run / "metrics.jsonl").unlink()
@@ -295,7 +296,7 @@ def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
     run = make_run(tmp_path / "<b>$x$|y", results=[evaluation("natural", 0.9)])
     report = report_on([run], tmp_path / "out")
     assert "<td>&lt;b&gt;$x$|y</td>" in report.html.replace("\n", "")
-    assert markdown_table(report, "Results")[2][0] == r"\<b>$x$\|y"
+    assert markdown_table(report, "Results")[2][0] == r"\<b>\$x\$\|y"
 
 
 @pytest.mark.parametrize(("split", "said"), [("test", "test"), ("held-out", "held-out")])

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dist_adv import cli, rundir, status
 from dist_adv.lock import Lock, held
 from dist_adv.sweep import claim, load_sweep
+from made_up_runs import epoch, evaluation, write_lines
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits"
 Make = Callable[..., Path]
@@ -33,12 +35,18 @@ def no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def write(folder: Path, state: str, **about: Any) -> Path:
     """A run of 200 steps that is in the middle of its fifth pass of 1,000 images."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").touch()
+    config = {
+        "method": {"name": "fast"},
+        "threat": {"norm": "linf", "eps": 8 / 255},
+        "model": {"name": "preact_resnet18"},
+        "data": {"name": "digits"},
+        "train": {"epochs": 20, "batch_size": 100, "precision": "auto", "seed": 0},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
     env = {"total_steps": 200, "dataset": {"train": 1000}}
     (folder / "env.json").write_text(json.dumps(env))
-    curve = {"kind": "epoch", "step": 40, "epoch": 4.0, "images_per_s": 100.0}
-    curve |= {"pgd_accuracy": 0.25, "curve_attack": "pgd-10"}
-    train = {"kind": "train", "step": 50, "epoch": 5.0, "images_per_s": 500.0}
+    curve = epoch(4, 40.0, images_per_s=100.0, pgd_accuracy=0.25)
+    train = {"kind": "train", "step": 50, "epoch": 5.0, "seconds": 42.0, "images_per_s": 500.0}
     lines = [json.dumps(record) for record in (curve, train)]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "tr')  # just being written
     rundir.mark(folder, state, **about)  # type: ignore[arg-type]
@@ -74,10 +82,9 @@ def test_a_finished_one_is_judged_by_its_strongest_attack(tmp_path: Path) -> Non
     results = [("pgd-100", 0.2, 359, 100)]  # of the shorter run that this one was
     results += [("natural", 0.9, 359, 200), ("pgd-50", 0.5, 359, 200), ("pgd-10", 0.6, 359, 200)]
     results += [("pgd-50", 0.4, 359, 200), ("pgd-50", 0.1, 10, 200)]  # again; then a quick look
-    keys = ("attack", "accuracy", "n", "step")
-    lines = [json.dumps(dict(zip(keys, result, strict=True))) for result in results]
-    (run / "results.jsonl").write_text("\n".join(lines))
-    assert (only(run).state, only(run).robust) == ("done", ("pgd-50", 0.4))
+    lines = [evaluation(attack, share, n, step=step) for attack, share, n, step in results]
+    write_lines(run / "results.jsonl", lines)
+    assert (only(run).state, only(run).robust) == ("done", ("pgd-50", 144 / 359))
 
 
 def test_looking_does_not_keep_a_run_from_starting(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from dist_adv.report.figures import (
     training,
 )
 from dist_adv.report.figures.album import STYLE, Album, Chapter, give_looks
+from dist_adv.report.figures.lettering import Lettering
 from dist_adv.report.networks import Comparison
 from dist_adv.report.runs import Run
 from dist_adv.report.tables import method_name
@@ -29,21 +30,21 @@ def draw(runs: Sequence[Run], comparison: Comparison | None, folder: Path) -> li
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("[0-9][0-9][0-9]-*.png"):
         old.unlink()
-    drawn = give_looks(runs)
+    lettering = Lettering(runs)
+    drawn = give_looks([lettering.run(run) for run in runs])
     album = Album(folder)
-    with rc_context(STYLE):
+    with rc_context({**STYLE, "font.family": lettering.families}):
         overlays.draw(album, drawn)
         trade_off.draw(album, drawn)
-        replays.draw(album, runs)
+        replays.draw(album, [each.run for each in drawn])
         overfitting.draw(album, drawn)
         chapters = [Chapter("The runs together", album.take())]
         if comparison:
-            networks.draw(album, comparison)
+            networks.draw(album, lettering.comparison(comparison))
             chapters.append(Chapter("Their networks side by side", album.take()))
-        for each in drawn:
-            run = each.run
+        for run, each in zip(runs, drawn, strict=True):
             training.curves(album, each)
-            examples.draw(album, run)
+            examples.draw(album, each.run)
             state = "" if run.finished else ", unfinished"
             title = f"{run.label} ({method_name(run)}){state}"
             chapters.append(Chapter(title, album.take(), folded=len(runs) > _UNFOLDED))

@@ -19,7 +19,6 @@ from dist_adv.report.runs import Run
 
 _DPI = 200
 STYLE: Any = {  # matplotlib versions differ in how they type the keys
-    "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.spines.top": False,
@@ -105,7 +104,7 @@ class Album:
 
     def add(self, figure: Figure, name: str, title: str, caption: str, look: str = "") -> None:
         self._count += 1
-        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:100]
         path = self._folder / f"{self._count:03d}-{slug}.png"
         _save(figure, path)
         width = round(100 * figure.get_figwidth())

@@ -59,14 +59,9 @@ def show(axes: Axes, image: np.ndarray) -> None:
 def _caption(axes: Axes, examples: Examples, label: int, prediction: int) -> None:
     right = prediction == label
     axes.set_xlabel(
-        f"{short(examples.classes[label])}\n"
-        f"\N{RIGHTWARDS ARROW} {short(examples.classes[prediction])} "
+        f"{examples.classes[label]}\n"
+        f"\N{RIGHTWARDS ARROW} {examples.classes[prediction]} "
         + ("\N{CHECK MARK}" if right else "\N{BALLOT X}"),
         color=_RIGHT if right else _WRONG,
         fontsize=8,
     )
-
-
-def short(name: str) -> str:
-    """A class name that fits below its image."""
-    return name if len(name) <= 15 else name[:14] + "\N{HORIZONTAL ELLIPSIS}"

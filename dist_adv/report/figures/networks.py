@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dist_adv.report.figures.album import GREY, Album
-from dist_adv.report.figures.examples import short, show
+from dist_adv.report.figures.examples import show
 from dist_adv.report.networks import Comparison, attack_of, grid_of
 from dist_adv.report.tables import method_name, method_title, percentage
 
@@ -76,7 +76,7 @@ def surfaces(comparison: Comparison) -> Figure:
     panels = figure.add_gridspec(1, count + 1, width_ratios=widths, wspace=0.1, **sides)
     image = figure.add_subplot(panels[0])
     show(image, examples.clean[shown])
-    image.set_xlabel(short(examples.classes[examples.label[shown]]))
+    image.set_xlabel(examples.classes[examples.label[shown]])
     for i, (run, surface) in enumerate(zip(comparison.runs, seen, strict=True)):
         loss = surface.loss[shown]
         axes: Any = figure.add_subplot(panels[i + 1], projection="3d")
@@ -108,7 +108,7 @@ def surfaces(comparison: Comparison) -> Figure:
 def large_attacks(comparison: Comparison) -> Figure:
     """A row of test images, and below it what the attack on each network makes of them."""
     landscape, examples = comparison.landscape, comparison.examples
-    names = [short(name) for name in examples.classes]
+    names = examples.classes
     rows, count = len(comparison.runs) + 1, len(examples.label)
     figure = Figure(figsize=(1.17 * count + 0.6, 1.45 * rows), layout="constrained")
     clean, *made = figure.subplots(rows, count, squeeze=False)

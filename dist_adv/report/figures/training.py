@@ -15,8 +15,8 @@ from dist_adv.report.tables import attack_name
 def curve_attack(runs: Sequence[Run]) -> tuple[str, str]:
     """The attack of the PGD curves as far as the runs agree, and a sentence on their sample."""
     records = [record for run in runs for record in run.curve("pgd_accuracy")]
-    attacks = {record["curve_attack"] for record in records}
-    counts = {record["curve_n"] for record in records}
+    attacks = {record.get("curve_attack", "pgd") for record in records}
+    counts = {record["curve_n"] for record in records if "curve_n" in record}
     attack = attack_name(attacks.pop()) if len(attacks) == 1 else "PGD"
     if not counts:
         return attack, ""
@@ -56,7 +56,7 @@ def curves(album: Album, drawn: Drawn) -> None:
         passes = [record["epoch"] for record in records]
         accuracies = np.array([100 * record[f"{key}_accuracy"] for record in records])
         for axes, values in (
-            (loss, [record[f"{key}_loss"] for record in records]),
+            (loss, [record.get(f"{key}_loss") for record in records]),
             (accuracy, accuracies),
             (error, 100 - accuracies),
         ):
