@@ -184,9 +184,12 @@ def sweep(
         _announce()
     else:
         _begin_work()
+    from dist_adv import wandb_env
     from dist_adv.sweep import as_wandb, load_sweep
 
     checked = load_sweep(file, overrides)
+    if only is None and not wandb:
+        wandb_env.refuse_one_id_for_many(len(checked.runs))
     folder = out or Path("runs") / checked.name
     if slurm:
         from dist_adv.slurm import plan, submit

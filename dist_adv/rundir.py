@@ -1,7 +1,6 @@
 """The folder of a run: created once, never overwritten, recognised when a run goes on."""
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -14,7 +13,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 
-from dist_adv import __version__, records
+from dist_adv import __version__, packages, records
 from dist_adv.config import Config, differences, load_config, longer, training_differences
 from dist_adv.errors import UserError
 from dist_adv.lock import Lock, unusable
@@ -127,11 +126,11 @@ def check_same_experiment(old: Config, new: Config, where: Path) -> None:
 def _environment(accelerator: Accelerator) -> dict[str, Any]:
     """Versions, commit, hardware, ranks: what a figure must be read with."""
     gpu = accelerator.device.type == "cuda"
-    packages = ("torch", "torchvision", "accelerate", "wandb", "numpy")
+    recorded = ("torch", "torchvision", "accelerate", "wandb", "numpy")
     return {
         "python": platform.python_version(),
         "dist_adv": __version__,
-        **{name: importlib.metadata.version(name) for name in packages},
+        **{name: packages.version(name) for name in recorded},
         "git_commit": _git_commit(),
         "platform": platform.platform(),
         "hardware": {
@@ -163,15 +162,40 @@ def code_version() -> str:
     return f"{__version__} ({digest.hexdigest()[:12]})"
 
 
+def checkout() -> Path | None:
+    """Return the git repository that has this code in it, None where it was installed.
+
+    An installed package may lie in somebody's repository all the same, in a virtual environment
+    that git ignores: then this very file is none of git's.
+    """
+    here = Path(__file__).resolve()
+    if not _git(here.parent, "ls-files", "--error-unmatch", here.name):
+        return None
+    root = _git(here.parent, "rev-parse", "--show-toplevel")
+    return Path(root) if root else None
+
+
 def _git_commit() -> str | None:
-    """The commit of this source tree, with `-dirty` where it was changed; None outside of one."""
-    here = Path(__file__).parent
+    """Return the commit of this code, with `-dirty` where it was changed; None outside of git."""
+    root = checkout()
+    if root is None:
+        return None
+    return _git(root, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Return what git prints in `folder`; None where it is absent, refuses or prints nothing."""
+    # In a git hook GIT_DIR names the repository of the hook. A checkout of another owner, as in
+    # containers, is one whose code is running already.
+    environment = {name: value for name, value in os.environ.items() if name[:4] != "GIT_"}
     try:
         found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=here,
+            ["git", "-c", "safe.directory=*", *arguments],
+            cwd=folder,
+            env=environment,
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
