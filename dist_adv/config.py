@@ -7,6 +7,7 @@ names the file or key and the remedy.
 import difflib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -309,7 +310,8 @@ def read_mapping(path: Path, needs: str, wanted: str = "") -> dict[str, Any]:
 
 def _read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping of a file with everything that it extends."""
-    if path.resolve() in seen:
+    where = Path(os.path.realpath(path))  # Path.resolve fails on links in a circle
+    if where in seen:
         raise UserError(f"{path}: extends itself; remove the circle of 'extends'")
     wanted = f" (which {seen[-1]} extends)" if seen else ""
     tree = read_mapping(path, "method: {name: fast}", wanted)
@@ -318,7 +320,7 @@ def _read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return tree
     if not isinstance(base, str):
         raise UserError(f"{path}: extends: must be one file name, relative to this file")
-    return _merge(_read_file(path.parent / base, (*seen, path.resolve())), tree)
+    return _merge(_read_file(path.parent / base, (*seen, where)), tree)
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import subprocess
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -36,11 +37,12 @@ def holds(run_dir: Path, config: Config, resume: bool = True) -> bool:
     saved = run_dir / "config.yaml"
     try:
         content = list(run_dir.iterdir()) if run_dir.exists() else []
+        is_run = saved.is_file()
     except OSError as error:
         raise unusable(run_dir, error) from None
     if not content:
         return False
-    if not saved.is_file():
+    if not is_run:
         raise UserError(f"{run_dir}: is not empty and no run folder; choose another --run-dir")
     if not resume:
         raise UserError(
@@ -57,6 +59,20 @@ def trained(run_dir: Path, config: Config) -> bool:
 
 def config_of(run_dir: Path) -> Config:
     return load_config(run_dir / "config.yaml")
+
+
+def check_writable(run_dir: Path) -> None:
+    """Raise UserError where results could not be added to those of a run."""
+    results = run_dir / "results.jsonl"
+    try:
+        tempfile.TemporaryFile(dir=run_dir).close()
+        if results.exists():
+            results.open("r+b").close()
+    except OSError as error:
+        raise UserError(
+            f"{run_dir}: results cannot be written there ({error.strerror}); copy the folder, and "
+            "evaluate the copy"
+        ) from None
 
 
 def create(run_dir: Path, config: Config, accelerator: Accelerator, about: dict[str, Any]) -> Lock:

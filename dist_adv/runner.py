@@ -49,7 +49,7 @@ def train_run(config: Config, run_dir: Path, resume: str) -> None:
             with parallel.plain_failures(accelerator, "train.batch_size", config.train.batch_size):
                 _train(config, run_dir, resume, accelerator, stack)
         except (RunFailure, OSError) as failure:
-            if accelerator.is_main_process and (run_dir / "status.json").exists():
+            if accelerator.is_main_process and rundir.state_of(run_dir):
                 with suppress(RunFailure):
                     rundir.mark(run_dir, "failed", reason=str(failure))
             raise
@@ -270,6 +270,7 @@ def evaluate_run(
     _check_attacks(config.eval.attacks)
     accelerator = parallel.start("fp32", config.train.threads)
     start_logging(accelerator.is_main_process)
+    parallel.on_main(accelerator, lambda: rundir.check_writable(run_dir))
     arguments = {"--limit": limit, "weights": _weights(run_dir)}
     with parallel.plain_failures(accelerator, "eval.batch_size", config.eval.batch_size):
         parallel.check_same_start(accelerator, _what_is_started(config, accelerator, arguments))

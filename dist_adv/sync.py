@@ -49,10 +49,17 @@ def sync_runs(run_dirs: Sequence[Path], offline: Path | None) -> Iterator[tuple[
 
 
 def _push(run: Run, offline: Path | None) -> str:
+    folder = run.folder
+    if offline:
+        folder = offline / run.label
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--offline: {folder} cannot be made ({error.strerror}); name another folder"
+            ) from None
     config = load_config(run.folder / "config.yaml")
     about = identity(run.folder, config, keep=True)
-    folder = offline / run.label if offline else run.folder
-    folder.mkdir(parents=True, exist_ok=True)
     view = WandbRun(
         run.folder,
         config,

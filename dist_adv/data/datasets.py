@@ -112,7 +112,7 @@ _STATISTICS = {
 def data_root(options: DataOptions) -> Path:
     """Where the files are, or will be downloaded to."""
     root = options.root or os.environ.get("DIST_ADV_DATA") or "data"
-    return Path(os.path.expanduser(root))
+    return Path(os.path.expanduser(root))  # Path's own fails where there is no home
 
 
 def load_dataset(

@@ -5,6 +5,7 @@ metadata of every `model.safetensors`: a weights file alone is enough to rebuild
 """
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -162,7 +163,7 @@ def load_model(path: str | Path) -> Classifier:
 
     Raises UserError where there is no such file, or one that is damaged or not this project's.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     architecture, tensors = read_weights(path / "model.safetensors" if path.is_dir() else path)
     model = Classifier(architecture)
     try:
