@@ -269,7 +269,12 @@ def export(run_dir: Path, out: Path) -> None:
 @click.option("--batch-size", type=click.IntRange(2), default=128, show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto")
 @click.option("--run", "run_dir", type=_PATH, help="A robust run to attack.")
-@click.option("--data", type=_Expanded(), metavar="ROOT", help="Where the images of --run and of `robust` are.")
+@click.option(
+    "--data",
+    type=_Expanded(),
+    metavar="ROOT",
+    help="Where the images of --run and of `robust` are.",
+)
 @click.option("--quick", is_flag=True, help="Toy sizes: shows that everything runs, and no more.")
 def bench(
     only: str,

@@ -5,16 +5,15 @@ for a path gets a row in PLACES.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from dist_adv import cli
+from dist_adv import cli, load_model
 from dist_adv.config import load_config
+from dist_adv.data import DataOptions, data_root
 from dist_adv.runner import train_run
 from permissions import no_override
 
@@ -43,6 +42,19 @@ PLACES = {
     "sweep --out": ("sweep sweep.yaml --out BAD", WRITTEN),
     "sweep --only --out": ("sweep sweep.yaml --only 0 --out BAD", WRITTEN),
     "demo": ("demo --out BAD", WRITTEN),
+    "status": ("status BAD", READ),
+    "report": ("report BAD --out new", READ),
+    "report --out": ("report run --out BAD", WRITTEN),
+    "export": ("export BAD --out new", READ),
+    "export --out": ("export run --out BAD", WRITTEN),
+    "bench --out": ("bench --quick --only nothing --out BAD", (LONG, "loop", "closed/run")),
+    "plan": ("plan BAD", READ),
+    "plan --step-times": (f"plan {DIGITS}/fast.yaml --bandwidth 10 --step-times BAD", READ),
+    "plan --json": (
+        f"plan {DIGITS}/fast.yaml --bandwidth 10 --step-ms 64:9 --gpus 2 --json BAD",
+        (LONG, "loop", "closed", "closed/run"),
+    ),
+    "dashboard": ("dashboard --out BAD", (LONG, "loop", "closed/run")),
     "extends": ("train extends-BAD.yaml --run-dir new", ("loop", "closed/run")),
 }
 
@@ -107,3 +119,23 @@ def test_one_line(
     assert bad in complaints[0]
     assert status == 2
     assert names(folder) == before
+
+
+def test_home_directory(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ~ that the shell has left alone: in options with =, in configurations, in Python."""
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.chdir(tmp_path)
+    assert cli._run(["export", "~/run", "--out=~/exported"]) == 0
+    resume = "--resume=~/run/checkpoints/step-000000001"
+    assert cli._run(["train", f"{DIGITS}/fast.yaml", *TINY, "--run-dir=~/again", resume]) == 0
+    assert (folder / "again" / "model.safetensors").is_file()
+    load_model("~/exported")
+    assert data_root(DataOptions(root="~/images")) == folder / "images"
+    monkeypatch.setenv("DIST_ADV_DATA", "~/images")
+    assert data_root(DataOptions()) == folder / "images"
+    for name in ("exported", "again"):
+        shutil.rmtree(folder / name)
+    assert list(tmp_path.iterdir()) == []
