@@ -147,7 +147,7 @@ def _environment(accelerator: Accelerator) -> dict[str, Any]:
         "python": platform.python_version(),
         "dist_adv": __version__,
         **{name: packages.version(name) for name in recorded},
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "platform": platform.platform(),
         "hardware": {
             "device": accelerator.device.type,
@@ -191,7 +191,7 @@ def checkout() -> Path | None:
     return Path(root) if root else None
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Return the commit of this code, with `-dirty` where it was changed; None outside of git."""
     root = checkout()
     if root is None:

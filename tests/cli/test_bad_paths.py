@@ -19,10 +19,10 @@ from permissions import no_override
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits"
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-TINY = (
-    "train.max_steps=1 train.batch_size=512 train.precision=fp32 train.threads=1 model.width=2 "
-    "eval.attacks=[natural] eval.every=0"
-).split()
+TINY = [
+    *("train.max_steps=1", "train.batch_size=512", "train.precision=fp32", "train.threads=1"),
+    *("model.width=2", "eval.attacks=[natural]", "eval.every=0"),
+]
 
 # What is in the place of a path. `run` and `closed/run` are runs; nobody may enter `closed`, nor
 # write to `frozen/run`.
