@@ -6,6 +6,8 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -443,6 +445,7 @@ def main() -> NoReturn:
     """Run a command; errors become one line and an exit status."""
     streams.install()
     _find_home()
+    _find_caches()
     status = _run(sys.argv[1:])
     streams.optional()
     sys.stdout.flush()
@@ -459,6 +462,22 @@ def _find_home() -> None:
         os.environ.pop("HOME", None)
         home = os.path.expanduser("~")  # of the user data base
         os.environ["HOME"] = tempfile.gettempdir() if home == "~" else home
+
+
+def _find_caches() -> None:
+    """Give W&B and matplotlib a place for caches where the home directory cannot be written.
+
+    At every start they would complain of it on standard error. What they read from there stays.
+    """
+    allowed = partial(os.access, mode=os.W_OK | os.X_OK, effective_ids=True)
+    if any(allowed(os.path.expanduser(folder)) for folder in ("~", "~/.cache")):
+        return
+    with suppress(OSError):
+        place = Path(tempfile.gettempdir(), f"dist-adv-{os.getuid()}")
+        place.mkdir(mode=0o700, exist_ok=True)
+        if place.lstat().st_uid == os.getuid():  # or somebody else has made it
+            os.environ.setdefault("WANDB_CACHE_DIR", str(place))
+            os.environ.setdefault("MPLCONFIGDIR", str(place))
 
 
 def _run(arguments: list[str]) -> int:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from dist_adv.errors import UserError
 from dist_adv.runner import train_run
 from dist_adv.sync import sync_runs
 from dist_adv.wandb_run import identity
+from permissions import no_override
 from wandb_file import pieces
 from wandb_file import settings as wandb_settings
 
@@ -140,6 +142,24 @@ def test_wandb_that_cannot_be_imported(images, tmp_path, monkeypatch, capsys) ->
     assert "no W&B (import of wandb halted" in capsys.readouterr().out
     assert cli._run(["sync", str(tmp_path / "run")]) == 2
     assert "sync: wandb is not installed; pip install wandb" in capsys.readouterr().err
+
+
+def test_home_that_cannot_be_written(tmp_path, monkeypatch) -> None:
+    """Caches go elsewhere, unless somebody has said where."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("MPLCONFIGDIR", "mine")
+    monkeypatch.setenv("WANDB_CACHE_DIR", "")
+    monkeypatch.delenv("WANDB_CACHE_DIR")
+    cli._find_caches()
+    assert "WANDB_CACHE_DIR" not in os.environ
+    home.chmod(0o555)
+    with no_override():
+        cli._find_caches()
+    assert Path(os.environ["WANDB_CACHE_DIR"]) == tmp_path / f"dist-adv-{os.getuid()}"
+    assert os.environ["MPLCONFIGDIR"] == "mine"
+    assert Path(os.environ["WANDB_CACHE_DIR"]).stat().st_mode & 0o777 == 0o700
 
 
 # --- one id, one run ------------------------------------------------------------------------------
