@@ -1,10 +1,13 @@
 """Commands: parse, call, print. Nothing heavy is imported before a command needs it."""
 
+import errno
 import os
 import signal
 import sys
 import tempfile
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,10 +16,27 @@ import click
 from dist_adv import __version__, launched, stopping, streams
 from dist_adv.errors import DISK_TROUBLE, Preempted, RankFailure, RunFailure, UserError
 
+
+class _Expanded(click.Path):
+    """A path in which a leading ~ is a home directory: the shell leaves it alone in --out=~/x.
+
+    What no command can take is refused here, and not by each: names that are too long, links in a
+    circle, what lies in a folder that may not be entered.
+    """
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = os.path.expanduser(value)
+        try:
+            os.stat(path)
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES):
+                raise UserError(f"{path}: {error.strerror}; name another path") from None
+        return super().convert(path, param, ctx)
+
+
+_PATH = _Expanded(path_type=Path)
 _OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
-_RUN_DIR = click.option(
-    "--run-dir", type=click.Path(path_type=Path), help="[default: runs/FOLDER-NAME of the config]"
-)
+_RUN_DIR = click.option("--run-dir", type=_PATH, help="[default: runs/FOLDER-NAME of the config]")
 
 
 @click.group(
@@ -42,7 +62,7 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
+@click.option("--out", type=_PATH, default=Path("demo"), show_default=True)
 def demo(out: Path) -> None:
     """Train natural, PGD, Free and Fast on 8x8 digits, attack them, write a report.
 
@@ -58,7 +78,7 @@ def demo(out: Path) -> None:
 
 
 @cli.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=_PATH)
 @_OVERRIDES
 @_RUN_DIR
 @click.option(
@@ -82,7 +102,9 @@ def train(config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume
     from dist_adv.config import load_config
     from dist_adv.runner import train_run
 
-    train_run(load_config(config, overrides), run_dir or _run_dir(config), resume)
+    train_run(
+        load_config(config, overrides), run_dir or _run_dir(config), os.path.expanduser(resume)
+    )
 
 
 def _run_dir(config: Path) -> Path:
@@ -90,7 +112,7 @@ def _run_dir(config: Path) -> Path:
 
 
 @cli.command(name="eval")
-@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.argument("run_dir", type=_PATH)
 @_OVERRIDES
 @click.option(
     "--attacks",
@@ -116,10 +138,8 @@ def evaluate(
 
 
 @cli.command()
-@click.argument(
-    "run_dirs", nargs=-1, required=True, metavar="RUN_DIR...", type=click.Path(path_type=Path)
-)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("report"), show_default=True)
+@click.argument("run_dirs", nargs=-1, required=True, metavar="RUN_DIR...", type=_PATH)
+@click.option("--out", type=_PATH, default=Path("report"), show_default=True)
 @click.option(
     "--against",
     multiple=True,
@@ -154,11 +174,9 @@ def _runs(named: tuple[Path, ...]) -> list[Path]:
 
 
 @cli.command()
-@click.argument("file", metavar="SWEEP", type=click.Path(path_type=Path))
+@click.argument("file", metavar="SWEEP", type=_PATH)
 @_OVERRIDES
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="[default: runs/NAME of the sweep file]"
-)
+@click.option("--out", type=_PATH, help="[default: runs/NAME of the sweep file]")
 @click.option("--only", metavar="RUN", help="One run in this process, by name or number from 0.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Side by side.")
 @click.option("--dry-run", is_flag=True, help="Check and list every run, time some steps, stop.")
@@ -195,9 +213,12 @@ def sweep(
         _announce()
     else:
         _begin_work()
+    from dist_adv import wandb_env
     from dist_adv.sweep import as_wandb, load_sweep
 
     checked = load_sweep(file, overrides)
+    if only is None and not wandb:
+        wandb_env.refuse_one_id_for_many(len(checked.runs))
     folder = out or Path("runs") / checked.name
     if slurm:
         from dist_adv.slurm import plan, submit
@@ -221,9 +242,7 @@ def sweep(
 
 
 @cli.command()
-@click.argument(
-    "folders", nargs=-1, required=True, metavar="RUNS...", type=click.Path(path_type=Path)
-)
+@click.argument("folders", nargs=-1, required=True, metavar="RUNS...", type=_PATH)
 @click.option("--watch", is_flag=True, help="Look again every two seconds, until Ctrl-C.")
 def status(folders: tuple[Path, ...], watch: bool) -> None:
     """What has become of runs: queued, running, preempted, killed, failed or done, and how far.
@@ -241,8 +260,8 @@ def status(folders: tuple[Path, ...], watch: bool) -> None:
 
 
 @cli.command()
-@click.argument("run_dir", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.argument("run_dir", type=_PATH)
+@click.option("--out", type=_PATH, required=True)
 def export(run_dir: Path, out: Path) -> None:
     """The model of a run as model.safetensors, config.json and a model card.
 
@@ -259,12 +278,17 @@ def export(run_dir: Path, out: Path) -> None:
 
 @cli.command()
 @click.option("--only", default="", metavar="CASES", help="Cases to run, with commas between.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("bench"), show_default=True)
+@click.option("--out", type=_PATH, default=Path("bench"), show_default=True)
 @click.option("--width", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--batch-size", type=click.IntRange(2), default=128, show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto")
-@click.option("--run", "run_dir", type=click.Path(path_type=Path), help="A robust run to attack.")
-@click.option("--data", metavar="ROOT", help="Where the images of --run and of `robust` are.")
+@click.option("--run", "run_dir", type=_PATH, help="A robust run to attack.")
+@click.option(
+    "--data",
+    type=_Expanded(),
+    metavar="ROOT",
+    help="Where the images of --run and of `robust` are.",
+)
 @click.option("--quick", is_flag=True, help="Toy sizes: shows that everything runs, and no more.")
 def bench(
     only: str,
@@ -298,12 +322,10 @@ def bench(
 
 
 @cli.command()
-@click.argument(
-    "run_dirs", nargs=-1, required=True, metavar="RUN_DIR...", type=click.Path(path_type=Path)
-)
+@click.argument("run_dirs", nargs=-1, required=True, metavar="RUN_DIR...", type=_PATH)
 @click.option(
     "--offline",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     metavar="DIR",
     help="Push nothing: write W&B's offline files of what would be pushed to DIR.",
 )
@@ -327,9 +349,7 @@ def sync(run_dirs: tuple[Path, ...], offline: Path | None) -> None:
 @cli.command()
 @click.option("--project", default="dist-adv", show_default=True, envvar="WANDB_PROJECT")
 @click.option("--entity", envvar="WANDB_ENTITY", help="User or team.  [default: your own]")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("dashboard.json"), show_default=True
-)
+@click.option("--out", type=_PATH, default=Path("dashboard.json"), show_default=True)
 def dashboard(project: str, entity: str | None, out: Path) -> None:
     """A W&B workspace and report: accuracy by pass and by time, trade-off, Free against Fast.
 
@@ -351,7 +371,7 @@ def dashboard(project: str, entity: str | None, out: Path) -> None:
 
 
 @cli.command()
-@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.argument("config", required=False, type=_PATH)
 @_OVERRIDES
 @_RUN_DIR
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
@@ -376,7 +396,7 @@ def doctor(
 
 
 @cli.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=_PATH)
 @_OVERRIDES
 @click.option("--gpus", default="1,2,4,8", show_default=True, help="How many, with commas between.")
 @click.option(
@@ -390,14 +410,14 @@ def doctor(
 @click.option("--step-ms", metavar="BATCH:MS,...", help="Step times of a GPU, known already.")
 @click.option(
     "--step-times",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     help="The same, from bench.json, gpu_suite.py or plan --json.  [default: measured here]",
 )
 @click.option("--weak", is_flag=True, help="train.batch_size is a GPU's; the rate grows with it.")
 @click.option("--price", type=click.FloatRange(0, min_open=True), help="Of a GPU hour.")
 @click.option("--images", type=click.IntRange(1), help="Training images of an imagefolder.")
 @click.option("--classes", type=click.IntRange(2), help="Its classes.")
-@click.option("--json", type=click.Path(path_type=Path), help="A file to keep all of it in.")
+@click.option("--json", type=_PATH, help="A file to keep all of it in.")
 def plan(config: Path, overrides: tuple[str, ...], **asked: Any) -> None:
     """What CONFIG would take on more GPUs: time, communication, efficiency, cost.
 
@@ -437,6 +457,7 @@ def main() -> NoReturn:
     """Run a command; errors become one line and an exit status."""
     streams.install()
     _find_home()
+    _find_caches()
     status = _run(sys.argv[1:])
     streams.optional()
     sys.stdout.flush()
@@ -453,6 +474,22 @@ def _find_home() -> None:
         os.environ.pop("HOME", None)
         home = os.path.expanduser("~")  # of the user data base
         os.environ["HOME"] = tempfile.gettempdir() if home == "~" else home
+
+
+def _find_caches() -> None:
+    """Give W&B and matplotlib a place for caches where the home directory cannot be written.
+
+    At every start they would complain of it on standard error. What they read from there stays.
+    """
+    allowed = partial(os.access, mode=os.W_OK | os.X_OK, effective_ids=True)
+    if any(allowed(os.path.expanduser(folder)) for folder in ("~", "~/.cache")):
+        return
+    with suppress(OSError):
+        place = Path(tempfile.gettempdir(), f"dist-adv-{os.getuid()}")
+        place.mkdir(mode=0o700, exist_ok=True)
+        if place.lstat().st_uid == os.getuid():  # or somebody else has made it
+            os.environ.setdefault("WANDB_CACHE_DIR", str(place))
+            os.environ.setdefault("MPLCONFIGDIR", str(place))
 
 
 def _run(arguments: list[str]) -> int:
@@ -478,10 +515,13 @@ def _run(arguments: list[str]) -> int:
             _say(f"stopped ({stop}); the same command goes on from the last checkpoint")
         return stop.status
     except OSError as error:
-        if error.errno not in DISK_TROUBLE:
+        if error.errno in DISK_TROUBLE:
+            _say(f"{error.filename or 'a file'}: could not be written ({error.strerror})")
+            return 1
+        if error.filename is None:
             raise
-        _say(f"{error.filename or 'a file'}: could not be written ({error.strerror})")
-        return 1
+        _complain(f"{error.filename}: {error.strerror}; name another path")
+        return 2
     except (KeyboardInterrupt, click.Abort):
         _complain("interrupted; the same command goes on from the last checkpoint")
         return 130

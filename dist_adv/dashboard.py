@@ -5,12 +5,12 @@ W&B as well.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from dist_adv import records
+from dist_adv import records, wandb_env
 from dist_adv.errors import RunFailure, UserError
+from dist_adv.wandb_run import logged_in
 
 _TITLE = "Adversarial training"
 
@@ -22,19 +22,18 @@ def make_dashboard(out: Path, project: str, entity: str | None) -> list[str]:
     something else or wandb-workspaces is not installed, RunFailure where W&B refuses.
     """
     file = records.output_file(out, "--out", _is_own)
-    import wandb
-
     try:
+        import wandb
         import wandb_workspaces.reports.v2 as wr
         import wandb_workspaces.workspaces as ws
     except ImportError:
         raise UserError(
             "dashboard: wandb-workspaces is not installed; pip install 'dist-adv[dashboard]'"
         ) from None
-    online = os.environ.get("WANDB_MODE", "online") == "online"
-    online = online and wandb.login(prompt=False, verify=False)
+    online = wandb_env.mode() in ("auto", "online") and logged_in()
     try:
-        entity = entity or (wandb.Api().default_entity if online else "")
+        with wandb_env.hidden():
+            entity = entity or (wandb.Api().default_entity if online else "")
         sections = [ws.Section(name, panels=panels) for name, panels in _sections(wr).items()]
         workspace = ws.Workspace(entity=entity, project=project, name=_TITLE, sections=sections)
         report = wr.Report(entity=entity, project=project, title=_TITLE, blocks=_blocks(wr))

@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from dist_adv import packages, wandb_env
 from dist_adv.config import load_config
 from dist_adv.errors import UserError
 from dist_adv.report import write_report
@@ -25,6 +26,8 @@ def configs_folder() -> Path:
 
 def run_demo(out: Path) -> None:
     """Train, evaluate and report under `out`; goes on where an earlier demo stopped."""
+    packages.need("matplotlib", "demo", "matplotlib")
+    wandb_env.refuse_one_id_for_many(len(METHODS))
     runs = []
     for method in METHODS:
         runs.append(out / method)

@@ -4,7 +4,6 @@ Every look is on its own: where one fails that is a line of the table, and the o
 heavy is imported before it is looked at. Nothing is written.
 """
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -20,6 +19,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from dist_adv import packages
 from dist_adv.config import Config, load_config
 from dist_adv.errors import UserError
 from dist_adv.lock import held
@@ -110,13 +110,6 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _python() -> Findings:
     yield Finding("Python", f"{platform.python_version()}, {sys.executable}")
 
@@ -178,8 +171,9 @@ def _compiler(config: Config | None) -> Findings:
 
 
 def _packages() -> Findings:
-    yield Finding("accelerate", _version("accelerate") or "absent")
-    found, advice = _version("deepspeed"), "only ZeRO needs it: pip install 'dist-adv[deepspeed]'"
+    yield Finding("accelerate", packages.version("accelerate") or "absent")
+    found = packages.version("deepspeed")
+    advice = "only ZeRO needs it: pip install 'dist-adv[deepspeed]'"
     yield Finding("deepspeed", found or "not installed", advice="" if found else advice)
 
 
@@ -196,27 +190,30 @@ def _slurm() -> Findings:
 
 
 def _wandb(config: Config | None) -> Findings:
-    import wandb
-
-    from dist_adv import track
+    from dist_adv import track, wandb_env, wandb_run
 
     try:
         if config:
             track.check(config)
+        mode = wandb_env.mode(config.track.wandb.mode if config else "auto")
     except UserError as error:
         yield Finding("W&B", str(error), "problem")
         return
-    mode = os.environ.get("WANDB_MODE", config.track.wandb.mode if config else "auto")
-    if mode == "disabled":
-        yield Finding("W&B", f"{wandb.__version__}, disabled")
+    version = packages.version("wandb")
+    if version is None:
+        advice = "" if mode == "disabled" else "pip install wandb for dashboards"
+        yield Finding("W&B", "not installed", advice=advice)
         return
-    known = wandb.login(prompt=False, verify=False)
+    if mode == "disabled":
+        yield Finding("W&B", f"{version}, disabled")
+        return
+    known = wandb_run.logged_in()
     who = "logged in" if known else "nobody is logged in"
     if mode == "auto":
         mode = "online" if known else "offline"
     level: Literal["ok", "warning"] = "warning" if mode == "online" and not known else "ok"
     advice = "" if known else "`wandb login` or WANDB_API_KEY; dist-adv sync uploads later"
-    yield Finding("W&B", f"{wandb.__version__}, {who}: records {mode}", level, advice)
+    yield Finding("W&B", f"{version}, {who}: records {mode}", level, advice)
 
 
 # What torchvision unpacks or downloads, by which a set is known to be there.

@@ -33,7 +33,7 @@ class Lock:
             ) from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise unusable(run_dir, error) from None
+                raise unusable(run_dir, error, option) from None
             log.warning("%s: no locks on this file system; start no second run there", run_dir)
             return
         holder = f"process {os.getpid()} on {socket.gethostname()}"
@@ -71,6 +71,7 @@ def held(run_dir: Path) -> bool | None:
     return False
 
 
-def unusable(run_dir: Path, error: OSError) -> UserError:
+def unusable(run_dir: Path, error: OSError, option: str = "--run-dir") -> UserError:
+    """Return the complaint about a folder that `option` has named."""
     reason = error.strerror or str(error)
-    return UserError(f"{run_dir}: cannot be a run folder ({reason}); choose another --run-dir")
+    return UserError(f"{run_dir}: cannot be a run folder ({reason}); choose another {option}")

@@ -1,12 +1,12 @@
 """The folder of a run: created once, never overwritten, recognised when a run goes on."""
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
 import platform
 import subprocess
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 
-from dist_adv import __version__, records
+from dist_adv import __version__, packages, records
 from dist_adv.config import Config, differences, load_config, longer, training_differences
 from dist_adv.errors import UserError
 from dist_adv.lock import Lock, unusable
@@ -38,11 +38,12 @@ def holds(run_dir: Path, config: Config, resume: bool = True) -> bool:
     saved = run_dir / "config.yaml"
     try:
         content = list(run_dir.iterdir()) if run_dir.exists() else []
+        is_run = saved.is_file()
     except OSError as error:
         raise unusable(run_dir, error) from None
     if not content:
         return False
-    if not saved.is_file():
+    if not is_run:
         raise UserError(f"{run_dir}: is not empty and no run folder; choose another --run-dir")
     if not resume:
         raise UserError(
@@ -59,6 +60,20 @@ def trained(run_dir: Path, config: Config) -> bool:
 
 def config_of(run_dir: Path) -> Config:
     return load_config(run_dir / "config.yaml")
+
+
+def check_writable(run_dir: Path) -> None:
+    """Raise UserError where results could not be added to those of a run."""
+    results = run_dir / "results.jsonl"
+    try:
+        tempfile.TemporaryFile(dir=run_dir).close()
+        if results.exists():
+            results.open("r+b").close()
+    except OSError as error:
+        raise UserError(
+            f"{run_dir}: results cannot be written there ({error.strerror}); copy the folder, and "
+            "evaluate the copy"
+        ) from None
 
 
 def create(run_dir: Path, config: Config, accelerator: Accelerator, about: dict[str, Any]) -> Lock:
@@ -128,12 +143,12 @@ def check_same_experiment(old: Config, new: Config, where: Path) -> None:
 def _environment(accelerator: Accelerator) -> dict[str, Any]:
     """Versions, commit, hardware, ranks: what a figure must be read with."""
     gpu = accelerator.device.type == "cuda"
-    packages = ("torch", "torchvision", "accelerate", "wandb", "numpy")
+    recorded = ("torch", "torchvision", "accelerate", "wandb", "numpy")
     return {
         "python": platform.python_version(),
         "dist_adv": __version__,
-        **{name: importlib.metadata.version(name) for name in packages},
-        "git_commit": _git_commit(),
+        **{name: packages.version(name) for name in recorded},
+        "git_commit": git_commit(),
         "platform": platform.platform(),
         "hardware": {
             "device": accelerator.device.type,
@@ -164,15 +179,40 @@ def code_version() -> str:
     return f"{__version__} ({digest.hexdigest()[:12]})"
 
 
-def _git_commit() -> str | None:
-    """The commit of this source tree, with `-dirty` where it was changed; None outside of one."""
-    here = Path(__file__).parent
+def checkout() -> Path | None:
+    """Return the git repository that has this code in it, None where it was installed.
+
+    An installed package may lie in somebody's repository all the same, in a virtual environment
+    that git ignores: then this very file is none of git's.
+    """
+    here = Path(__file__).resolve()
+    if not _git(here.parent, "ls-files", "--error-unmatch", here.name):
+        return None
+    root = _git(here.parent, "rev-parse", "--show-toplevel")
+    return Path(root) if root else None
+
+
+def git_commit() -> str | None:
+    """Return the commit of this code, with `-dirty` where it was changed; None outside of git."""
+    root = checkout()
+    if root is None:
+        return None
+    return _git(root, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Return what git prints in `folder`; None where it is absent, refuses or prints nothing."""
+    # In a git hook GIT_DIR names the repository of the hook. A checkout of another owner, as in
+    # containers, is one whose code is running already.
+    environment = {name: value for name, value in os.environ.items() if name[:4] != "GIT_"}
     try:
         found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=here,
+            ["git", "-c", "safe.directory=*", *arguments],
+            cwd=folder,
+            env=environment,
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dist_adv import checkpoint, parallel, reading, rundir, state, track
+from dist_adv import checkpoint, packages, parallel, reading, rundir, state, track
 from dist_adv.checkpoint import Checkpoint
 from dist_adv.config import Config, flatten, load_config, longer, parse_config
 from dist_adv.data import Dataset, load_dataset
@@ -40,6 +40,7 @@ def train_run(config: Config, run_dir: Path, resume: str) -> None:
     RunFailure where it cannot go on.
     """
     track.check(config)
+    _check_attacks(config.eval.attacks)
     train = config.train
     accelerator = parallel.start(train.precision, train.threads, train.deterministic)
     start_logging(accelerator.is_main_process)
@@ -48,7 +49,7 @@ def train_run(config: Config, run_dir: Path, resume: str) -> None:
             with parallel.plain_failures(accelerator, "train.batch_size", config.train.batch_size):
                 _train(config, run_dir, resume, accelerator, stack)
         except (RunFailure, OSError) as failure:
-            if accelerator.is_main_process and (run_dir / "status.json").exists():
+            if accelerator.is_main_process and rundir.state_of(run_dir):
                 with suppress(RunFailure):
                     rundir.mark(run_dir, "failed", reason=str(failure))
             raise
@@ -113,8 +114,7 @@ def _train(
     parallel.on_main(accelerator, open_folder)
     if not exists:
         stack.enter_context(log_file(run_dir / "log.txt", main))
-    wandb_id = start[1].state["wandb_id"] if start else None
-    tracker = Tracker(run_dir, config, wandb_id, trainer.clock.step) if main else None
+    tracker = _tracker(run_dir, config, trainer, start) if main else None
     log.info(
         "%s: %s on %s, %d images, %d steps, %s, %s with %d rank(s)",
         run_dir,
@@ -154,6 +154,17 @@ def _train(
         )
 
 
+def _tracker(
+    run_dir: Path, config: Config, trainer: Trainer, start: tuple[Path, Checkpoint] | None
+) -> Tracker:
+    """The same run on W&B for a checkpoint of this folder, another one for any other."""
+    path, saved = start or (None, None)
+    known = saved.state["wandb_id"] if saved else None
+    if path and path.resolve().parent == (run_dir / "checkpoints").resolve():
+        return Tracker(run_dir, config, known, trainer.clock.step)
+    return Tracker(run_dir, config, None, trainer.clock.step, started_from=known)
+
+
 def _evaluate_the_rest(config: Config, run_dir: Path, accelerator: Accelerator) -> None:
     """What is not measured yet of a run whose training is over."""
     log.info("%s is trained already", run_dir)
@@ -182,6 +193,12 @@ def _evaluate_the_rest(config: Config, run_dir: Path, accelerator: Accelerator) 
             tracker=tracker,
             between=session.between_chunks,
         )
+
+
+def _check_attacks(attacks: Sequence[str]) -> None:
+    """Raise UserError for what would be missing after hours of training."""
+    if "autoattack" in attacks:
+        packages.need("pyautoattack", "autoattack", "'dist-adv[autoattack]'")
 
 
 @contextmanager
@@ -250,8 +267,10 @@ def evaluate_run(
         tree = config.model_dump()
         tree["eval"]["attacks"] = list(attacks)
         config = parse_config(tree, "--attacks")
+    _check_attacks(config.eval.attacks)
     accelerator = parallel.start("fp32", config.train.threads)
     start_logging(accelerator.is_main_process)
+    parallel.on_main(accelerator, lambda: rundir.check_writable(run_dir))
     arguments = {"--limit": limit, "weights": _weights(run_dir)}
     with parallel.plain_failures(accelerator, "eval.batch_size", config.eval.batch_size):
         parallel.check_same_start(accelerator, _what_is_started(config, accelerator, arguments))

@@ -14,7 +14,7 @@ import torch
 from rich.console import Group
 from rich.live import Live
 
-from dist_adv import launched, parallel, rundir, status
+from dist_adv import launched, packages, parallel, rundir, status
 from dist_adv.errors import STOPPED, Preempted, RunFailure, UserError
 from dist_adv.lock import Lock, held
 from dist_adv.progress import console, interactive, start_logging
@@ -45,6 +45,7 @@ def run_sweep(sweep: Sweep, out: Path, jobs: int) -> None:
     launched.check()
     if launched.ranks() > 1:
         raise UserError("a sweep starts processes itself: use no launcher, or --only RUN under it")
+    packages.need("matplotlib", "the sweep's report", "matplotlib")
     start_logging(True)
     claim(sweep, out)
     lock = Lock(out, "--out")

@@ -13,11 +13,12 @@ Of the pieces only the images of each pass are used. System metrics stay in them
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dist_adv import packages, wandb_env
 from dist_adv.config import load_config
 from dist_adv.errors import RunFailure, UserError
 from dist_adv.report.runs import Record, Run, read_runs
 from dist_adv.rundir import state_of
-from dist_adv.wandb_run import WandbRun, identity, place
+from dist_adv.wandb_run import WandbRun, identity, logged_in, place, reason
 
 _STATUS = {"done": 0, "failed": 1}
 
@@ -28,10 +29,12 @@ def sync_runs(run_dirs: Sequence[Path], offline: Path | None) -> Iterator[tuple[
     Raises UserError where nobody is logged in, before anything is done; RunFailure where W&B
     cannot be reached.
     """
+    packages.need("wandb", "sync", "wandb")
+    wandb_env.check()
     import wandb
 
     runs = read_runs(run_dirs)
-    if offline is None and not wandb.login(prompt=False, verify=False):
+    if offline is None and not logged_in():
         raise UserError(
             "sync: nobody is logged in to W&B; run `wandb login`, set WANDB_API_KEY, or see what "
             "would be pushed with --offline DIR"
@@ -39,21 +42,24 @@ def sync_runs(run_dirs: Sequence[Path], offline: Path | None) -> Iterator[tuple[
     for run in runs:
         try:
             yield run.label, _push(run, offline)
-        except (wandb.Error, OSError) as error:
+        except (wandb.Error, ValueError, OSError) as error:
             raise RunFailure(
-                f"{run.folder}: not pushed ({error}); the same command goes on"
+                f"{run.folder}: not pushed ({reason(error)}); the same command goes on"
             ) from error
 
 
 def _push(run: Run, offline: Path | None) -> str:
+    folder = run.folder
+    if offline:
+        folder = offline / run.label
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--offline: {folder} cannot be made ({error.strerror}); name another folder"
+            ) from None
     config = load_config(run.folder / "config.yaml")
-    try:
-        about = identity(run.folder, config, keep=True)
-    except ValueError as error:
-        path = run.folder / "wandb" / "run.json"
-        raise UserError(f"{path}: not valid JSON ({error}); remove it for a new id") from None
-    folder = offline / run.label if offline else run.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    about = identity(run.folder, config, keep=True)
     view = WandbRun(
         run.folder,
         config,

@@ -4,11 +4,8 @@ Main process only. The files in the run folder are the record; nothing that goes
 dashboard stops a run.
 """
 
-import difflib
-import importlib.util
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.torch import save
 
-from dist_adv import records, wandb_run
+from dist_adv import packages, records, wandb_env, wandb_run
 from dist_adv.config import Config
-from dist_adv.errors import UserError
 from dist_adv.evaluate import Examples, Result
 from dist_adv.wandb_run import caption, final, named, picture
 
@@ -29,34 +25,35 @@ if TYPE_CHECKING:
 log = logging.getLogger("dist_adv")
 
 
-_MODES = ("auto", "online", "offline", "disabled")
-
-
 def check(config: Config) -> None:
-    """Raises UserError for what would keep a Tracker from starting, before anything is written."""
-    mode = os.environ.get("WANDB_MODE", "auto")
-    if mode not in _MODES:
-        near = difflib.get_close_matches(mode, _MODES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(_MODES)}"
-        raise UserError(f"WANDB_MODE: {mode!r} in the environment is not known; {hint}")
-    if config.track.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UserError(
-            "track.tensorboard: tensorboard is not installed; pip install 'dist-adv[tensorboard]'"
-        )
+    """Raise UserError for what would keep a Tracker from starting, before anything is written."""
+    mode = wandb_env.mode(config.track.wandb.mode)
+    if mode != "disabled":
+        wandb_env.check()
+    if mode in ("online", "offline"):  # `auto` does without
+        packages.need("wandb", "track.wandb.mode", "wandb, or set it to disabled")
+    if config.track.tensorboard:
+        packages.need("tensorboard", "track.tensorboard", "'dist-adv[tensorboard]'")
 
 
 class Tracker:
     """Records of one run. `wandb_id` of an earlier part of the run goes on as the same run.
 
-    step: from where the run goes on; TensorBoard hides what lies beyond.
+    step: from where the run goes on; TensorBoard hides what lies beyond. started_from: the W&B id
+    of another run, from a checkpoint of which this one starts.
     """
 
     def __init__(
-        self, run_dir: Path, config: Config, wandb_id: str | None = None, step: int = 0
+        self,
+        run_dir: Path,
+        config: Config,
+        wandb_id: str | None = None,
+        step: int = 0,
+        started_from: str | None = None,
     ) -> None:
         self.run_dir, self.skipped = run_dir, 0
         records.drop_torn_line(run_dir / "metrics.jsonl")
-        self.wandb = wandb_run.start(run_dir, config, wandb_id)
+        self.wandb = wandb_run.start(run_dir, config, wandb_id, started_from)
         self.wandb_id: str | None = self.wandb.id if self.wandb else wandb_id
         self.tensorboard: Any = (
             _start_tensorboard(run_dir, config, step) if config.track.tensorboard else None
@@ -156,8 +153,13 @@ def write_results(
 
 
 def _start_tensorboard(run_dir: Path, config: Config, step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
+    """Return a writer; None, aloud, where it cannot be had: packages that do not fit, a disk."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1 if step else None)
-    writer.add_text("config", f"```yaml\n{config.dump()}```")
-    return writer
+        writer = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1 if step else None)
+        writer.add_text("config", f"```yaml\n{config.dump()}```")
+        return writer
+    except Exception as error:
+        log.warning("no TensorBoard (%s); metrics.jsonl is the record", error)
+        return None

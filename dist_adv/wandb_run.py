@@ -9,14 +9,16 @@ import logging
 import os
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import ValidationError
 
-from dist_adv import records
+from dist_adv import records, rundir, wandb_env
 from dist_adv.config import Config
-from dist_adv.errors import STOPPED, shown
+from dist_adv.errors import STOPPED, UserError, shown
 
 if TYPE_CHECKING:  # the report imports matplotlib, for which no start of a run should wait
     from dist_adv import evaluate
@@ -26,16 +28,6 @@ if TYPE_CHECKING:  # the report imports matplotlib, for which no start of a run 
 
 log = logging.getLogger("dist_adv")
 
-# Each is W&B's own where it is set: it belongs to this launch, the configuration to all of them.
-_VARIABLES = {
-    "project": "WANDB_PROJECT",
-    "entity": "WANDB_ENTITY",
-    "name": "WANDB_NAME",
-    "group": "WANDB_RUN_GROUP",
-    "job_type": "WANDB_JOB_TYPE",
-    "notes": "WANDB_NOTES",
-    "tags": "WANDB_TAGS",
-}
 _KINDS = ("train", "epoch", "final")  # of lines, in their order at one optimiser step
 
 
@@ -80,57 +72,113 @@ def caption(examples: "Examples") -> str:
     return f"clean and {examples.attack} (label: answer > answer when attacked): {each}"
 
 
-def start(run_dir: Path, config: Config, saved_id: str | None) -> "WandbRun | None":
-    """The W&B run, offline where nobody is logged in or the server is out of reach.
+def start(
+    run_dir: Path, config: Config, saved_id: str | None = None, started_from: str | None = None
+) -> "WandbRun | None":
+    """Return the W&B run, offline where nobody is logged in or the server is out of reach.
 
     None where there is none to be: `disabled`, or W&B refuses even that, which is said aloud.
     """
-    mode: Any = os.environ.get("WANDB_MODE", config.track.wandb.mode)
+    mode = wandb_env.mode(config.track.wandb.mode)
     if mode == "disabled":
         return None
-    import wandb
-
     try:
-        about = identity(run_dir, config, saved_id)
+        import wandb
+
+        about = identity(run_dir, config, saved_id, started_from)
         try:
             if mode == "auto":
-                mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+                mode = "online" if logged_in() else "offline"
             return WandbRun(run_dir, config, about, mode)
         except (wandb.Error, OSError) as error:
             log.warning("W&B is out of reach (%s): recording offline in %s/wandb", error, run_dir)
             wandb.teardown()  # or the id counts as in use
             return WandbRun(run_dir, config, about, "offline")
-    except Exception as error:  # whatever it comes up with: a name that it does not like, a disk
-        log.warning("no W&B (%s); metrics.jsonl is the record", error)
+    # Whatever it comes up with: it is not installed or does not fit its own dependencies, a name
+    # that it does not like, a disk.
+    except Exception as error:
+        log.warning("no W&B (%s); metrics.jsonl is the record", reason(error))
         return None
 
 
-def identity(
-    run_dir: Path, config: Config, saved_id: str | None = None, keep: bool = False
-) -> dict[str, Any]:
-    """What W&B knows the run by, kept in wandb/run.json: id, project, name, group, tags, ...
+def logged_in() -> bool:
+    """Does W&B know a key? Nothing is asked for, and no server either."""
+    import wandb
 
-    The first start settles the id: WANDB_RUN_ID, or else `saved_id`, of the checkpoint that it
-    goes on from, or a new one. Of the rest W&B's variables go before the configuration; with
-    `keep` what an earlier start wrote does too.
+    with wandb_env.hidden():
+        return bool(wandb.login(prompt=False, verify=False))
+
+
+def reason(error: Exception) -> str:
+    """Return on one line what W&B says; of a variable that it refuses, its name."""
+    if isinstance(error, ValidationError):
+        each = error.errors()[0]
+        return f"WANDB_{'.'.join(map(str, each['loc'])).upper()}: {each['msg']}"
+    return " ".join(str(error).split())
+
+
+def identity(
+    run_dir: Path,
+    config: Config,
+    saved_id: str | None = None,
+    started_from: str | None = None,
+    keep: bool = False,
+) -> dict[str, Any]:
+    """Return what W&B knows the run by, kept in wandb/run.json: id, project, name, tags, ...
+
+    The first start in a folder settles the id: WANDB_RUN_ID, or else `saved_id`, of the folder's
+    own checkpoint, or a new one; so does the first start in a copy of a folder. Of the rest W&B's
+    variables go before the configuration; with `keep` what an earlier start wrote does too.
+
+    started_from: the id of another run, from a checkpoint of which this one starts.
     """
     path = run_dir / "wandb" / "run.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = _known(path)
+    if not keep and _is_copy(path, known):
+        log.info("%s: is a copy of %s, so it is another run on W&B", run_dir, known["folder"])
+        saved_id, started_from, known = None, known["id"], {}
     options = config.track.wandb
     about = {
         **options.model_dump(exclude={"mode"}),
         "name": options.name or run_dir.resolve().name,
         "tags": options.tags or [config.method.name, config.data.name, config.model.name],
+        "folder": str(run_dir.resolve()),
         **(known if keep else {}),
     }
-    said = {key: os.environ[name] for key, name in _VARIABLES.items() if os.environ.get(name)}
-    if "tags" in said:
-        about["tags"] = said.pop("tags").split(",")
-    first = os.environ.get("WANDB_RUN_ID") or saved_id or secrets.token_hex(8)
-    about |= {**said, "id": known.get("id", first)}
-    path.parent.mkdir(exist_ok=True)
-    records.replace(path, json.dumps(about, indent=1).encode())
+    first = wandb_env.run_id() or saved_id or secrets.token_hex(8)
+    about |= {
+        **wandb_env.keys(),
+        "id": known.get("id", first),
+        "started_from": started_from or known.get("started_from"),
+    }
+    if about != known:
+        path.parent.mkdir(exist_ok=True)
+        records.replace(path, json.dumps(about, indent=1).encode())
     return about
+
+
+def _known(path: Path) -> dict[str, Any]:
+    """Return what an earlier start wrote. Raises UserError for a file that is damaged."""
+    try:
+        known = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); remove it for a new id") from None
+    if not isinstance(known, dict):
+        raise UserError(f"{path}: not a JSON object; remove it for a new id")
+    return known
+
+
+def _is_copy(path: Path, known: Mapping[str, Any]) -> bool:
+    """Is the folder that this file was written for still there, and has the same id?
+
+    A folder that was moved, or is mounted elsewhere, is no copy.
+    """
+    original = Path(known.get("folder", path.parents[1])) / "wandb" / "run.json"
+    with suppress(OSError, UserError):
+        return not original.samefile(path) and _known(original).get("id") == known["id"]
+    return False
 
 
 class WandbRun:
@@ -152,22 +200,27 @@ class WandbRun:
         import wandb
 
         self.id: str = about["id"]
-        self.run = wandb.init(
-            **about,
-            dir=folder or os.environ.get("WANDB_DIR") or run_dir,
-            config={**config.model_dump(), "env": json.loads((run_dir / "env.json").read_text())},
-            allow_val_change=True,  # `env` is of the last start
-            resume="allow",
-            mode=mode,
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                git_root=str(Path(__file__).parent),  # of this code, wherever it is started
-                # Long enough for a slow network; W&B's own 90 s are long for a run that waits.
-                init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", "30")),
-                **settings,
-            ),
-        )
+        checkout = rundir.checkout()
+        shown = {**config.model_dump(), "env": json.loads((run_dir / "env.json").read_text())}
+        if about["started_from"]:
+            shown["started_from"] = about["started_from"]
+        with wandb_env.hidden():
+            self.run = wandb.init(
+                **{key: about[key] for key in about if key not in ("started_from", "folder")},
+                dir=folder or os.environ.get("WANDB_DIR") or run_dir,
+                config=shown,
+                allow_val_change=True,  # `env` is of the last start
+                resume="allow",
+                mode=mode,
+                settings=wandb.Settings(
+                    silent=True,
+                    console="off",
+                    git_root=checkout and str(checkout),  # of this code, wherever it is started
+                    disable_git=checkout is None,
+                    init_timeout=wandb_env.init_timeout(),
+                    **settings,
+                ),
+            )
         # Points are placed by these and not by W&B's own counter (see `place`).
         self.run.define_metric("train/*", step_metric="step")
         self.run.define_metric("epoch/*", step_metric="epoch")

@@ -87,7 +87,7 @@ if ((nnodes == 1 && nproc == 1)); then
   exec "$PYTHON" -m dist_adv "$@"
 fi
 if ((nnodes == 1)); then
-  meeting=(--standalone)
+  meeting=(--standalone --local-addr localhost)  # the host may not know its own name
 else
   rank=${NODE_RANK-} address=${MASTER_ADDR-} port=${MASTER_PORT:-29500}
   if ! [[ $rank =~ ^[0-9]+$ ]] || ((rank >= nnodes)); then

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from dist_adv import parallel, records
+from dist_adv import parallel, records, rundir
 from dist_adv.bench.cases import CASES, Bench, Row
 from dist_adv.bench.timing import network
 from dist_adv.errors import UserError, unwritable
@@ -95,15 +94,13 @@ def _is_own(path: Path) -> bool:
 
 def about(device: torch.device, precision: str) -> dict[str, Any]:
     """Where and when a record was made."""
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    done = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent)
     cuda = device.type == "cuda"
     return {
         "hardware": torch.cuda.get_device_name() if cuda else _cpu(),
         "threads": torch.get_num_threads(),
         "precision": precision,
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "commit": done.stdout.strip() or "unknown",
+        "commit": rundir.git_commit() or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

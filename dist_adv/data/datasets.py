@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dist_adv import rng
+from dist_adv import packages, rng
 from dist_adv.data import fingerprint
 from dist_adv.data.files import Files, Listing, list_images
 from dist_adv.data.fingerprint import Fingerprint
@@ -112,7 +112,7 @@ _STATISTICS = {
 def data_root(options: DataOptions) -> Path:
     """Where the files are, or will be downloaded to."""
     root = options.root or os.environ.get("DIST_ADV_DATA") or "data"
-    return Path(os.path.expanduser(root))
+    return Path(os.path.expanduser(root))  # Path's own fails where there is no home
 
 
 def load_dataset(
@@ -144,6 +144,7 @@ def load_dataset(
 
 def _digits(split: str) -> Dataset:
     """scikit-learn's 1,797 scanned digits, 8x8 with 17 grey levels; every fifth is for testing."""
+    packages.need("sklearn", "data.name: digits", "scikit-learn")
     from sklearn.datasets import load_digits
 
     digits = load_digits()

@@ -163,7 +163,7 @@ def load_model(path: str | Path) -> Classifier:
 
     Raises UserError where there is no such file, or one that is damaged or not this project's.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     # Not is_dir, which raises for a folder without permission; read_weights says what is wrong.
     folder = os.path.isdir(path)
     architecture, tensors = read_weights(path / "model.safetensors" if folder else path)

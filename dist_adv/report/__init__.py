@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
+from dist_adv import packages
 from dist_adv.errors import UserError, unwritable
 from dist_adv.report.against import against_table, set_beside, write_against
 from dist_adv.report.csvfile import write_csv
@@ -33,6 +34,7 @@ def write_report(runs: Sequence[Path], out: Path, against: Sequence[str] = ()) -
     does it take time, and torch: their networks are looked at.
     """
     # Others take words and numbers from this package: matplotlib is for those who draw.
+    packages.need("matplotlib", "report", "matplotlib")
     from dist_adv.report.figures import draw
 
     sources = load_published(against)

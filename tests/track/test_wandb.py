@@ -101,6 +101,8 @@ def test_environment_goes_before_the_configuration(images, tmp_path, monkeypatch
         "notes": "notes",
         "tags": ["one", "two"],
         "id": "abc",
+        "started_from": None,
+        "folder": str(run_dir),
     }
     assert identity(run_dir, config) == expected
     for name in VARIABLES:
@@ -115,6 +117,8 @@ def test_environment_goes_before_the_configuration(images, tmp_path, monkeypatch
         "notes": None,
         "group": "later",
         "id": "abc",
+        "started_from": None,
+        "folder": str(run_dir),
     }
 
 
