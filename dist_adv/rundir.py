@@ -202,12 +202,14 @@ def git_commit() -> str | None:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     """Return what git prints in `folder`; None where it is absent, refuses or prints nothing."""
-    # In a git hook GIT_DIR names the repository of the hook. A checkout of another owner, as in
-    # containers, is one whose code is running already.
+    # In a git hook GIT_DIR names the repository of the hook. Where this code's own checkout belongs
+    # to another user, as in containers, that code is running already; of any other repository git
+    # would run what its settings name (core.fsmonitor).
+    own = Path(__file__).resolve().parents[1]
     environment = {name: value for name, value in os.environ.items() if name[:4] != "GIT_"}
     try:
         found = subprocess.run(
-            ["git", "-c", "safe.directory=*", *arguments],
+            ["git", "-c", f"safe.directory={own}", *arguments],
             cwd=folder,
             env=environment,
             capture_output=True,
