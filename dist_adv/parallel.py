@@ -280,6 +280,11 @@ def plain_failures(accelerator: Accelerator, key: str, batch_size: int) -> Itera
         text = str(error)
         if any(sign in text for sign in ("not enough memory", "can't allocate memory")):
             raise _out_of_memory(rank, ranks, key, batch_size, error) from error
+        if "can't start new thread" in text:
+            raise RankFailure(
+                f"rank {rank} of {ranks} may not start another thread; raise ulimit -u, or lower "
+                f"data.workers and train.threads"
+            ) from error
         signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
         if isinstance(error, dist.DistError) or any(sign in text for sign in signs):
             raise LostRank(

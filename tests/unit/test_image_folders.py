@@ -20,6 +20,7 @@ from dist_adv.config import parse_config
 from dist_adv.data import DataOptions, Dataset, load_dataset, what_changed
 from dist_adv.data.files import Files, list_images
 from dist_adv.errors import RankFailure, UserError
+from dist_adv.parallel import plain_failures
 from dist_adv.train import Trainer, check_splits
 
 
@@ -170,7 +171,7 @@ def no_text(root: Path) -> None:
         (broken_class, "emu: No such file or directory"),
         (pipe, "9.png: is no regular file"),
         (odd_name, r"new\nline\x1b[31m.png: not a readable image"),
-        (no_text, r"caf\udce9.png: not a readable image"),
+        (no_text, r"caf\xe9.png: not a readable image"),
     ],
 )
 def test_odd_entries(spoil: Callable[[Path], None], says, root):
@@ -376,6 +377,22 @@ def test_no_more_open_files_is_no_damage(files, monkeypatch):
     monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(RankFailure, match=r"cannot be read \(Too many open files\).*ulimit -n"):
         list(files.ahead([torch.arange(3)]))
+
+
+def test_no_more_threads(files, accelerator, monkeypatch):
+    """A stand-in for a system that has given all it gives."""
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with (
+        pytest.raises(
+            RankFailure, match=r"another thread; raise ulimit -u, or lower data\.workers"
+        ),
+        plain_failures(accelerator, "train.batch_size", 8),
+    ):
+        files.all()
 
 
 def test_large_images_are_exactly_what_pillow_reads(tmp_path):
