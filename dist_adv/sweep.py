@@ -27,7 +27,7 @@ from dist_adv import records
 from dist_adv.config import Config, load_config, nearest, read_mapping, training_differences
 from dist_adv.errors import UserError
 from dist_adv.options import Options
-from dist_adv.report.tables import duration, pixels
+from dist_adv.report.tables import duration, pixels, variant
 from dist_adv.status import SLURM_JOB
 from dist_adv.stopping import STOP_FILE
 
@@ -245,10 +245,10 @@ def _method(options: Mapping[str, Any]) -> str:
 
 
 def _model(options: Mapping[str, Any]) -> str:
-    """preact_resnet18, wide_resnet-32-10, resnet50-imagenet: its name without the usual."""
-    return "-".join(
-        str(value) for key, value in options.items() if key != "width" and value != "batch"
-    )
+    """preact_resnet18-raw, wide_resnet-32-10, resnet50-imagenet: its name without the usual."""
+    shown = [options[key] for key in ("name", "stem", "depth", "widen") if key in options]
+    unusual = ["group"] * (options["norm"] == "group") + variant(options)
+    return "-".join(map(str, [*shown, *unusual]))
 
 
 def as_wandb(sweep: Sweep, path: Path, overrides: Sequence[str], out: Path) -> str:

@@ -3,12 +3,18 @@
 import logging
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from dist_adv.attacks.pgd import frozen
 from dist_adv.errors import UserError
 from dist_adv.threat import Threat
 
 _NORMS = {"linf": "Linf", "l2": "L2"}
+
+_ENSEMBLE = ["apgd-ce", "apgd-t", "fab-t", "square"]
+_TARGETS = 9
+"""Other classes that the standard ensemble targets for each image, the likeliest first."""
 
 
 class _Warnings(logging.Handler):
@@ -27,27 +33,61 @@ class _Warnings(logging.Handler):
 class AutoAttack:
     """The standard ensemble: APGD-CE, targeted APGD-DLR, targeted FAB and Square, in that order.
 
-    Raises UserError where pyautoattack is not installed.
+    With fewer than ten classes it has as many targets as there are other classes, and with two or
+    three no targeted APGD, whose loss needs the fourth largest logit. `settings` says which attacks
+    there are, with how many targets; `left_out` what is missing and why.
+
+    Raises UserError where pyautoattack is not installed, and for a single class.
     """
 
-    def __init__(self, model: nn.Module, threat: Threat, seed: int, device: Any) -> None:
+    def __init__(
+        self, model: nn.Module, threat: Threat, seed: int, device: Any, classes: int
+    ) -> None:
         try:
             import pyautoattack
         except ImportError:
             raise UserError(
                 "autoattack: is not installed; pip install 'dist-adv[autoattack]'"
             ) from None
+        if classes < 2:
+            raise UserError("autoattack: needs two classes or more, and the data have one")
+
+        def forward(x: Tensor) -> Tensor:
+            return model(x.contiguous(memory_format=torch.channels_last))
+
         self.attack = pyautoattack.AutoAttack(
-            model, norm=_NORMS[threat.norm], eps=threat.eps, seed=seed, device=device
+            forward, norm=_NORMS[threat.norm], eps=threat.eps, seed=seed, device=device
         )
+        attacks, self.left_out = list(_ENSEMBLE), []
+        if classes < 4:
+            attacks.remove("apgd-t")
+            self.left_out = [f"APGD-T is left out: it needs four classes, and there are {classes}"]
+        targets = min(_TARGETS, classes - 1)
+        self.attack.attacks_to_run = attacks
+        self.attack.apgd_targeted.n_target_classes = self.attack.fab.n_target_classes = targets
+        self.settings = {
+            "version": "standard" if targets == _TARGETS else "custom",
+            "attacks": attacks,
+            "target_classes": targets,
+        }
+        self.model = model
         self.warnings = _Warnings()
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """Adversarial images for x (n, C, H, W) in [0, 1]; unchanged where none was found."""
+        """Return adversarial images for x (n, C, H, W) in [0, 1], unchanged where none was found.
+
+        Like the other attacks' images, the model sees them with their channels last (on a CPU a
+        quarter less time), and they come back so. AutoAttack itself has them contiguous: it takes
+        `.view(n, -1)` of them, which another layout refuses (autopgd_base.py:181, square.py:127).
+        """
         log = logging.getLogger("auto-attack")
         log.addHandler(self.warnings)
         try:
-            adversarial, _ = self.attack.run_standard_evaluation(x, y, batch_size=len(x))
+            # FAB calls `backward`, which would compute the weights' gradients and leave them.
+            with frozen(self.model):
+                adversarial, _ = self.attack.run_standard_evaluation(
+                    x.contiguous(), y, batch_size=len(x)
+                )
         finally:
             log.removeHandler(self.warnings)
-        return adversarial
+        return adversarial.contiguous(memory_format=torch.channels_last)
