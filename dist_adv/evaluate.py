@@ -208,8 +208,8 @@ def evaluate(
     _check_fit(model, dataset, options)
     wanted = [parse_attack(name) for name in dict.fromkeys(attacks)]
     ensemble = None
-    if "autoattack" in attacks:  # refused, where it is, before anything is measured
-        ensemble = AutoAttack(model, threat, options.seed, accelerator.device, len(dataset.classes))
+    if "autoattack" in attacks:  # not installed: said before anything is measured
+        ensemble = AutoAttack(model, threat, options.seed, accelerator.device)
     found: dict[str, Result] = {}
     examples = None
     if "natural" in attacks:

@@ -34,60 +34,65 @@ class AutoAttack:
     """The standard ensemble: APGD-CE, targeted APGD-DLR, targeted FAB and Square, in that order.
 
     With fewer than ten classes it has as many targets as there are other classes, and with two or
-    three no targeted APGD, whose loss needs the fourth largest logit. `settings` says which attacks
-    there are, with how many targets; `left_out` what is missing and why.
+    three no targeted APGD, whose loss needs the fourth largest logit. Once it was called `settings`
+    says which attacks it has and how many targets, `left_out` what is missing and why.
 
-    Raises UserError where pyautoattack is not installed, and for a single class.
+    Raises UserError where pyautoattack is not installed.
     """
 
-    def __init__(
-        self, model: nn.Module, threat: Threat, seed: int, device: Any, classes: int
-    ) -> None:
+    def __init__(self, model: nn.Module, threat: Threat, seed: int, device: Any) -> None:
         try:
             import pyautoattack
         except ImportError:
             raise UserError(
                 "autoattack: is not installed; pip install 'dist-adv[autoattack]'"
             ) from None
-        if classes < 2:
-            raise UserError("autoattack: needs two classes or more, and the data have one")
-
-        def forward(x: Tensor) -> Tensor:
-            return model(x.contiguous(memory_format=torch.channels_last))
-
-        self.attack = pyautoattack.AutoAttack(
-            forward, norm=_NORMS[threat.norm], eps=threat.eps, seed=seed, device=device
-        )
-        attacks, self.left_out = list(_ENSEMBLE), []
-        if classes < 4:
-            attacks.remove("apgd-t")
-            self.left_out = [f"APGD-T is left out: it needs four classes, and there are {classes}"]
-        targets = min(_TARGETS, classes - 1)
-        self.attack.attacks_to_run = attacks
-        self.attack.apgd_targeted.n_target_classes = self.attack.fab.n_target_classes = targets
-        self.settings = {
-            "version": "standard" if targets == _TARGETS else "custom",
-            "attacks": attacks,
-            "target_classes": targets,
-        }
         self.model = model
+        self.attack = pyautoattack.AutoAttack(
+            self._logits, norm=_NORMS[threat.norm], eps=threat.eps, seed=seed, device=device
+        )
+        self.settings: dict[str, Any] = {}
+        self.left_out: list[str] = []
         self.warnings = _Warnings()
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Return adversarial images for x (n, C, H, W) in [0, 1], unchanged where none was found.
 
-        Like the other attacks' images, the model sees them with their channels last (on a CPU a
+        The model sees them with their channels last, as it does in the other attacks (on a CPU a
         quarter less time), and they come back so. AutoAttack itself has them contiguous: it takes
         `.view(n, -1)` of them, which another layout refuses (autopgd_base.py:181, square.py:127).
+
+        Raises UserError for a model of a single class.
         """
         log = logging.getLogger("auto-attack")
         log.addHandler(self.warnings)
         try:
             # FAB calls `backward`, which would compute the weights' gradients and leave them.
             with frozen(self.model):
+                self._fit(self._logits(x[:1]).shape[1])
                 adversarial, _ = self.attack.run_standard_evaluation(
                     x.contiguous(), y, batch_size=len(x)
                 )
         finally:
             log.removeHandler(self.warnings)
         return adversarial.contiguous(memory_format=torch.channels_last)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.model(x.contiguous(memory_format=torch.channels_last))
+
+    def _fit(self, classes: int) -> None:
+        """Choose the attacks and targets that there are with so many classes."""
+        if classes < 2:
+            raise UserError("autoattack: needs two classes or more; this model has one")
+        targets = min(_TARGETS, classes - 1)
+        self.attack.apgd_targeted.n_target_classes = self.attack.fab.n_target_classes = targets
+        self.attack.attacks_to_run = [
+            name for name in _ENSEMBLE if name != "apgd-t" or classes >= 4
+        ]
+        if classes < 4:
+            self.left_out = [f"APGD-T is left out: it needs four classes, and there are {classes}"]
+        self.settings = {
+            "version": "standard" if targets == _TARGETS else "custom",
+            "attacks": self.attack.attacks_to_run,
+            "target_classes": targets,
+        }

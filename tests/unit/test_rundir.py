@@ -217,6 +217,8 @@ DECIDED: dict[str, tuple[Any, str]] = {
     "model.name": ("resnet50", "no"),
     "model.width": (4, "no"),
     "model.norm": ("group", "no"),
+    "model.shortcut": ("raw", "no"),
+    "model.final_norm": (False, "no"),
     "model.depth": (28, "no"),
     "model.widen": (2, "no"),
     "model.stem": ("imagenet", "no"),
