@@ -40,9 +40,9 @@ def test_what_a_line_says() -> None:
     lines = {
         line.split()[1]: " ".join(line.split()[2:]) for line in text.getvalue().splitlines()[3:]
     }
-    assert lines["wong-zero"] == "fast, zero preact_resnet18-raw 64 30 8/255 128 0 100 s"
-    assert lines["wong-guard"] == "fast, stop preact_resnet18-raw 64 30 16/255 128 0 ?"
-    assert lines["wong-free-8"] == "free preact_resnet18-raw 64 12 8 128 0 ?"
+    assert lines["wong-zero"] == "fast, zero preact_resnet18 64 30 8/255 128 0 100 s"
+    assert lines["wong-guard"] == "fast, stop preact_resnet18 64 30 16/255 128 0 ?"
+    assert lines["wong-free-8"] == "free preact_resnet18 64 12 8 128 0 ?"
     assert lines["shafahi-pgd-7"] == "pgd-7 wide_resnet-32-10 16 206 2/255 128 0 ?"
 
 

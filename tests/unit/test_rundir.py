@@ -301,6 +301,15 @@ def with_key(key: str) -> Config:
     return next(config for config in every if key in flat(config.model_dump()))
 
 
+def test_run_from_before_there_was_a_choice_of_shortcuts():
+    """Its config.yaml and its checkpoints lack the keys; it goes on as what it was."""
+    new = build()
+    tree = new.model_dump()
+    del tree["model"]["shortcut"], tree["model"]["final_norm"]
+    assert differences(parse_config(tree, "old"), new) == []
+    assert training_differences(parse_config(tree, "old"), build(model__shortcut="raw"))
+
+
 EVERY_KEY = sorted(
     {
         key
