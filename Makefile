@@ -46,7 +46,6 @@ test-slurm: setup
 
 # With DATA, a folder of CIFAR-10, and RUN, a robust run on it, the attack is timed on that.
 bench: setup
-	$(BIN)/pip install --quiet -c requirements.lock -e '.[bench]'
 	$(BIN)/dist-adv bench $(if $(RUN),--run $(RUN)) $(if $(DATA),--data $(DATA))
 
 # Sixty runs killed at random moments (about half an hour); the seed is printed.

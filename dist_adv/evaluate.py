@@ -200,12 +200,16 @@ def evaluate(
     already is not done again, at whatever number of ranks and chunk size.
 
     Returns the results in the order of `attacks`, and examples of the last attack that was run
-    (None without one). Raises UserError where the model does not fit the images.
+    (None without one). Raises UserError where the model does not fit the images, and where
+    AutoAttack is wanted and cannot run.
     """
     model.eval()
     images = _Images(dataset, options, limit, accelerator, between)
     _check_fit(model, dataset, options)
     wanted = [parse_attack(name) for name in dict.fromkeys(attacks)]
+    ensemble = None
+    if "autoattack" in attacks:  # not installed: said before anything is measured
+        ensemble = AutoAttack(model, threat, options.seed, accelerator.device)
     found: dict[str, Result] = {}
     examples = None
     if "natural" in attacks:
@@ -217,14 +221,10 @@ def evaluate(
             model, images, threat, options, tally, leader, members, progress
         )
         found |= {result.attack: result for result in results}
-    if "autoattack" in attacks:
+    if ensemble:
+        tally = _Tally(accelerator, "autoattack", 2, unfinished)
         found["autoattack"], examples = _autoattacked(
-            model,
-            images,
-            threat,
-            options,
-            _Tally(accelerator, "autoattack", 2, unfinished),
-            progress,
+            model, images, threat, options, tally, ensemble, progress
         )
     results = [found[attack.name] for attack in wanted]
     _flag_contradictions(results)
@@ -336,10 +336,10 @@ def _autoattacked(
     threat: Threat,
     options: EvalOptions,
     tally: _Tally,
+    attack: AutoAttack,
     progress: Progress,
 ) -> tuple[Result, Examples]:
-    """AutoAttack standard on images that are right without it (it drops the others itself)."""
-    attack = AutoAttack(model, threat, options.seed, images.device)
+    """AutoAttack on images that are right without it (it drops the others itself)."""
     attack.warnings.messages = tally.messages
     examples = None
     for x, y, _ in images.chunks(tally):
@@ -359,11 +359,12 @@ def _autoattacked(
     settings = {
         "norm": threat.norm,
         "eps": threat.eps,
-        "version": "standard",
+        **attack.settings,
         "seed": options.seed,
         **_precision(images.device),
     }
-    flags = [f"AutoAttack: {message}" for message in gather_object(attack.warnings.messages)]
+    said = [*attack.left_out, *gather_object(attack.warnings.messages)]
+    flags = [f"AutoAttack: {message}" for message in said]
     return (
         Result(
             "autoattack",

@@ -252,10 +252,12 @@ def _method(options: Mapping[str, Any]) -> str:
 
 
 def _model(options: Mapping[str, Any]) -> str:
-    """preact_resnet18, wide_resnet-32-10, resnet50-imagenet: its name without the usual."""
-    return "-".join(
-        str(value) for key, value in options.items() if key != "width" and value != "batch"
-    )
+    """preact_resnet18, wide_resnet-32-10, resnet50-imagenet: its name without the usual.
+
+    Without the kind of PreActResNet18, too, which would make lines longer than 100 columns.
+    """
+    shown = [options[key] for key in ("name", "stem", "depth", "widen") if key in options]
+    return "-".join([*map(str, shown), *["group"] * (options["norm"] == "group")])
 
 
 def as_wandb(sweep: Sweep, path: Path, overrides: Sequence[str], out: Path) -> str:

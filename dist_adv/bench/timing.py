@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from dist_adv.data import Dataset
+from dist_adv.report.tables import variant
 
 
 def noise(n: int, size: int = 32, classes: int = 10, channels: int = 3) -> Dataset:
@@ -22,8 +23,9 @@ def noise(n: int, size: int = 32, classes: int = 10, channels: int = 3) -> Datas
 
 
 def network(options: BaseModel, size: int = 32) -> str:
-    """What a step time is of: the network and its images' size, as records say it."""
-    return ", ".join([*map(str, options.model_dump().values()), f"{size}x{size}"])
+    """Return what a step time is of, as records say it: preact_resnet18, 64, batch, 32x32."""
+    model = options.model_dump(exclude={"shortcut", "final_norm"})
+    return ", ".join([*map(str, model.values()), *variant(options.model_dump()), f"{size}x{size}"])
 
 
 class Timings:

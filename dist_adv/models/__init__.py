@@ -19,18 +19,24 @@ from torch import Tensor, nn
 from dist_adv import records, rng
 from dist_adv.errors import UserError
 from dist_adv.models.layers import Normalize, NormKind
-from dist_adv.models.preact_resnet import PreActResNet18
+from dist_adv.models.preact_resnet import PreActResNet18, Shortcut
 from dist_adv.models.resnet import ResNet50
 from dist_adv.models.wide_resnet import WideResNet
 from dist_adv.options import Options, PositiveInt
 
 
 class PreActResNet18Options(Options):
-    """PreActResNet18 as in the papers; `width` is the channels of its first stage."""
+    """PreActResNet18 as in the papers; `width` is the channels of its first stage.
+
+    shortcut: where a block's projection starts, at its activated or its raw input (Wong et al.).
+    final_norm: a norm and an activation before the pooling, which some copies lack.
+    """
 
     name: Literal["preact_resnet18"] = "preact_resnet18"
     width: PositiveInt = 64
     norm: NormKind = "batch"
+    shortcut: Shortcut = "activated"
+    final_norm: bool = True
 
 
 class WideResNetOptions(Options):
@@ -85,7 +91,27 @@ class Classifier(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return logits (n, classes) for images x (n, channels, height, width), float in [0, 1].
+
+        Raises ValueError or TypeError for other tensors: normalising would broadcast one channel
+        to three and turn bytes into floats of up to 255, and the answers would mean nothing.
+        """
+        if not (torch.jit.is_scripting() or torch.jit.is_tracing()):  # no branch on a size there
+            check_images(x, len(self.architecture["mean"]))
         return self.net(self.normalize(x))
+
+
+def check_images(x: Tensor, channels: int) -> None:
+    """Raise ValueError or TypeError where x is no float batch of this many channels."""
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise ValueError(
+            f"images of shape (n, {channels}, height, width) are needed, not {tuple(x.shape)}"
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"images must be float in [0, 1], not {x.dtype}; use x.float() / 255")
+
+
+torch.fx.wrap("check_images")  # a step of a symbolic trace, and not a branch in it
 
 
 class _Architecture(BaseModel):
@@ -173,4 +199,6 @@ def load_model(path: str | Path) -> Classifier:
     except RuntimeError as error:
         problem = str(error).splitlines()[1].strip()[:200]  # torch names every tensor
         raise UserError(f"{path}: weights do not fit their architecture ({problem})") from None
-    return model.eval().to(memory_format=torch.channels_last)
+    # Not with channels last, as it was trained: the input gradients of such a network have that
+    # layout, too, and other libraries call `.view(n, -1)` on them.
+    return model.eval()

@@ -10,7 +10,10 @@ NormKind = Literal["batch", "group"]
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std a channel; the constants are buffers, so they travel with the weights."""
+    """(x - mean) / std a channel; the constants are buffers, so they travel with the weights.
+
+    Images of more digits than the weights, such as NumPy's doubles, are rounded to theirs.
+    """
 
     mean: Tensor
     std: Tensor
@@ -21,7 +24,7 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.std
+        return (x.to(self.mean.dtype) - self.mean) / self.std
 
 
 def norm_layer(kind: NormKind, channels: int) -> nn.Module:

@@ -34,6 +34,7 @@ _LABELS = {
     "n": "test images",
     "init": "start of the attack",
 }
+_BEFORE_THE_KEY = {"model.shortcut": "activated"}  # what runs had when there was no choice
 _SPACE = "\N{NO-BREAK SPACE}"
 # Differences in these leave the experiment what it is: fewer test images widen our interval.
 _IMMATERIAL = {"train.precision", "n"}
@@ -122,7 +123,7 @@ def _setting(run: Run, key: str) -> Any:
     if key == "train.precision":
         return run.precision
     section, _, name = key.partition(".")
-    value = run.config.get(section, {}).get(name, "unknown")
+    value = run.config.get(section, {}).get(name, _BEFORE_THE_KEY.get(key, "unknown"))
     return "none" if (key, value) == ("method.guard", "warn") else value  # it only speaks
 
 

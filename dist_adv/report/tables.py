@@ -151,6 +151,18 @@ def _options(method: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def variant(model: Mapping[str, Any]) -> list[str]:
+    """Return in words how a network is unlike others of its name: raw, no_final_norm.
+
+    model: the section of a configuration, whose keys an older run may lack.
+    """
+    kinds = {
+        "raw": model.get("shortcut") == "raw",
+        "no_final_norm": not model.get("final_norm", True),
+    }
+    return [word for word, unusual in kinds.items() if unusual]
+
+
 def passes(run: Run) -> str:
     """Passes over the data, of those planned where it stopped earlier."""
     done, planned = round(run.passes, 1), run.config["train"]["epochs"]
@@ -217,7 +229,9 @@ def _settings_of_runs(runs: Sequence[Run]) -> dict[Column, list[Cell]]:
 
 def _model_name(run: Run) -> str:
     model = run.config["model"]
-    return f"{model['name']} (width {model['width']})" if "width" in model else model["name"]
+    about = [f"width {model['width']}"] if "width" in model else []
+    about += [word.replace("_", " ") for word in variant(model)]
+    return f"{model['name']} ({', '.join(about)})" if about else model["name"]
 
 
 def _accuracy(run: Run, attack: str, runs: Sequence[Run]) -> Cell:

@@ -1,11 +1,12 @@
 """Networks: the published ones, rebuilt from their file alone, and files that are refused."""
 
+import copy
 import io
 import json
 import pickle
+import warnings
 from pathlib import Path
 
-import foolbox
 import pytest
 import torch
 import torchvision
@@ -28,6 +29,7 @@ CLASSES = [str(k) for k in range(10)]
 SMALL = [
     PreActResNet18Options(width=4),
     PreActResNet18Options(width=8, norm="group"),
+    PreActResNet18Options(width=4, shortcut="raw", final_norm=False),
     WideResNetOptions(depth=10, widen=2, width=4),
     WideResNetOptions(depth=8, widen=2, width=4, norm="group"),
     ResNet50Options(width=4),
@@ -84,10 +86,11 @@ def test_resnet50_is_torchvision_s():
 
 
 class PublishedPreActBlock(nn.Module):
-    """As in the code of Wong et al. (and kuangliu's pytorch-cifar)."""
+    """As in pytorch-cifar and Rice et al.'s robust_overfitting; raw: as in Wong et al.'s code."""
 
-    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+    def __init__(self, in_planes: int, planes: int, stride: int, raw: bool) -> None:
         super().__init__()
+        self.raw = raw
         self.bn1 = nn.BatchNorm2d(in_planes)
         self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
@@ -97,35 +100,50 @@ class PublishedPreActBlock(nn.Module):
 
     def forward(self, x):
         out = torch.relu(self.bn1(x))
-        shortcut = self.shortcut(out) if hasattr(self, "shortcut") else x
+        shortcut = x
+        if hasattr(self, "shortcut"):
+            shortcut = self.shortcut(x) if self.raw else self.shortcut(out)
         return self.conv2(torch.relu(self.bn2(self.conv1(out)))) + shortcut
 
 
-def test_preact_resnet18_is_the_papers():
-    """With the same weights, in the order in which both networks have them, the same logits."""
-    width = 4
+def published_preact_resnet18(width: int, raw: bool, final_norm: bool) -> nn.Module:
     planes = [width, width, *(width * 2**stage for stage in range(4) for _ in range(2))]
     blocks = [
-        PublishedPreActBlock(planes[i + 1], planes[i + 2], 2 if i in (2, 4, 6) else 1)
+        PublishedPreActBlock(planes[i + 1], planes[i + 2], 2 if i in (2, 4, 6) else 1, raw)
         for i in range(8)
     ]
-    theirs = nn.Sequential(
+    norm = [nn.BatchNorm2d(8 * width), nn.ReLU()] if final_norm else []
+    return nn.Sequential(
         nn.Conv2d(3, width, 3, 1, 1, bias=False),
         *blocks,
-        nn.BatchNorm2d(8 * width),
-        nn.ReLU(),
+        *norm,
         nn.AvgPool2d(4),
         nn.Flatten(),
         nn.Linear(8 * width, 10),
     )
-    theirs = scrambled(theirs).eval()
-    ours = build(PreActResNet18Options(width=width)).eval()
+
+
+@pytest.mark.parametrize("final_norm", [True, False])
+@pytest.mark.parametrize("shortcut", ["activated", "raw"])
+def test_preact_resnet18_is_the_published_one(shortcut, final_norm):
+    """With the same weights, in the order in which both networks have them, the same logits."""
+    theirs = scrambled(published_preact_resnet18(4, shortcut == "raw", final_norm)).eval()
+    options = PreActResNet18Options(width=4, shortcut=shortcut, final_norm=final_norm)
+    ours = build(options).eval()
     names, tensors = list(ours.net.state_dict()), list(theirs.state_dict().values())
     ours.net.load_state_dict(dict(zip(names, tensors, strict=True)))
     x = images(3, 32)
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
     with torch.inference_mode():
         torch.testing.assert_close(ours(x), theirs((x - mean) / std), rtol=1e-4, atol=1e-5)
+
+
+def test_shortcuts_of_the_same_weights_answer_otherwise():
+    """No name and no shape tells the two apart: a file has to say which it is."""
+    activated = build(PreActResNet18Options(width=4))
+    raw = build(PreActResNet18Options(width=4, shortcut="raw"))
+    raw.load_state_dict(activated.state_dict())
+    assert (raw.eval()(images()) - activated.eval()(images())).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("options", SMALL, ids=repr)
@@ -179,7 +197,7 @@ def test_normalisation_is_inside():
     assert not [name for name, _ in model.named_parameters() if "normalize" in name]
 
 
-@pytest.mark.parametrize("options", SMALL[:4:2], ids=repr)
+@pytest.mark.parametrize("options", SMALL[:5:3], ids=repr)
 def test_weights_depend_on_the_seed_alone(options):
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -191,6 +209,73 @@ def test_weights_depend_on_the_seed_alone(options):
     assert not all(first[name].equal(other[name]) for name in first)
 
 
+@pytest.mark.parametrize(
+    ("spoil", "error", "said"),
+    [
+        (
+            lambda x: x[:, :1],
+            ValueError,
+            r"\(n, 3, height, width\).*not \(4, 1, 16, 16\)",
+        ),
+        (lambda x: x[:, [0, 1, 2, 0]], ValueError, r"not \(4, 4, 16, 16\)"),
+        (lambda x: x.permute(0, 2, 3, 1), ValueError, r"not \(4, 16, 16, 3\)"),
+        (lambda x: x[0], ValueError, r"not \(3, 16, 16\)"),
+        (lambda x: (255 * x).byte(), TypeError, r"not torch.uint8; use x.float\(\) / 255"),
+        (lambda x: x > 0.5, TypeError, "not torch.bool"),
+    ],
+)
+def test_other_tensors_than_images_are_refused(spoil, error, said):
+    """One channel would be broadcast to three, bytes be taken for floats of up to 255."""
+    with pytest.raises(error, match=said):
+        build(SMALL[0]).eval()(spoil(images()))
+
+
+def test_doubles_are_rounded():
+    """NumPy's floats have twice the digits of the weights."""
+    model = build(SMALL[0]).eval()
+    assert model(images().double()).equal(model(images()))
+    assert model.double()(images()).dtype == torch.float64
+
+
+def by_compile(model: nn.Module, x: torch.Tensor):
+    return torch.compile(model, backend="eager", fullgraph=True)
+
+
+def by_export(model: nn.Module, x: torch.Tensor):
+    sizes = {0: torch.export.Dim.DYNAMIC}
+    return torch.export.export(model, (x,), dynamic_shapes=(sizes,)).module()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        by_compile,
+        by_export,
+        lambda model, x: torch.jit.trace(model, x),
+        lambda model, x: torch.jit.script(model),
+        lambda model, x: torch.fx.symbolic_trace(model),
+        lambda model, x: copy.deepcopy(model),
+    ],
+    ids=["compile", "export", "trace", "script", "fx", "deepcopy"],
+)
+def test_others_take_the_network_apart(make):
+    """The check of the images is no branch that tracing would stumble over, or warn of."""
+    model, x = build(SMALL[0]).eval(), images()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        made = make(model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(made(x[:2]), model(x[:2]))
+
+
+def test_half_precision():
+    model = build(SMALL[0]).eval()
+    with torch.no_grad():
+        expected = model(images())
+        found = model.bfloat16()(images().bfloat16())
+    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.05)
+
+
 # --- files ---------------------------------------------------------------------------------------
 
 
@@ -198,7 +283,7 @@ def saved(path: Path, options=SMALL[0]):
     path.parent.mkdir(parents=True, exist_ok=True)
     model = scrambled(build(options)).eval()
     save_model(path, model.architecture, model.state_dict())
-    return model
+    return model.to(memory_format=torch.contiguous_format)  # as `load_model` returns it
 
 
 @pytest.mark.parametrize("options", SMALL, ids=repr)
@@ -215,13 +300,16 @@ def test_round_trip_is_bit_for_bit(options, as_folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_foolbox_takes_the_loaded_model(tmp_path):
+def test_file_from_before_there_was_a_choice_of_shortcuts(tmp_path):
+    """Its architecture has no such keys, and the network is the one that there was."""
     model = saved(tmp_path / "model.safetensors")
-    judge = foolbox.PyTorchModel(load_model(tmp_path), bounds=(0, 1))
-    x = images()
-    torch.testing.assert_close(judge(x), model(x))
-    _, adversarial, _ = foolbox.attacks.FGSM()(judge, x, model(x).argmax(1), epsilons=8 / 255)
-    assert (adversarial - x).abs().max() == pytest.approx(8 / 255, abs=1e-6)
+    old = {key: model.architecture["model"][key] for key in ("name", "width", "norm")}
+    save_model(
+        tmp_path / "model.safetensors", model.architecture | {"model": old}, model.state_dict()
+    )
+    again = load_model(tmp_path)
+    assert again(images()).equal(model(images()))
+    assert again.architecture == model.architecture
 
 
 class Payload:

@@ -10,7 +10,14 @@ from dist_adv.sweep import load_sweep
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
-PREACT = {"name": "preact_resnet18", "width": 64, "norm": "batch"}
+PREACT = {
+    "name": "preact_resnet18",
+    "width": 64,
+    "norm": "batch",
+    "shortcut": "activated",
+    "final_norm": True,
+}
+RAW = PREACT | {"shortcut": "raw"}
 RESNET50 = {"name": "resnet50", "stem": "imagenet", "width": 64, "norm": "batch"}
 WRN = {"name": "wide_resnet", "depth": 32, "widen": 10, "width": 16, "norm": "batch"}
 NATURAL = {"name": "natural", "guard": "none"}
@@ -44,14 +51,14 @@ PAPER = {
     "wrn-fast-10": (fast(10), WRN, 0.2, 15, 128),
 }
 WONG = {
-    "wong-zero": (fast(8, "zero"), PREACT, 0.2, 30, 128),
-    "wong-previous": (fast(8, "previous"), PREACT, 0.2, 30, 128),
-    "wong-random": (fast(8), PREACT, 0.2, 30, 128),
-    "wong-fast-10": (fast(10), PREACT, 0.2, 30, 128),
-    "wong-fast-16": (fast(16), PREACT, 0.2, 30, 128),
-    "wong-guard": (fast(16, guard="stop") | {"guard_rule": "wong"}, PREACT, 0.2, 30, 128),
-    "wong-free-8": (free(8), PREACT, 0.04, 12, 128),
-    "wong-pgd-7": (PGD, PREACT, 0.2, 40, 128),
+    "wong-zero": (fast(8, "zero"), RAW, 0.2, 30, 128),
+    "wong-previous": (fast(8, "previous"), RAW, 0.2, 30, 128),
+    "wong-random": (fast(8), RAW, 0.2, 30, 128),
+    "wong-fast-10": (fast(10), RAW, 0.2, 30, 128),
+    "wong-fast-16": (fast(16), RAW, 0.2, 30, 128),
+    "wong-guard": (fast(16, guard="stop") | {"guard_rule": "wong"}, RAW, 0.2, 30, 128),
+    "wong-free-8": (free(8), RAW, 0.04, 12, 128),
+    "wong-pgd-7": (PGD, RAW, 0.2, 40, 128),
 }
 SHAFAHI = {
     "shafahi-free-2": (free(2), WRN, 0.1, 103, 128),

@@ -23,8 +23,8 @@ MB = 10**6
 CIFAR = Images(50_000, 3, 32, 10)
 
 
-def config(method: dict, **train: object) -> Config:
-    model = {"name": "preact_resnet18", "width": 4}
+def config(method: dict, model: dict | None = None, **train: object) -> Config:
+    model = {"name": "preact_resnet18", "width": 4} | (model or {})
     return parse_config({"method": method, "model": model, "train": train}, "test")
 
 
@@ -250,6 +250,14 @@ def test_a_record_gives_the_case_that_is_planned(tmp_path: Path):
     assert (about["hardware"], about["precision"]) == ("GPU", "bf16")
     assert read_step_times(path, config(free, compile="max"), CIFAR)[0] == {128: 0.012}
     assert read_step_times(path, config(free, precision="fp32"), CIFAR)[0] == {128: 0.013}
+
+
+def test_a_record_is_of_one_kind_of_network(tmp_path: Path):
+    """One from before there was a choice of shortcuts is of the activated one."""
+    path = record(tmp_path / "b.json", "Fast, bf16, batch 128, compile none")
+    other = config({"name": "fast"}, {"shortcut": "raw", "final_norm": False})
+    with pytest.raises(UserError, match=r"not with .* 4, batch, raw, no_final_norm, 32x32"):
+        read_step_times(path, other, CIFAR)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from dist_adv.errors import UserError
@@ -115,6 +116,17 @@ def test_main_table(report: Report) -> None:
     assert collapsed[5] == "3 of 4"
     assert unfinished[:2] == ["free (unfinished)", "Free (m = 8)"]
     assert unfinished[5:] == ["2.5 of 4", "25", "62 s", "25 s"]
+
+
+def test_networks_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for kind in ({}, {"shortcut": "raw"}, {"shortcut": "raw", "final_norm": False}):
+        folder = make_run(tmp_path / ("-".join(kind) or "usual"))
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config["model"] |= kind
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    page = report_on(list(tmp_path.iterdir()), tmp_path / "out").markdown
+    for about in ("(width 16)", "(width 16, raw)", "(width 16, raw, no final norm)"):
+        assert f"preact_resnet18 {about}" in page
 
 
 def test_what_is_alike_in_all_runs_is_said_once(report: Report, tmp_path: Path) -> None:

@@ -269,10 +269,17 @@ def test_fewer_images_and_another_precision_leave_a_verdict(tmp_path: Path) -> N
 
 def test_one_start_instead_of_ten_is_a_weaker_attack(tmp_path: Path) -> None:
     results = results_of(natural=0.838, pgd_50=0.461)
-    (pair,) = pairs_of(full_run(tmp_path / "run", FAST, results, train={"epochs": 30}), "wong2020")
+    settings = {"train": {"epochs": 30}, "model": {"shortcut": "raw"}}
+    (pair,) = pairs_of(full_run(tmp_path / "run", FAST, results, **settings), "wong2020")
     assert [figure.attack for figure in pair.figures] == ["natural", "pgd-50-10"]
     assert pair.differences == ["restarts 1 instead of 10"]
     assert pair.verdict == "not the same experiment"
+
+
+def test_a_run_from_before_there_was_a_choice_of_shortcuts(tmp_path: Path) -> None:
+    run = full_run(tmp_path / "run", FAST, results_of(natural=0.838), train={"epochs": 30})
+    (pair,) = pairs_of(run, "wong2020")
+    assert pair.differences == ["shortcut activated instead of raw"]
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,8 @@ DECIDED: dict[str, tuple[Any, str]] = {
     "model.name": ("resnet50", "no"),
     "model.width": (4, "no"),
     "model.norm": ("group", "no"),
+    "model.shortcut": ("raw", "no"),
+    "model.final_norm": (False, "no"),
     "model.depth": (28, "no"),
     "model.widen": (2, "no"),
     "model.stem": ("imagenet", "no"),
@@ -298,6 +300,15 @@ def with_key(key: str) -> Config:
     """The first configuration that has this key."""
     every = (build(method, model) for method in reversed(METHODS) for model in MODELS)
     return next(config for config in every if key in flat(config.model_dump()))
+
+
+def test_run_from_before_there_was_a_choice_of_shortcuts():
+    """Its config.yaml and its checkpoints lack the keys; it goes on as what it was."""
+    new = build()
+    tree = new.model_dump()
+    del tree["model"]["shortcut"], tree["model"]["final_norm"]
+    assert differences(parse_config(tree, "old"), new) == []
+    assert training_differences(parse_config(tree, "old"), build(model__shortcut="raw"))
 
 
 EVERY_KEY = sorted(
