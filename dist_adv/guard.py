@@ -34,7 +34,7 @@ from dist_adv.threat import Threat
 SAMPLE = 512
 """Training images that `gap` measures, or all where there are fewer."""
 SIGMAS = 4.0
-"""Of the sample's noise: a one-sided level of 3.2e-5 a pass, 1.4e-3 in 45 passes."""
+"""Of the sample's noise: a one-sided level of 3.2e-5 for two given passes."""
 FALL = 0.2
 
 
