@@ -189,12 +189,17 @@ def test_nearest_row(
 
 
 @pytest.mark.parametrize(
-    ("rule", "differences"), [("wong", []), ("gap", ["guard rule gap instead of wong"])]
+    ("rule", "differences"),
+    [
+        ({"guard_rule": "wong"}, []),
+        ({"guard_rule": "gap"}, ["guard rule gap instead of wong"]),
+        ({}, []),  # a run from when there was no other
+    ],
 )
 def test_their_early_stop_is_by_their_rule(
-    rule: str, differences: list[str], tmp_path: Path
+    rule: dict[str, str], differences: list[str], tmp_path: Path
 ) -> None:
-    method = FAST | {"alpha": 16 / 255, "guard": "stop", "guard_rule": rule}
+    method = FAST | {"alpha": 16 / 255, "guard": "stop"} | rule
     (pair,) = pairs_of(full_run(tmp_path / "run", method, train={"epochs": 30}), "wong2020")
     assert [each for each in pair.differences if "guard" in each] == differences
 
