@@ -244,6 +244,7 @@ DECIDED: dict[str, tuple[Any, str]] = {
     "train.precision": ("fp32", "no"),
     "train.compile": ("default", "no"),
     "train.sync_batchnorm": (True, "no"),
+    "train.deterministic": (False, "yes"),
     "train.seed": (1, "no"),
     "train.keep": (5, "yes"),
     "train.save_steps": (5, "yes"),
