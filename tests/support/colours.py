@@ -1,4 +1,7 @@
-"""Colour images made here, of CIFAR-10's size: a blurred pattern for each class, and noise."""
+"""Colour images made here, of CIFAR-10's size: a blurred pattern for each class, and noise.
+
+Some patterns are faint and some are not, so that images differ in how soon they are mistaken.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +16,9 @@ def colours(n: int, classes: int = 10, seed: int = 0) -> Dataset:
     patterns = F.interpolate(patterns, size=32, mode="bilinear")
     draw = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % classes
-    images = 0.25 + 0.5 * patterns[labels] + 0.1 * torch.randn(n, 3, 32, 32, generator=draw)
+    contrast = 0.8 * torch.rand(n, 1, 1, 1, generator=draw)
+    images = 0.5 + contrast * (patterns[labels] - 0.5)
+    images += 0.1 * torch.randn(n, 3, 32, 32, generator=draw)
     pixels = (255 * images.clamp(0, 1)).round().to(torch.uint8)
     return Dataset("colours", pixels, labels, [str(k) for k in range(classes)], 4, True)
 

@@ -125,14 +125,14 @@ STEPS, RESTARTS = 8, 4
 
 
 @pytest.fixture(scope="module")
-def problem(pixels, digits_net):
-    """150 digits and a radius at which some fall at once, some late, some in a later restart."""
-    x, y = (each[:150] for each in pixels)
-    return digits_net, x, y, Linf(EPS), keys(150)
+def problem(subject):
+    """Images and a radius at which some fall at once, some late, some in a later restart."""
+    x, y = subject.x[:150], subject.y[:150]
+    return subject.net, x, y, Linf(subject.eps), keys(len(x))
 
 
 def shared(problem, steps: int = STEPS, restarts: int = RESTARTS, **more):
-    return PGD(steps, EPS / 8, restarts, **more)(*problem)
+    return PGD(steps, problem[3].eps / 8, restarts, **more)(*problem)
 
 
 def test_shorter_runs_are_read_off(problem):
@@ -183,8 +183,8 @@ class RecordedStarts(Linf):
 
 def test_outcome_is_that_of_a_plain_loop(problem):
     """Which step and restart, with which perturbation: against a loop that skips nothing."""
-    model, x, y, _, sample_keys = problem
-    recorded = RecordedStarts(EPS)
+    model, x, y, ball, sample_keys = problem
+    recorded = RecordedStarts(ball.eps)
     ours = shared((model, x, y, recorded, sample_keys))
     wrong = model(x).argmax(1) != y
     fell_at, fell_in = torch.where(wrong, -1, STEPS + 1), torch.zeros_like(y)
@@ -205,12 +205,13 @@ def test_outcome_is_that_of_a_plain_loop(problem):
                     break
                 loss = F.cross_entropy(logits, y[i : i + 1])
                 gradient = torch.autograd.grad(loss, adversarial)[0]
-                moved = adversarial.detach() + EPS / 8 * gradient.sign()
-                adversarial = one + (moved - one).clamp(-EPS, EPS)
+                moved = adversarial.detach() + ball.eps / 8 * gradient.sign()
+                adversarial = one + (moved - one).clamp(-ball.eps, ball.eps)
                 adversarial = adversarial.clamp(0, 1)
     assert ours.fell_at.equal(fell_at)
     assert ours.fell_in.equal(fell_in)
-    torch.testing.assert_close(ours.delta, last, rtol=0, atol=1e-5)
+    # A sign may differ where a gradient is within rounding of 0.
+    assert ((ours.delta - last).abs() > 1e-5).float().mean() < 1e-4
 
 
 def test_outcome_belongs_to_the_sample(problem):
@@ -224,8 +225,8 @@ def test_outcome_belongs_to_the_sample(problem):
 
 
 def test_every_restart_has_its_own_starts(problem):
-    recorded = RecordedStarts(EPS)
-    model, x, y, _, sample_keys = problem
+    model, x, y, ball, sample_keys = problem
+    recorded = RecordedStarts(ball.eps)
     PGD(1, 1e-4, 3)(model, x, y, recorded, sample_keys)
     first, second, third = recorded.given
     assert not any(a[:50].equal(b[:50]) for a, b in [(first, second), (second, third)])
@@ -280,7 +281,7 @@ def test_perturbations_are_valid(problem):
 
 def test_zero_gradients_are_counted(problem):
     _, x, y, *rest = problem
-    flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).requires_grad_(False)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 10)).requires_grad_(False)
     flat[1].weight.zero_()
     flat[1].bias.copy_(F.one_hot(torch.tensor(3), 10))
     outcome = shared((flat, x, y, *rest))
@@ -294,8 +295,11 @@ def test_zero_gradients_are_counted(problem):
 # --- what an attack leaves alone -----------------------------------------------------------------
 
 
-def partly_frozen() -> nn.Sequential:
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10))
+def partly_frozen(x: Tensor) -> nn.Sequential:
+    """For images of this shape."""
+    _, channels, height, width = x.shape
+    linear = nn.Linear(4 * (height - 2) * (width - 2), 10)
+    model = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), linear)
     model[0].bias.requires_grad_(False)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 7)
@@ -310,7 +314,8 @@ def untouched(model: nn.Module) -> bool:
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_model_is_left_as_it_was(steps, problem):
-    model, (_, x, y, ball, sample_keys) = partly_frozen(), problem
+    _, x, y, ball, sample_keys = problem
+    model = partly_frozen(x)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     PGD(steps, 0.05, 2)(model, x, y, ball, sample_keys)
     with frozen(model):
@@ -321,7 +326,8 @@ def test_model_is_left_as_it_was(steps, problem):
 
 
 def test_parameters_are_frozen_meanwhile(problem, watching):
-    model, (_, x, y, ball, sample_keys) = partly_frozen(), problem
+    _, x, y, ball, sample_keys = problem
+    model = partly_frozen(x)
     asked: list[bool] = []
 
     def see(_: Tensor) -> None:
@@ -334,9 +340,10 @@ def test_parameters_are_frozen_meanwhile(problem, watching):
 
 
 def test_model_that_raises_is_left_as_it_was(problem):
-    model, (_, _, y, ball, sample_keys) = partly_frozen(), problem
+    _, x, y, ball, sample_keys = problem
+    model = partly_frozen(x)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        PGD(2, 0.05)(model, torch.zeros(150, 1, 9, 9), y, ball, sample_keys)
+        PGD(2, 0.05)(model, F.pad(x, (0, 1, 0, 1)), y, ball, sample_keys)
     assert untouched(model)
 
 
@@ -362,42 +369,42 @@ def test_works_where_gradients_are_off(problem):
         (L2(1.0), foolbox.attacks.L2PGD),
     ],
 )
-def test_steps_are_foolbox_s(ball, judge, pixels, digits_net):
+def test_steps_are_foolbox_s(ball, judge, subject):
     """From the same start, without stopping at success: the same image after several steps."""
-    x, y = pixels
+    x, y, net = subject.x, subject.y, subject.net
     size = ball.eps / 4
-    with frozen(digits_net):
-        ours = x + ascend(digits_net, x, y, torch.zeros_like(x), ball, 6, size)
+    with frozen(net):
+        ours = x + ascend(net, x, y, torch.zeros_like(x), ball, 6, size)
     attack = judge(abs_stepsize=size, steps=6, random_start=False)
-    model = foolbox.PyTorchModel(digits_net, bounds=(0, 1))
+    model = foolbox.PyTorchModel(net, bounds=(0, 1))
     _, theirs, _ = attack(model, x, y, epsilons=ball.eps)
     apart = (ours - theirs).abs().flatten(1).amax(1)
     # A sign may differ where a gradient is within rounding of 0.
     assert (apart < 1e-4).float().mean() > 0.99
 
 
-def by_torchattacks(model: nn.Module, x: Tensor, y: Tensor, size: float, steps: int) -> Tensor:
-    return torchattacks.PGD(model, eps=EPS, alpha=size, steps=steps, random_start=True)(x, y)
+def by_torchattacks(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int) -> Tensor:
+    return torchattacks.PGD(model, eps, eps / 4, steps, random_start=True)(x, y)
 
 
-def by_foolbox(model: nn.Module, x: Tensor, y: Tensor, size: float, steps: int) -> Tensor:
-    attack = foolbox.attacks.LinfPGD(abs_stepsize=size, steps=steps, random_start=True)
-    return attack(foolbox.PyTorchModel(model, bounds=(0, 1)), x, y, epsilons=EPS)[1]
+def by_foolbox(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int) -> Tensor:
+    attack = foolbox.attacks.LinfPGD(abs_stepsize=eps / 4, steps=steps, random_start=True)
+    return attack(foolbox.PyTorchModel(model, bounds=(0, 1)), x, y, epsilons=eps)[1]
 
 
 @pytest.mark.parametrize("judge", [by_torchattacks, by_foolbox])
 @pytest.mark.parametrize("steps", [1, 20])
-def test_others_find_the_same_accuracy(judge, steps, digits, pixels, digits_net, accelerator):
+def test_others_find_the_same_accuracy(judge, steps, subject, accelerator):
     """Same radius, steps and step size: within the interval that is reported with ours."""
-    x, y = pixels
-    options = EvalOptions(step_size=EPS / 4)
+    x, y, net, eps = subject.x, subject.y, subject.net, subject.eps
+    options = EvalOptions(step_size=eps / 4)
     results, _ = evaluate(
-        digits_net, digits, Linf(EPS), options, accelerator, ["natural", f"pgd-{steps}"]
+        net, subject.data, Linf(eps), options, accelerator, ["natural", f"pgd-{steps}"]
     )
     natural, ours = results
     assert ours.accuracy < natural.accuracy - 0.05, "or this test shows nothing"
     torch.manual_seed(0)
-    theirs = (digits_net(judge(digits_net, x, y, EPS / 4, steps)).argmax(1) == y).float().mean()
+    theirs = (net(judge(net, x, y, eps, steps)).argmax(1) == y).float().mean()
     low, high = wilson(ours.correct, ours.n)
     assert low <= theirs.item() <= high
 

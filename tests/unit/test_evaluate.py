@@ -53,21 +53,23 @@ def test_interval_is_of_proportions():
         assert 0 <= wilson(n, n)[0] < wilson(n, n)[1] <= 1
 
 
-def test_counts_are_exact(measure, digits, pixels, digits_net):
+def test_counts_are_exact(measure, subject):
     """359 images in chunks of 7 are 359 images; counts and losses are those of a plain pass."""
-    x, y = pixels
-    results = measure(digits_net, digits, ["natural", "pgd-10"], batch_size=7)
-    assert {result.n for result in results.values()} == {359}
-    logits = digits_net(x)
+    results = measure(subject.net, subject.data, ["natural", "pgd-10"], batch_size=7)
+    n, y = len(subject.y), subject.y
+    assert {result.n for result in results.values()} == {n}
+    logits = subject.net(subject.x)
     assert results["natural"].correct == (logits.argmax(1) == y).sum()
     assert results["natural"].loss == pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-5)
-    assert results["pgd-10"].accuracy == results["pgd-10"].correct / 359
+    assert results["pgd-10"].accuracy == results["pgd-10"].correct / n
     assert results["pgd-10"].loss > results["natural"].loss
 
 
-def test_chunks_change_nothing(measure, digits, digits_net):
+def test_chunks_change_nothing(measure, subject):
+    data, threat = subject.data, Linf(subject.eps)
     small, large = (
-        measure(digits_net, digits, ALL, 150, batch_size=size, step_size=0.02) for size in (7, 500)
+        measure(subject.net, data, ALL, 100, threat, batch_size=size, step_size=0.1 * subject.eps)
+        for size in (7, 500)
     )
     assert counts(small) == counts(large)
     assert small["pgd-20-3"].loss == pytest.approx(large["pgd-20-3"].loss, rel=1e-3)
@@ -114,13 +116,14 @@ def test_radius_zero_is_natural_accuracy(measure, digits, digits_net):
     assert results["natural"] == results["fgsm"] == results["pgd-5-2"]
 
 
-def test_fgsm_is_one_step_of_the_radius_from_the_image(measure, digits, pixels, digits_net):
-    x, y = pixels
+def test_fgsm_is_one_step_of_the_radius_from_the_image(measure, subject):
+    x, y, net = subject.x, subject.y, subject.net
     start = x.clone().requires_grad_()
-    gradient = torch.autograd.grad(F.cross_entropy(digits_net(start), y), start)[0]
-    adversarial = (x + 0.2 * gradient.sign()).clamp(0, 1)
-    right = (digits_net(x).argmax(1) == y) & (digits_net(adversarial).argmax(1) == y)
-    assert measure(digits_net, digits, ["fgsm"])["fgsm"].correct == right.sum()
+    gradient = torch.autograd.grad(F.cross_entropy(net(start), y), start)[0]
+    adversarial = (x + subject.eps * gradient.sign()).clamp(0, 1)
+    right = (net(x).argmax(1) == y) & (net(adversarial).argmax(1) == y)
+    found = measure(net, subject.data, ["fgsm"], threat=Linf(subject.eps))["fgsm"]
+    assert found.correct == right.sum()
 
 
 def test_step_size(measure, digits, digits_net):
@@ -161,13 +164,14 @@ class Rank:
 
 @pytest.mark.parametrize("limit", [None, 2])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_ranks_share_the_images(ranks, limit, measure, digits, digits_net):
+def test_ranks_share_the_images(ranks, limit, measure, subject):
     """Each image on one rank, with the same start: the shares add up, n is the same on all."""
-    whole = measure(digits_net, digits, ALL, limit, process=Rank(0, 1))
-    parts = [measure(digits_net, digits, ALL, limit, process=Rank(r, ranks)) for r in range(ranks)]
+    net, data, threat = subject.net, subject.data, Linf(subject.eps)
+    whole = measure(net, data, ALL, limit, threat, Rank(0, 1))
+    parts = [measure(net, data, ALL, limit, threat, Rank(r, ranks)) for r in range(ranks)]
     for name in ALL:
         assert sum(part[name].correct for part in parts) == whole[name].correct
-        assert {part[name].n for part in parts} == {whole[name].n} == {limit or 359}
+        assert {part[name].n for part in parts} == {whole[name].n} == {limit or len(data)}
 
 
 class ReadsLabel(nn.Module):
@@ -247,15 +251,16 @@ def test_record_says_how_it_was_measured(measure, digits, digits_net):
     assert {key: record[key] for key in expected} == expected
 
 
-def test_examples_are_of_the_strongest_attack(measure, digits, digits_net):
-    measure(digits_net, digits, ["fgsm", "pgd-20", "natural", "pgd-5"])
+def test_examples_are_of_the_strongest_attack(measure, subject):
+    net, data, threat = subject.net, subject.data, Linf(subject.eps)
+    measure(net, data, ["fgsm", "pgd-20", "natural", "pgd-5"], threat=threat)
     shown = measure.examples
     assert shown.attack == "pgd-20"
-    assert shown.clean.shape == shown.adversarial.shape == (8, 1, 8, 8)
-    assert (shown.adversarial - shown.clean).abs().max() <= 0.2 + 1e-6
-    assert digits_net(shown.clean).argmax(1).equal(shown.clean_prediction)
-    assert digits_net(shown.adversarial).argmax(1).equal(shown.adversarial_prediction)
-    measure(digits_net, digits, ["natural"])
+    assert shown.clean.shape == shown.adversarial.shape == (8, *data.images.shape[1:])
+    assert (shown.adversarial - shown.clean).abs().max() <= subject.eps + 1e-6
+    assert net(shown.clean).argmax(1).equal(shown.clean_prediction)
+    assert net(shown.adversarial).argmax(1).equal(shown.adversarial_prediction)
+    measure(net, data, ["natural"])
     assert measure.examples is None
 
 
