@@ -1,5 +1,6 @@
 """Networks looked at side by side: against closed forms, on digits, and as a report shows them."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from dist_adv.report.networks import Comparison, comparable, compare
 from dist_adv.report.runs import read_runs
 from dist_adv.runner import train_run
 from dist_adv.threat import L2, Linf, Threat
+from made_up_runs import write_lines
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits"
 
@@ -198,8 +200,8 @@ def test_what_does_not_compare_is_left_out(copies: list[Path]) -> None:
     (free / "model.safetensors").unlink()
     assert compare(read_runs(copies)) is None
     worse = shutil.copytree(natural, natural.with_name("worse"))
-    results = (natural / "results.jsonl").read_text()
-    (natural / "results.jsonl").write_text(results.replace('"accuracy": 0', '"accuracy": 1'))
+    lines = map(json.loads, (natural / "results.jsonl").read_text().splitlines())
+    write_lines(natural / "results.jsonl", [line | {"accuracy": 1.0} for line in lines])
     assert [run.label for run in comparable(read_runs([natural, worse]))] == ["natural"]
     (free / "model.safetensors").touch()
     chosen = comparable(read_runs([free, worse, natural]))

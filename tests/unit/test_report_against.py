@@ -62,6 +62,8 @@ def full_run(
         config[section] = options | changes.get(section, {})
     config["threat"] |= changes.get("threat", {})
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    home = {"dataset": config["data"]["name"]}
+    write_lines(folder / "results.jsonl", [line | home for line in results or []])
     env = json.loads((folder / "env.json").read_text())
     env |= {"world_size": ranks, "precision": config["train"]["precision"]}
     (folder / "env.json").write_text(json.dumps(env))
@@ -252,7 +254,8 @@ def test_a_run_that_has_not_finished_or_was_kept_short(tmp_path: Path) -> None:
     make = {"method": FREE, "results": free(0.47), "optim": {"lr": 0.04}}
     short = full_run(tmp_path / "short", train={"max_steps": 100}, **make)
     unfinished = replace(full_run(tmp_path / "run", **make), finished=False)
-    unfinished.metrics[-1]["epoch"] = 9
+    assert unfinished.last
+    unfinished.last["epoch"] = 9
     pairs = pairs_of(short) + pairs_of(unfinished)
     assert [pair.differences for pair in pairs] == [
         ["max steps 100 instead of null"],
