@@ -18,7 +18,7 @@ from dist_adv.config import load_config
 from dist_adv.errors import RunFailure, UserError
 from dist_adv.report.runs import Record, Run, read_runs
 from dist_adv.rundir import state_of
-from dist_adv.wandb_run import WandbRun, identity, logged_in, place, reason
+from dist_adv.wandb_run import WandbRun, identity, logged_in, place, reason, saved_identity
 
 _STATUS = {"done": 0, "failed": 1}
 
@@ -34,6 +34,8 @@ def sync_runs(run_dirs: Sequence[Path], offline: Path | None) -> Iterator[tuple[
     import wandb
 
     runs = read_runs(run_dirs)
+    for run in runs:
+        saved_identity(run.folder)
     if offline is None and not logged_in():
         raise UserError(
             "sync: nobody is logged in to W&B; run `wandb login`, set WANDB_API_KEY, or see what "

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # the report imports matplotlib, for which no start of a run 
 
 log = logging.getLogger("dist_adv")
 
+_IDENTITY = Path("wandb", "run.json")
 _KINDS = ("train", "epoch", "final")  # of lines, in their order at one optimiser step
 
 
@@ -132,9 +133,8 @@ def identity(
 
     started_from: the id of another run, from a checkpoint of which this one starts.
     """
-    path = run_dir / "wandb" / "run.json"
-    known = _known(path)
-    if not keep and _is_copy(path, known):
+    known = saved_identity(run_dir)
+    if not keep and _is_copy(run_dir, known):
         log.info("%s: is a copy of %s, so it is another run on W&B", run_dir, known["folder"])
         saved_id, started_from, known = None, known["id"], {}
     options = config.track.wandb
@@ -152,13 +152,15 @@ def identity(
         "started_from": started_from or known.get("started_from"),
     }
     if about != known:
+        path = run_dir / _IDENTITY
         path.parent.mkdir(exist_ok=True)
         records.replace(path, json.dumps(about, indent=1).encode())
     return about
 
 
-def _known(path: Path) -> dict[str, Any]:
+def saved_identity(run_dir: Path) -> dict[str, Any]:
     """Return what an earlier start wrote. Raises UserError for a file that is damaged."""
+    path = run_dir / _IDENTITY
     try:
         known = json.loads(path.read_text())
     except FileNotFoundError:
@@ -170,14 +172,14 @@ def _known(path: Path) -> dict[str, Any]:
     return known
 
 
-def _is_copy(path: Path, known: Mapping[str, Any]) -> bool:
-    """Is the folder that this file was written for still there, and has the same id?
+def _is_copy(run_dir: Path, known: Mapping[str, Any]) -> bool:
+    """Is the folder that this was written for still there, and has the same id?
 
     A folder that was moved, or is mounted elsewhere, is no copy.
     """
-    original = Path(known.get("folder", path.parents[1])) / "wandb" / "run.json"
+    original = Path(known.get("folder", run_dir))
     with suppress(OSError, UserError):
-        return not original.samefile(path) and _known(original).get("id") == known["id"]
+        return not original.samefile(run_dir) and saved_identity(original).get("id") == known["id"]
     return False
 
 
