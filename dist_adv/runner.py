@@ -48,10 +48,12 @@ def train_run(config: Config, run_dir: Path, resume: str) -> None:
         try:
             with parallel.plain_failures(accelerator, "train.batch_size", config.train.batch_size):
                 _train(config, run_dir, resume, accelerator, stack)
-        except (RunFailure, OSError) as failure:
+        except (UserError, Preempted):
+            raise
+        except Exception as failure:  # also one that nobody foresaw: `running` would mean killed
             if accelerator.is_main_process and rundir.state_of(run_dir):
                 with suppress(RunFailure):
-                    rundir.mark(run_dir, "failed", reason=str(failure))
+                    rundir.mark(run_dir, "failed", reason=str(failure) or type(failure).__name__)
             raise
 
 
@@ -228,9 +230,6 @@ def _supervised(
         session.leave()  # the first to go gets the others killed
         raise
     except Exception as error:
-        if main:
-            with suppress(RunFailure):
-                rundir.mark(run_dir, "failed", reason=str(error) or type(error).__name__)
         finish(1, f"{run_dir}: {error}")
         raise
     finally:
