@@ -291,12 +291,12 @@ def _limits() -> Findings:
     if shared.is_dir():
         size = shutil.disk_usage(shared).total
         small = size < 1 * GB
-        remedy = "docker run --shm-size=8g: NCCL and the workers of image folders need it"
+        remedy = "docker run --shm-size=8g: NCCL needs it"
         found, level = f"{size / GB:.1f} GB", "warning" if small else "ok"
         yield Finding("/dev/shm", found, level, remedy * small)  # type: ignore[arg-type]
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = files < 1024
-    remedy = "ulimit -n 4096: every rank and every worker needs some"
+    remedy = "ulimit -n 4096: every rank needs some"
     yield Finding("open files", f"up to {files}", "warning" if few else "ok", remedy * few)
 
 
