@@ -22,7 +22,7 @@ from dist_adv.attacks import PGD, Attack, correct, parse_attack
 from dist_adv.attacks.autoattack import AutoAttack
 from dist_adv.config import EvalOptions
 from dist_adv.data import Dataset
-from dist_adv.errors import UserError
+from dist_adv.errors import UserError, shown
 from dist_adv.parallel import total
 from dist_adv.threat import Threat
 from dist_adv.unfinished import Entry, Unfinished
@@ -411,6 +411,13 @@ def _check_fit(model: nn.Module, dataset: Dataset, options: EvalOptions) -> None
             f"data: {dataset.name} has {len(dataset.classes)} classes and the model {classes}; "
             f"use the data that it was trained on"
         )
+    pairs = zip(dataset.classes, architecture["classes"], strict=True)
+    for label, (theirs, ours) in enumerate(pairs):
+        if theirs != ours:
+            raise UserError(
+                f"data: class {label} of {dataset.name} is '{shown(theirs)}' and the model's "
+                f"'{shown(ours)}'; call the classes as in the data that it was trained on"
+            )
     if channels != dataset.images.shape[1]:
         raise UserError(
             f"data: images of {dataset.name} have {dataset.images.shape[1]} channels and the "

@@ -384,6 +384,16 @@ def test_model_of_other_data_is_refused(mean, classes, loss, said, measure, digi
         measure(model, digits, ["natural"], loss=loss)
 
 
+@pytest.mark.parametrize("names", [["b", "a"], ["a", "c"]], ids=["other order", "another"])
+def test_labels_of_other_classes_are_refused(names, measure):
+    """As many classes as the model has, but label 0 or 1 means another one."""
+    data = made_up(torch.tensor([0, 1, 1]), classes=2)
+    data.classes[:] = ["a", "b"]
+    model = build_model(PreActResNet18Options(width=2), [0.5], [0.3], names, 0)
+    with pytest.raises(UserError, match=r"class [01] of made up is '.' and the model's '.'"):
+        measure(model, data, ["natural"])
+
+
 def test_dlr_needs_three_classes(measure):
     data = made_up(torch.tensor([0, 1, 1]), classes=2)
     model = build_model(PreActResNet18Options(width=2), [0.5], [0.3], data.classes, 0)
