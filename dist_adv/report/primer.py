@@ -1,8 +1,10 @@
 """What a reader who is new to adversarial training must know before the numbers."""
 
+import json
 from collections.abc import Sequence
 
 from dist_adv.errors import shown
+from dist_adv.records import Record
 from dist_adv.report.runs import Run
 from dist_adv.report.tables import Cell, Column, Table, method_title, threat_name
 
@@ -89,5 +91,12 @@ def _data_sets(runs: Sequence[Run]) -> list[str]:
                 *(["..."] if len(classes) > _CLASSES_NAMED else []),
             ]
             parts.append(f"{len(classes)} classes ({', '.join(some)})")
-        sentences.setdefault(name, f"Data: {', '.join([name, *parts])}.")
+        sentences.setdefault(
+            data_set({"name": name, **recorded}), f"Data: {', '.join([name, *parts])}."
+        )
     return list(sentences.values())
+
+
+def data_set(recorded: Record) -> str:
+    """What tells one data set from another of its name: folders of images have one name."""
+    return json.dumps([recorded.get(key) for key in ("name", "classes", "test")])

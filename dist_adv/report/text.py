@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 
+from dist_adv.report.primer import data_set
 from dist_adv.report.runs import Run, best_of_each_method, strongest_attack
 from dist_adv.report.tables import (
     SETTINGS,
@@ -129,7 +130,7 @@ def _differences(runs: Sequence[Run]) -> list[str]:
     """What the runs of one report should have in common and do not."""
     lines = []
     for title, values in (
-        ("data sets", {run.config["data"]["name"] for run in runs}),
+        ("data sets", _data_sets(runs)),
         ("threat models", {threat_name(run) for run in runs}),
     ):
         if len(values) > 1:
@@ -153,6 +154,23 @@ def _differences(runs: Sequence[Run]) -> list[str]:
     if len({json.dumps(run.env.get("hardware"), sort_keys=True) for run in runs}) > 1:
         lines.append("The runs used different hardware: their training times do not compare.")
     return lines
+
+
+def _data_sets(runs: Sequence[Run]) -> list[str]:
+    """The names; of one that stands for several (folders of images) the sizes, too."""
+    names: dict[str, dict[str, str]] = {}
+    for run in runs:
+        kinds = names.setdefault(run.config["data"]["name"], {})
+        if recorded := run.env.get("dataset"):
+            kinds[data_set(recorded)] = (
+                f"{recorded['name']} ({len(recorded.get('classes', []))} classes, "
+                f"{recorded.get('test', 0):,} test images)"
+            )
+    return [
+        said
+        for name, kinds in names.items()
+        for said in (kinds.values() if len(kinds) > 1 else [name])
+    ]
 
 
 def _join(items: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """The report, from run folders made up here: what it shows, what it refuses, what it writes."""
 
 import csv
+import json
 import re
 import subprocess
 import sys
@@ -137,6 +138,23 @@ def test_what_is_alike_in_all_runs_is_said_once(report: Report, tmp_path: Path) 
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=8)]
     header, _, *rows = markdown_table(report_on(runs, tmp_path / "out"), "Results")
     assert (header[-1], rows[0][-1], rows[1][-1]) == ("Seed", "7", "8")
+
+
+def test_folders_of_images_are_told_apart(tmp_path: Path) -> None:
+    """They share a name; what was measured on one says nothing on another."""
+    runs = [make_run(tmp_path / name) for name in ("a", "b", "c")]
+    for run, classes in zip(runs, (["cat", "dog"], ["cat", "dog"], ["x", "y", "z"]), strict=True):
+        env = json.loads((run / "env.json").read_text())
+        env["dataset"]["classes"] = classes
+        (run / "env.json").write_text(json.dumps(env))
+    said = report_on(runs, tmp_path / "out").markdown
+    assert "2 classes (cat, dog)." in said
+    assert "3 classes (x, y, z)." in said
+    assert (
+        "different data sets, digits (2 classes, 360 test images) and "
+        "digits (3 classes, 360 test images)"
+    ) in said
+    assert "different data sets" not in report_on(runs[:2], tmp_path / "two").markdown
 
 
 def test_methods_are_explained(report: Report) -> None:
