@@ -134,7 +134,9 @@ def evaluate(
     _announce()
     from dist_adv.runner import evaluate_run
 
-    evaluate_run(run_dir, attacks.split(",") if attacks else [], limit, overrides)
+    evaluate_run(
+        run_dir, [each.strip() for each in attacks.split(",")] if attacks else [], limit, overrides
+    )
 
 
 @cli.command()

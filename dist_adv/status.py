@@ -110,7 +110,8 @@ def _sweep(folder: Path, queue: dict[str, tuple[str, str]]) -> Iterable[Status]:
         if task is None and coming:
             task = "PENDING", ""
         found = read(run, str(run), task)
-        if found.state == "not started" and (word := last_word(log_of(folder, name))):
+        word = last_word(log_of(folder, name)) if found.state == "not started" else ""
+        if word and not word.startswith("stopped ("):  # it was asked to before it had begun
             found = replace(found, state="failed", reason=word)
         yield found
 
