@@ -112,6 +112,8 @@ def sweep(tmp_path: Path) -> Path:
     (out / "logs").mkdir()
     complaint = "Traceback\ndist-adv: one\ndist-adv: data.root: is no folder\n"
     (out / "logs/early.txt").write_text(complaint)
+    stopped = "dist-adv: stopped (SIGTERM); the same command goes on from the last checkpoint\n"
+    (out / "logs/next.txt").write_text(stopped)  # before it had a folder
     return out
 
 
