@@ -17,6 +17,7 @@ RUN = str(Path(__file__).parents[2] / "launch" / "run.sh")
 PASSES, PASS = 12, 12  # and optimiser steps of one
 PLAIN = "-m dist_adv"
 TORCHRUN = "-m torch.distributed.run"
+ALONE = f"{TORCHRUN} --standalone --local-addr localhost"
 CORES = len(os.sched_getaffinity(0))
 
 # Stand-ins for an interpreter that sees $GPUS GPUs, and for the driver's program.
@@ -62,14 +63,14 @@ def stand_ins(tmp_path: Path) -> Path:
     [
         ("train", 0, {}, CORES, PLAIN),
         ("train", 1, {}, CORES, PLAIN),
-        ("train", 4, {}, max(1, CORES // 4), f"{TORCHRUN} --standalone --nproc-per-node 4 {PLAIN}"),
-        ("eval", 4, {}, max(1, CORES // 4), f"{TORCHRUN} --standalone --nproc-per-node 4 {PLAIN}"),
+        ("train", 4, {}, max(1, CORES // 4), f"{ALONE} --nproc-per-node 4 {PLAIN}"),
+        ("eval", 4, {}, max(1, CORES // 4), f"{ALONE} --nproc-per-node 4 {PLAIN}"),
         ("report", 4, {}, CORES, PLAIN),
         ("train", 4, {"NPROC": "1"}, CORES, PLAIN),
-        ("train", 0, {"NPROC": "2", "OMP_NUM_THREADS": "3"}, 3, f"{TORCHRUN} --standalone "
+        ("train", 0, {"NPROC": "2", "OMP_NUM_THREADS": "3"}, 3, f"{ALONE} "
          f"--nproc-per-node 2 {PLAIN}"),
         ("sweep", 2, {}, CORES, PLAIN),
-        ("sweep --only fast", 2, {}, max(1, CORES // 2), f"{TORCHRUN} --standalone "
+        ("sweep --only fast", 2, {}, max(1, CORES // 2), f"{ALONE} "
          f"--nproc-per-node 2 {PLAIN}"),
         (
             "train",
