@@ -40,10 +40,9 @@ def start(
     Raises UserError for variables of a launcher that are left over (`launched.check`) and those of
     Accelerate's that would change training (`engines.check_environment`), for a precision that the
     device does not have, for settings of an engine that are not to be had (`engines.start`), for a
-    port that is in use, and where the launcher's
-    processes do not see each other (each would train alone and overwrite the others' files).
-    Raises RankFailure where rank 0 cannot be reached; Preempted where this process was asked to
-    stop already.
+    port that is in use, and where the launcher's processes do not see each other (each would train
+    alone and overwrite the others' files). Raises RankFailure where rank 0 cannot be reached;
+    Preempted where this process was asked to stop already.
     """
     check_fp32_variables()
     launched.check()
@@ -89,7 +88,7 @@ def check_fp32_variables() -> None:
         if (value := os.environ.get(name, "")).upper() not in harmless:
             raise UserError(
                 f"{name}: {value!r} in the environment rounds the factors of fp32 products to "
-                f"fewer bits; unset it, or choose train.precision=bf16"
+                f"fewer bits; unset it"
             )
 
 

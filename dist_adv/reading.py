@@ -26,7 +26,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from dist_adv import records
-from dist_adv.errors import UserError
+from dist_adv.errors import UserError, few
 from dist_adv.options import Real
 from dist_adv.records import Record
 
@@ -217,8 +217,7 @@ def find_runs(named: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 
 def passed_over(others: Sequence[Path]) -> str:
     """Return the line that says which of the named folders are no runs."""
-    more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-    return f"passed over, no run folders: {', '.join(map(str, others[:5]))}{more}"
+    return f"passed over, no run folders: {few([str(path) for path in others])}"
 
 
 def names_in_sweep(folder: Path) -> list[str]:

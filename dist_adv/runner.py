@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from dist_adv import checkpoint, packages, parallel, reading, rundir, state, track
 from dist_adv.checkpoint import Checkpoint
-from dist_adv.config import Config, flatten, load_config, longer, parse_config
+from dist_adv.config import Config, differences, flatten, load_config, longer, parse_config
 from dist_adv.data import Dataset, load_dataset
 from dist_adv.errors import Preempted, RunFailure, UserError
 from dist_adv.evaluate import evaluate
@@ -169,13 +169,13 @@ def _tracker(
 
 def _evaluate_the_rest(config: Config, run_dir: Path, accelerator: Accelerator) -> None:
     """What is not measured yet of a run whose training is over."""
+    trained = read_final(run_dir / "model.safetensors")["trained"]
     log.info("%s is trained already", run_dir)
     missing = parallel.on_main(accelerator, lambda: _missing(run_dir, config))
     if not missing:
         if accelerator.is_main_process and rundir.state_of(run_dir) != "done":
             rundir.mark(run_dir, "done")  # it was killed right before
         return
-    trained = read_final(run_dir / "model.safetensors")["trained"]
     main = accelerator.is_main_process
     tracker = Tracker(run_dir, config) if main else None
 
@@ -194,6 +194,20 @@ def _evaluate_the_rest(config: Config, run_dir: Path, accelerator: Accelerator) 
             config.eval.limit,
             tracker=tracker,
             between=session.between_chunks,
+        )
+
+
+def _check_overrides(own: Config, config: Config) -> None:
+    """Raise UserError for what an evaluation would pass over: the weights are what they are."""
+    idle = [
+        line
+        for line in differences(own, config)
+        if not line.startswith(("data.", "eval.", "threat.", "track.", "train.threads:"))
+    ]
+    if idle:
+        raise UserError(
+            f"{idle[0]} has no effect on an evaluation, whose weights are trained; leave it out, "
+            f"or set something of threat, data or eval"
         )
 
 
@@ -262,6 +276,7 @@ def evaluate_run(
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir}: is no run folder (it has no config.yaml); name one")
     config = load_config(run_dir / "config.yaml", overrides)
+    _check_overrides(rundir.config_of(run_dir), config)
     if attacks:
         tree = config.model_dump()
         tree["eval"]["attacks"] = list(attacks)

@@ -75,7 +75,7 @@ def _picture(file: BinaryIO) -> Image.Image:
         with Image.open(file, formats=formats()) as picture:
             picture.load()
             return _upright(_rgb(picture), picture)
-    except Unreadable:
+    except (Unreadable, MemoryError):
         raise
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)

@@ -3,14 +3,12 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cases import CASES, config
+from cases import CASES, config, make_images
 from dist_adv import parallel
 from dist_adv.config import parse_config
 from dist_adv.runner import train_run
@@ -19,14 +17,8 @@ from dist_adv.runner import train_run
 @pytest.fixture(scope="module")
 def colour(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """384 images of CIFAR-10's size: smaller ones leave cuDNN little to choose from."""
-    root, noise = tmp_path_factory.mktemp("colour"), np.random.default_rng(0)
-    for split, n in (("train", 128), ("test", 4)):
-        for label in "abc":
-            folder = root / split / label
-            folder.mkdir(parents=True)
-            for i in range(n):
-                pixels = noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.png")
+    root = tmp_path_factory.mktemp("colour")
+    make_images(root, train=128, test=4, size=32)
     return root
 
 

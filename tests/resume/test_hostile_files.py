@@ -244,6 +244,13 @@ def test_a_file_of_another_shape_costs_one_line(shape, run, tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("override", ["model.width=3", "train.batch_size=3", "optim.lr=0.3"])
+def test_an_evaluation_takes_no_override_without_effect(override, run, capsys):
+    assert cli._run(["eval", str(run / "run"), override]) == 2
+    assert f"{override.split('=')[0]}: " in (said := capsys.readouterr().err)
+    assert "has no effect on an evaluation" in said
+
+
 def test_weights_of_a_checkpoint_are_no_finished_run(run, tmp_path, capsys):
     folder = tmp_path / "copy"
     shutil.copytree(run, folder)

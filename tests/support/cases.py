@@ -48,15 +48,15 @@ CASES = {
 }
 
 
-def make_images(root: Path) -> None:
-    """120 training images and a few for testing, 8x8 RGB noise of three classes."""
+def make_images(root: Path, train: int = 40, test: int = 2, size: int = 8) -> None:
+    """So many images of each of three classes, square RGB noise."""
     noise = np.random.default_rng(0)
-    for split, n in (("train", 40), ("test", 2)):
+    for split, n in (("train", train), ("test", test)):
         for label in "abc":
             folder = root / split / label
             folder.mkdir(parents=True)
             for i in range(n):
-                pixels = noise.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                pixels = noise.integers(0, 256, (size, size, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
 
 

@@ -300,3 +300,15 @@ def test_the_usual_endings():
     usual = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
     assert usual <= extensions()  # those that torchvision takes for images
     assert not extensions() & {".eps", ".ps", ".pdf", ".txt", ".db", ".wmf"}
+
+
+def test_no_memory_is_no_damage(tmp_path, monkeypatch):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "load", full)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", full)
+    with pytest.raises(MemoryError):
+        decode(str(tmp_path / "x.png"))

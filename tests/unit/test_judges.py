@@ -6,6 +6,7 @@ with the reason. Budgets are tiny: here is tested that they run, not how strong 
 """
 
 import inspect
+import logging
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -333,6 +334,26 @@ def test_autoattack_stays_within_the_ball(
     x, y = batch
     attack = Brief(model, build(norm, eps), 0, "cpu")
     check(attack(x.clone(memory_format=layout), y), x, norm)
+
+
+def test_autoattack_says_how_far_a_batch_is(
+    model: Classifier, batch: tuple[Tensor, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is silent by itself, and a batch of 500 takes an hour on a CPU."""
+    ours, theirs = logging.getLogger("dist_adv"), logging.getLogger("auto-attack")
+    level = theirs.level
+    ours.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO, "dist_adv"):
+            attack = Brief(model, build("linf", LINF), 0, "cpu")
+            attack(*batch)
+    finally:
+        ours.removeHandler(caplog.handler)
+    said = [record.getMessage() for record in caplog.records if record.name == "dist_adv"]
+    assert any("initial accuracy" in line for line in said)
+    assert any("robust accuracy after APGD-CE" in line for line in said)
+    assert not any("accuracy" in message for message in attack.warnings.messages)
+    assert theirs.level == level
 
 
 def test_autoattack_needs_two_classes(batch: tuple[Tensor, Tensor]) -> None:
