@@ -41,7 +41,7 @@ def interactive(shown_on: Console = console) -> bool:
 def start_logging(main: bool) -> None:
     """Messages to the terminal from the main process; the others only warn of errors."""
     log.setLevel(logging.INFO if main else logging.ERROR)
-    if not log.handlers:
+    if not any(isinstance(handler, RichHandler | _StderrHandler) for handler in log.handlers):
         handler: logging.Handler
         if interactive():
             handler = RichHandler(console=console, show_path=False, show_level=False)

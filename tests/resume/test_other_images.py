@@ -4,7 +4,6 @@ The run is made longer for it to go on, on a copy of its images that was changed
 """
 
 import json
-import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -88,13 +87,11 @@ def test_other_images_are_refused(change, says, root, run_dir):
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
-def test_who_names_the_checkpoint_goes_on_aloud(root, run_dir, caplog, monkeypatch):
-    monkeypatch.setattr("dist_adv.progress.log.propagate", True)
+def test_who_names_the_checkpoint_goes_on_aloud(root, run_dir, said):
     another(root)
     newest = run_dir / "checkpoints" / "step-000000004"
-    with caplog.at_level(logging.WARNING):
-        train_run(settings(root, 2), run_dir, str(newest))
-    assert "going on with other images than before (train: the same number" in caplog.text
+    train_run(settings(root, 2), run_dir, str(newest))
+    assert "going on with other images than before (train: the same number" in said.text
     train_run(settings(root, 3), run_dir, "auto")  # they are the run's own from then on
     assert checkpoints(run_dir)[-1] == "step-000000012"
 
@@ -130,21 +127,20 @@ def test_without_a_fingerprint_batches_are_counted_all_the_same(root, run_dir):
 
 
 def test_an_interrupted_evaluation_goes_on_with_its_own_images_only(
-    root, run_dir, monkeypatch, caplog
+    root, run_dir, monkeypatch, said
 ):
     """Interrupted before its figures are written; the same images may lie elsewhere."""
-    monkeypatch.setattr("dist_adv.progress.log.propagate", True)
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     def evaluate(where: Path, **patched: object) -> str:
-        caplog.clear()
+        said.clear()
         with monkeypatch.context() as patch:
             for name, value in patched.items():
                 patch.setattr(runner, name, value)
             evaluate_run(run_dir, ["natural"], None, [f"data.root={where}"])
-        return caplog.text
+        return said.text
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(root, write_results=interrupted)

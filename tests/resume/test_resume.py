@@ -99,16 +99,15 @@ def test_a_finished_run_is_not_trained_again(images, tmp_path):
     assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_aloud(images, tmp_path, monkeypatch, caplog):
+def test_a_damaged_newest_checkpoint_is_passed_over_aloud(images, tmp_path, monkeypatch, said):
     run_dir, whole = tmp_path / "run", tmp_path / "whole"
     train_run(settings("free", images), whole, "none")
     train_and_die(monkeypatch, 2, settings("free", images), run_dir)
     newest = sorted((run_dir / "checkpoints").iterdir())[-1]
     damaged = newest / "method.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    monkeypatch.setattr("dist_adv.progress.log.propagate", True)
     train_run(settings("free", images), run_dir, "auto")
-    assert f"passed over: {newest}" in caplog.text
+    assert f"passed over: {newest}" in said.text
     expected, found = weights(whole), weights(run_dir)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 

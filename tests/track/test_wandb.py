@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -187,14 +186,13 @@ def test_evaluation_after_a_kill_is_of_the_same_run(images, tmp_path):
     }
 
 
-def test_name_that_wandb_does_not_take(images, tmp_path, monkeypatch, caplog):
+def test_name_that_wandb_does_not_take(images, tmp_path, monkeypatch, said):
     """Tracking is given up aloud, training is not."""
     monkeypatch.setenv("WANDB_PROJECT", "a/b")
-    logging.getLogger("dist_adv").addHandler(caplog.handler)
     config = tracked(images, wandb={"mode": "offline"})
     tracker = track.Tracker(run_folder(tmp_path, config), config)
     assert tracker.wandb is None
-    assert "no W&B (Invalid project name" in caplog.text
+    assert "no W&B (Invalid project name" in said.text
 
 
 def run_folder(path: Path, config: Config) -> Path:

@@ -466,8 +466,8 @@ def test_an_interrupted_evaluation_goes_on(
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"natural": 1}', "[" * 10_000, '{"natural": {}}'])
-def test_what_is_left_of_an_evaluation_may_be_damaged(content, accelerator, tmp_path, caplog):
+def test_what_is_left_of_an_evaluation_may_be_damaged(content, accelerator, tmp_path, said):
     kept = Unfinished(tmp_path, {}, accelerator)
     kept.path.write_text(content)
     assert Unfinished(tmp_path, {}, accelerator).find("natural", 2) is None
-    assert "measuring from the beginning" in caplog.text
+    assert "measuring from the beginning" in said.text

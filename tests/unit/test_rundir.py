@@ -98,16 +98,15 @@ def test_folder_that_cannot_be_locked(tmp_path):
         Lock(tmp_path / "absent")
 
 
-def test_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+def test_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, said):
     """Some network disks: better a run than none. A stand-in for the kernel."""
 
     def unsupported(*arguments: object) -> None:
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    monkeypatch.setattr("dist_adv.progress.log.propagate", True)
     Lock(tmp_path).release()
-    assert "no locks on this file system" in caplog.text
+    assert "no locks on this file system" in said.text
 
 
 def test_folder_in_use_is_refused_before_it_is_touched(images, tmp_path):
