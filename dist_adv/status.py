@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -34,6 +36,7 @@ _COLOURS = {
     "failed": "red",
 }
 _SECONDS_BETWEEN_LOOKS = 2.0
+_ANY_WIDTH = 1000
 
 
 @dataclass(frozen=True)
@@ -74,19 +77,21 @@ def show(folders: Sequence[Path], watch: bool) -> None:
     if others:
         print(reading.passed_over(others), file=sys.stderr)
     console, known = Console(), gather(folders)
+    if not console.is_terminal:  # a run is a line, for grep
+        console.width = _ANY_WIDTH
     if not watch or not interactive(console):
-        console.print(table(known))
+        console.print(Overview(known))
     if not watch:
         return
-    live = Live(table(known), console=console, auto_refresh=False)
+    live = Live(Overview(known), console=console, auto_refresh=False)
     with suppress(KeyboardInterrupt), live if interactive(console) else nullcontext():
         while not streams.lost():
             time.sleep(_SECONDS_BETWEEN_LOOKS)
             before, known = known, gather(folders)
             if live.is_started:
-                live.update(table(known), refresh=True)
+                live.update(Overview(known), refresh=True)
             elif known != before:
-                console.print(table(known))
+                console.print(Overview(known))
                 console.file.flush()
 
 
@@ -204,20 +209,51 @@ def _queue() -> dict[str, tuple[str, str]]:
     return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
 
 
-def table(runs: Sequence[Status]) -> Group:
-    """A row a run, and below them what there is to say."""
+@dataclass(frozen=True)
+class Overview:
+    """The runs as a table, or a paragraph each where it is too wide for that, and the reasons."""
+
+    runs: Sequence[Status]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        whole = _table(self.runs)
+        wanted = Measurement.get(console, options.update_width(_ANY_WIDTH), whole).maximum
+        if wanted > options.max_width:
+            yield from (paragraph for run in self.runs for paragraph in _paragraphs(run))
+        else:
+            yield whole
+            yield from (Text(shown(f"{run.name}: {run.reason}")) for run in self.runs if run.reason)
+
+
+def _table(runs: Sequence[Status]) -> Table:
     right = [Column(title, justify="right") for title in ("steps", "passes", "images/s", "left")]
-    robust = Column("robust", no_wrap=True)
-    made = Table(Column("run", overflow="fold"), "state", *right, robust, box=SIMPLE)
+    made = Table("run", "state", *right, "robust", box=SIMPLE)
     for run in runs:
-        live = run.state == "running"
-        made.add_row(
-            Text(shown(run.name)),
-            Text(run.state, _COLOURS.get(run.state, "")),
-            f"{run.step:,} of {run.total:,}" if run.total else "",
-            f"{run.passes:.1f}" if run.passes else "",
-            f"{run.images_per_s:,.0f}" if live and run.images_per_s else "",
-            duration(run.left) if live and run.left is not None else "",
-            f"{run.robust[0]} {run.robust[1]:.1%}" if run.robust else "",
-        )
-    return Group(made, *(Text(shown(f"{run.name}: {run.reason}")) for run in runs if run.reason))
+        made.add_row(Text(shown(run.name)), _state_of(run), *_cells(run).values())
+    return made
+
+
+def _paragraphs(run: Status) -> Sequence[RenderableType]:
+    said = _state_of(run)
+    for title, cell in _cells(run).items():
+        if cell:
+            said.append(f", {cell}" if title == "robust" else f", {cell} {title}", "default")
+    if run.reason:
+        said.append(shown(f": {run.reason}"), "default")
+    return Text(shown(run.name), overflow="fold"), Padding(said, (0, 0, 0, 2))
+
+
+def _state_of(run: Status) -> Text:
+    return Text(run.state, _COLOURS.get(run.state, ""))
+
+
+def _cells(run: Status) -> dict[str, str]:
+    """What there is to say of a run, by what it is; empty where there is nothing."""
+    live = run.state == "running"
+    return {
+        "steps": f"{run.step:,} of {run.total:,}" if run.total else "",
+        "passes": f"{run.passes:.1f}" if run.passes else "",
+        "images/s": f"{run.images_per_s:,.0f}" if live and run.images_per_s else "",
+        "left": duration(run.left) if live and run.left is not None else "",
+        "robust": f"{run.robust[0]} {run.robust[1]:.1%}" if run.robust else "",
+    }

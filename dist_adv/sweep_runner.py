@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from rich.console import Group
 from rich.live import Live
 
 from dist_adv import launched, packages, parallel, rundir, status
@@ -105,10 +104,10 @@ class _Runs:
                         self._start()
                     time.sleep(_SECONDS_BETWEEN_LOOKS)
                     self._collect(stop)
-                    live.update(self._table(), refresh=live.is_started)
+                    live.update(self._overview(), refresh=live.is_started)
         finally:
             self._ask_to_stop()  # where this could not go on
-            console.print(self._table())
+            console.print(self._overview())
         if stop:
             stopping.heeded()
             raise Preempted(stop)
@@ -147,8 +146,8 @@ class _Runs:
         for job in self.running:
             job.process.terminate()
 
-    def _table(self) -> Group:
-        return status.table(list(self.known.values()))
+    def _overview(self) -> status.Overview:
+        return status.Overview(list(self.known.values()))
 
     def _know(self, name: str, state: str, reason: str = "") -> None:
         """What is known here; status.json may not say it yet, or no more."""

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dist_adv import packages, rng
@@ -44,6 +44,12 @@ class DataOptions(Options):
     """imagefolder: a split that is larger once decoded stays on disk and is read as it is used."""
     workers: Annotated[int, Field(ge=0, le=256)] = 4
     """Threads of each rank that read such a split ahead of training (0: as it is needed)."""
+
+    @model_validator(mode="after")
+    def _size_is_of_folders(self) -> Self:
+        if self.size is not None and self.name != "imagefolder":
+            raise ValueError(f"size: {self.name}'s images are not resized; leave it out")
+        return self
 
 
 @dataclass(frozen=True)
@@ -184,8 +190,8 @@ def _torchvision(name: str, root: Path, split: str) -> Dataset:
         found = f"found {', '.join(present[:5])}, incomplete or damaged" if present else "no files"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"data.root: {name} in {shown(root)}: {found}, and downloading it failed ({reason}); "
-            f"put the archive there by hand or set data.root or DIST_ADV_DATA"
+            f"data.root: {name} in {shown(root)}{_below(root)}: {found}, and downloading it "
+            f"failed ({reason}); put the archive there by hand or set data.root or DIST_ADV_DATA"
         ) from None
     return Dataset(
         name,
@@ -205,11 +211,16 @@ def image_files(options: DataOptions, split: str) -> tuple[Files, Listing]:
     folder = data_root(options) / split
     if not os.path.isdir(folder):
         raise UserError(
-            f"data.root: {shown(folder)} is no folder; imagefolder needs train/<class>/ and "
-            f"test/<class>/ below data.root (or DIST_ADV_DATA){_why_not(folder)}"
+            f"data.root: {shown(folder)} is no folder{_below(folder)}; imagefolder needs "
+            f"train/<class>/ and test/<class>/ below data.root (or DIST_ADV_DATA){_why_not(folder)}"
         )
     listing = list_images(folder)
     return Files(listing.paths, options.size, options.workers), listing
+
+
+def _below(folder: Path) -> str:
+    """Return what a relative path is relative to, as it can be printed."""
+    return "" if folder.is_absolute() else f" in {shown(Path.cwd())}"
 
 
 def _why_not(folder: Path) -> str:

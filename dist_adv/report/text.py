@@ -19,10 +19,12 @@ from dist_adv.report.tables import (
 
 def headline(runs: Sequence[Run]) -> list[str]:
     """What the tables say, in a few sentences."""
+    sentences = _incomparable(runs)
     attack = strongest_attack(runs)
     if attack is None:
-        return ["None of these runs has been evaluated under an attack yet."]
-    sentences = [_robustness(runs, attack), *_free_against_fast(runs, attack)]
+        return [*sentences, "None of these runs has been evaluated under an attack yet."]
+    if not sentences:
+        sentences = [_robustness(runs, attack), *_free_against_fast(runs, attack)]
     timed = sorted((run.seconds, run.label) for run in runs if run.finished and run.seconds)
     if len(timed) == 1:
         sentences.append(f"Training took {duration(timed[0][0])}.")
@@ -129,15 +131,6 @@ def _elsewhere(run: Run) -> list[str]:
 def _differences(runs: Sequence[Run]) -> list[str]:
     """What the runs of one report should have in common and do not."""
     lines = []
-    for title, values in (
-        ("data sets", _data_sets(runs)),
-        ("threat models", {threat_name(run) for run in runs}),
-    ):
-        if len(values) > 1:
-            lines.append(
-                f"The runs have different {title}, {_join(sorted(values))}: "
-                "their accuracies do not compare."
-            )
     for attack in dict.fromkeys(name for run in runs for name in run.evaluations):
         records = [run.evaluations[attack].record for run in runs if attack in run.evaluations]
         differing = [
@@ -154,6 +147,19 @@ def _differences(runs: Sequence[Run]) -> list[str]:
     if len({json.dumps(run.env.get("hardware"), sort_keys=True) for run in runs}) > 1:
         lines.append("The runs used different hardware: their training times do not compare.")
     return lines
+
+
+def _incomparable(runs: Sequence[Run]) -> list[str]:
+    """Why the runs have no order."""
+    return [
+        f"The runs have different {title}, {_join(sorted(values))}: "
+        "their accuracies do not compare."
+        for title, values in (
+            ("data sets", _data_sets(runs)),
+            ("threat models", {threat_name(run) for run in runs}),
+        )
+        if len(values) > 1
+    ]
 
 
 def _data_sets(runs: Sequence[Run]) -> list[str]:

@@ -286,7 +286,8 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def build(method: str = "fast", model: str = "preact_resnet18", **changes: Any) -> Config:
     """The configuration of these names, with `changes` at `section__key`."""
-    tree: dict[str, Any] = {"method": {"name": method}, "model": {"name": model}}
+    data = {"name": "imagefolder"}  # data.size is of no other
+    tree: dict[str, Any] = {"method": {"name": method}, "model": {"name": model}, "data": data}
     for place, value in changes.items():
         node = tree
         *parents, leaf = place.split("__")

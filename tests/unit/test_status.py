@@ -1,6 +1,7 @@
 """The table of runs: each state, read off folders as training leaves them."""
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from dist_adv import cli, rundir, status
 from dist_adv.lock import Lock, held
@@ -112,7 +114,7 @@ def sweep(tmp_path: Path) -> Path:
     (out / "logs").mkdir()
     complaint = "Traceback\ndist-adv: one\ndist-adv: data.root: is no folder\n"
     (out / "logs/early.txt").write_text(complaint)
-    stopped = "dist-adv: stopped (SIGTERM); the same command goes on from the last checkpoint\n"
+    stopped = "dist-adv: stopped (SIGTERM); the same command goes on\n"
     (out / "logs/next.txt").write_text(stopped)  # before it had a folder
     return out
 
@@ -159,10 +161,9 @@ def test_slurm_is_asked(sweep: Path, tmp_path: Path) -> None:
     assert found["last"] == ("queued", "Priority")
 
 
-def test_the_command_prints_a_row_each(
-    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_the_command_prints_a_line_each_into_a_pipe(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
     assert cli._run(["status", str(sweep)]) == 0
     said = capsys.readouterr().out
     rows = {line.split()[0]: line for line in said.splitlines() if line.startswith("  /")}
@@ -171,6 +172,27 @@ def test_the_command_prints_a_row_each(
     assert f"{sweep / 'failed'}: out of memory" in said
     assert cli._run(["status", str(tmp_path)]) == 2
     assert "is no folder of a run or of a sweep" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [30, 120])
+def test_a_table_that_is_too_wide_is_a_paragraph_each(width: int) -> None:
+    robust, words = ("pgd-10", 0.25), ["50", "of", "200", "1.5", "pgd-10", "25.0%"]
+    known = [
+        status.Status("runs/free-8-seed0", "failed", "out of memory", 50, 200, 1.5, robust=robust)
+    ]
+    console = Console(width=width, file=io.StringIO())
+    console.print(status.Overview(known))
+    assert isinstance(console.file, io.StringIO)
+    lines = [line.strip() for line in console.file.getvalue().splitlines() if line.strip()]
+    assert max(map(len, lines)) <= width
+    if width == 30:
+        assert lines[0] == "runs/free-8-seed0"
+        assert " ".join(lines[1:]) == (
+            "failed, 50 of 200 steps, 1.5 passes, pgd-10 25.0%: out of memory"
+        )
+    else:
+        assert lines[2].split() == ["runs/free-8-seed0", "failed", *words]
+        assert lines[3] == "runs/free-8-seed0: out of memory"
 
 
 def test_watching_shows_what_changes(tmp_path: Path) -> None:
