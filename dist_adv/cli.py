@@ -461,6 +461,7 @@ def main() -> NoReturn:
     streams.install()
     _find_home()
     _find_caches()
+    os.environ["MPLBACKEND"] = "agg"  # pictures are files; a notebook's is a module of its kernel
     status = _run(sys.argv[1:])
     streams.optional()
     sys.stdout.flush()

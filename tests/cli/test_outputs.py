@@ -182,6 +182,8 @@ def test_the_same_command_after_the_disk_has_room(name: str, place: Path) -> Non
         return subprocess.run(
             [sys.executable, "-m", "dist_adv", *commands("new")[name]],
             preexec_fn=prepare,
+            # As a notebook's commands have it, whose module is not in this environment.
+            env=os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"},
             capture_output=True,
             text=True,
         )

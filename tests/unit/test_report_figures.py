@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
@@ -143,6 +144,16 @@ def test_overlay_of_two_runs(tmp_path):
     colours = [[line.get_color() for line in axes.lines] for axes in figure.axes]
     assert colours[0] == colours[1]
     assert len(set(colours[0])) == 2
+
+
+def test_the_readers_own_style_changes_nothing(tmp_path):
+    """A matplotlibrc may ask for LaTeX, which is not everywhere."""
+    one = [run(tmp_path, "a", "free", 0.4)]
+    plain = report_on(one, tmp_path / "plain").files
+    with rc_context({"text.usetex": True, "axes.facecolor": "black", "savefig.transparent": True}):
+        styled = report_on(one, tmp_path / "styled").files
+    for name, path in plain.items():
+        assert path.read_bytes() == styled[name].read_bytes()
 
 
 def test_overlay_of_many_runs_brings_out_the_best_of_each_method(tmp_path):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib import rc_context
+from matplotlib import style
 
 from dist_adv.report.figures import (
     examples,
@@ -33,7 +33,8 @@ def draw(runs: Sequence[Run], comparison: Comparison | None, folder: Path) -> li
     lettering = Lettering(runs)
     drawn = give_looks([lettering.run(run) for run in runs])
     album = Album(folder)
-    with rc_context({**STYLE, "font.family": lettering.families}):
+    # Not what a matplotlibrc of the reader's asks for: LaTeX may not be there.
+    with style.context(["default", {**STYLE, "font.family": lettering.families}]):
         overlays.draw(album, drawn)
         trade_off.draw(album, drawn)
         replays.draw(album, [each.run for each in drawn])
