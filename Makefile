@@ -19,6 +19,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "dist-adv needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 1; }
+	@echo "installing torch and what else is needed into $(VENV): some minutes without a word ..."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c requirements.lock -e '.[test,dev]'
 	$(BIN)/pip install --quiet --no-deps torchattacks==3.5.1
