@@ -75,7 +75,10 @@ def check_stop(job: Job, reason: str, truth: Path) -> int:
     """The same whatever became of the launcher."""
     output, found = job.output(), status(job.run_dir)
     assert (found["state"], found["reason"]) == ("preempted", reason), output
-    words = f"dist-adv: stopped ({reason}); the same command goes on"
+    words = (
+        f"dist-adv: stopped ({reason}); the same command goes on, from the last checkpoint where "
+        "there is one"
+    )
     assert [line for line in output.splitlines() if line.startswith("dist-adv:")] == [words]
     assert OURS not in output
     step = found["step"]
