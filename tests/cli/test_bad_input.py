@@ -223,7 +223,7 @@ REAL = [
     Row(
         "cifar10-absent",
         TRAIN_TINY + "data.name=cifar10 data.root=nowhere",
-        ("data.root: cifar10 in nowhere: no files", "failed", "DIST_ADV_DATA"),
+        ("data.root: cifar10 in nowhere in /", "failed", "DIST_ADV_DATA"),
     ),
     # The run folder.
     Row(
