@@ -14,8 +14,6 @@ runs.
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -28,6 +26,7 @@ from torch import nn
 from dist_adv import parallel
 from dist_adv.bench import about
 from dist_adv.bench.ranks import METHODS
+from dist_adv.bench.timing import launched
 from dist_adv.config import parse_config
 from dist_adv.planner import Images, measure_steps
 from dist_adv.progress import console
@@ -83,20 +82,10 @@ def cut_graphs() -> None:
 
 
 def launch(kind: str, options: argparse.Namespace) -> dict[str, Any]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     sizes = ["--width", options.width, "--batch-size", options.batch_size]
     words = ["--rank", kind, *map(str, sizes), "--rounds", str(options.rounds)]
-    variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryDirectory() as cache:  # or what was compiled once is there already
-        done = subprocess.run(
-            [sys.executable, *launcher, __file__, *words],
-            env=os.environ | variables | {"TORCHINDUCTOR_CACHE_DIR": cache},
-            capture_output=True,
-            text=True,
-        )
-    if done.returncode:
-        sys.exit(f"compiled_ranks: {kind} failed: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+        return launched(RANKS, [__file__, *words], TORCHINDUCTOR_CACHE_DIR=cache)
 
 
 def main() -> None:

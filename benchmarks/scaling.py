@@ -14,8 +14,6 @@ import argparse
 import json
 import math
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from rich.progress import track
 from dist_adv import parallel
 from dist_adv.bench import about
 from dist_adv.bench.ranks import METHODS
+from dist_adv.bench.timing import launched
 from dist_adv.config import Config, parse_config
 from dist_adv.data.loader import split
 from dist_adv.plan import Cluster, Link, StepTime, Work, predict
@@ -78,18 +77,9 @@ def rank(options: argparse.Namespace) -> None:
 
 
 def launch(ranks: int, options: argparse.Namespace) -> dict[str, Any]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     chosen = {"--width": options.width, "--batch-size": options.batch_size}
     sizes = [str(word) for pair in (chosen | {"--rounds": options.rounds}).items() for word in pair]
-    done = subprocess.run(
-        [sys.executable, *launcher, __file__, "--rank", *sizes],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        sys.exit(f"scaling: {ranks} processes failed: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return launched(ranks, [__file__, "--rank", *sizes])
 
 
 def compare(name: str, ranks: int, found: dict[int, Any], options: argparse.Namespace) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from dist_adv import __version__, launched, stopping, streams
-from dist_adv.errors import DISK_TROUBLE, Preempted, RankFailure, RunFailure, UserError
+from dist_adv.errors import DISK_TROUBLE, GOES_ON, Preempted, RankFailure, RunFailure, UserError
 
 
 class _Expanded(click.Path):
@@ -36,7 +36,6 @@ class _Expanded(click.Path):
 
 _PATH = _Expanded(path_type=Path)
 _OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
-_GOES_ON = "the same command goes on, from the last checkpoint where there is one"
 _RUN_DIR = click.option("--run-dir", type=_PATH, help="[default: runs/FOLDER-NAME of the config]")
 
 
@@ -516,7 +515,7 @@ def _run(arguments: list[str]) -> int:
         return 1
     except Preempted as stop:
         if launched.rank() == 0:
-            _say(f"stopped ({stop}); {_GOES_ON}")
+            _say(f"stopped ({stop}); {GOES_ON}")
         return stop.status
     except OSError as error:
         if error.errno in DISK_TROUBLE:
@@ -527,7 +526,7 @@ def _run(arguments: list[str]) -> int:
         _complain(f"{error.filename}: {error.strerror}; name another path")
         return 2
     except (KeyboardInterrupt, click.Abort):
-        _complain(f"interrupted; {_GOES_ON}")
+        _complain(f"interrupted; {GOES_ON}")
         return 130
     return status or 0
 

@@ -8,6 +8,10 @@ DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """What is wrong with a disk and not with the place on it that was named."""
 
 
+GOES_ON = "the same command goes on, from the last checkpoint where there is one"
+"""What to do about a run that was stopped."""
+
+
 class UserError(Exception):
     """Something that the user can mend: what is wrong, which key or file, what to do. Exit 2."""
 

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_adv import engines, launched, stopping
 from dist_adv.data import Dataset, Fingerprints, what_changed
 from dist_adv.engines import TrainNet
-from dist_adv.errors import LostRank, RankFailure, UserError
+from dist_adv.errors import GOES_ON, LostRank, RankFailure, UserError
 
 log = logging.getLogger("dist_adv")
 T = TypeVar("T")
@@ -288,7 +288,7 @@ def plain_failures(accelerator: Accelerator, key: str, batch_size: int) -> Itera
         if isinstance(error, dist.DistError) or any(sign in text for sign in signs):
             raise LostRank(
                 f"rank {rank} of {ranks} lost another rank ({_reason(error)}); the launcher says "
-                f"which one; the same command goes on from the last checkpoint"
+                f"which one; {GOES_ON}"
             ) from error
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             raise RankFailure(

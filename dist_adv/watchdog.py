@@ -9,6 +9,8 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 
+from dist_adv.errors import GOES_ON
+
 _SECONDS_TO_SPEAK = 5.0  # the first rank to leave gets the others killed: let all of them speak
 _SECONDS_TO_NOTICE = 5.0  # a broken connection is noticed by whoever waits for it, but not always
 
@@ -62,7 +64,7 @@ class Watchdog:
     def _end_alone(self, lost: list[int]) -> None:
         text = (
             f"dist-adv: {self.who} lost another rank ({', '.join(map(str, lost))} is gone); "
-            f"the launcher says why; the same command goes on from the last checkpoint\n"
+            f"the launcher says why; {GOES_ON}\n"
         )
         _write(text)
         os._exit(1)

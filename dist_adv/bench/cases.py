@@ -2,8 +2,6 @@
 
 import importlib.util
 import io
-import json
-import os
 import statistics
 import subprocess
 import sys
@@ -25,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dist_adv import parallel
 from dist_adv.attacks import frozen
 from dist_adv.bench import published
-from dist_adv.bench.timing import PeakMemory, alternate, copy_rate, matmul_rate, noise
+from dist_adv.bench.timing import PeakMemory, alternate, copy_rate, launched, matmul_rate, noise
 from dist_adv.config import Config, load_config, parse_config
 from dist_adv.data import Batch, Loader, load_dataset
 from dist_adv.evaluate import evaluate, subset
@@ -446,17 +444,11 @@ def ranks(bench: Bench) -> Iterator[Row]:
 
 
 def _ranks(bench: Bench, ranks: int, threads: int, rounds: int) -> dict[str, Any]:
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    script = [*launcher, "-m", "dist_adv.bench.ranks"]
     arguments = [str(bench.small), str(bench.batch_size), str(rounds)]
-    env = os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*script, *arguments], env=env, capture_output=True, text=True)
+    program = ["-m", "dist_adv.bench.ranks", *arguments]
+    found = launched(ranks, program, OMP_NUM_THREADS=str(threads))
     bench.tick()
-    if done.returncode:
-        raise RuntimeError(f"dist_adv.bench.ranks: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def startup(bench: Bench) -> Iterator[Row]:

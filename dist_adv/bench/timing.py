@@ -1,16 +1,22 @@
 """How benchmarks measure: A B A B in one process, after warming up, as medians of paired ratios."""
 
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor
 
 from dist_adv.data import Dataset
+from dist_adv.parallel import native_bf16
 from dist_adv.report.tables import variant
 
 
@@ -79,8 +85,9 @@ def alternate(
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of a large matrix product: what the device can do."""
-    # bf16 on a CPU without its instructions: 1,024 took 4 s a product, for 18 ms in fp32.
-    n = 8192 if device.type == "cuda" else 512
+    # bf16 on a CPU without its instructions: at 2,048 a product may take 17 s.
+    on_cpu = 2048 if dtype == torch.float32 or native_bf16() else 512
+    n = 8192 if device.type == "cuda" else on_cpu
     draw = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, n, generator=draw).to(device, dtype) for _ in range(2))
     timings = alternate({"product": lambda: a @ b}, device, rounds=10, warm_up=3)
@@ -93,6 +100,21 @@ def copy_rate(device: torch.device) -> float:
     target = torch.empty_like(source)
     timings = alternate({"copy": lambda: target.copy_(source)}, device, rounds=10, warm_up=3)
     return 2 * source.numel() * source.element_size() / min(timings.seconds["copy"])
+
+
+def launched(ranks: int, program: Sequence[str], **variables: str) -> dict[str, Any]:
+    """Run a Python program in so many processes on CPUs; return the JSON object it prints last.
+
+    Raises RuntimeError where it fails.
+    """
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | variables
+    done = subprocess.run([*launcher, *program], env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(program)}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 class PeakMemory:

@@ -48,7 +48,7 @@ class DataOptions(Options):
     @model_validator(mode="after")
     def _size_is_of_folders(self) -> Self:
         if self.size is not None and self.name != "imagefolder":
-            raise ValueError(f"size: {self.name}'s images are not resized; leave it out")
+            raise ValueError(f"size: the images of {self.name} are not resized; leave it out")
         return self
 
 

@@ -347,7 +347,7 @@ RUN = {"run/config.yaml": "method: {name: fast}\n"}
 IN_PROCESS = [
     # Unknown keys and names.
     Row("key-in-train", TRAIN + "train.epoch=3", ("train.epoch: unknown key", "'epochs'")),
-    Row("size", TRAIN + "data.size=4", ("data", "size: digits's images are not resized", "leave")),
+    Row("size", TRAIN + "data.size=4", ("data.size: the images of digits are not resized",)),
     Row("section", TRAIN + "trian.epochs=3", ("trian: unknown key", "'train'")),
     Row("key-three-deep", TRAIN + "track.wandb.projekt=a", ("track.wandb.projekt", "'project'")),
     Row(
