@@ -4,7 +4,6 @@
 names the file or key and the remedy.
 """
 
-import difflib
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from dist_adv.methods import MethodChoice
 from dist_adv.models import ModelOptions, PreActResNet18Options
 from dist_adv.options import Options, PositiveInt, Real, StepSize
 from dist_adv.schedule import Schedule
+from dist_adv.text import nearest
 
 _MAX_EPS = {"linf": 1.0, "l2": 8.0}
 
@@ -514,11 +514,6 @@ def _kind(schema: dict[str, Any], node: dict[str, Any], name: str) -> dict[str, 
 def _kinds(section: str) -> list[str]:
     """The names that a section of several kinds can have."""
     return list(Config.model_json_schema()["properties"][section]["discriminator"]["mapping"])
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; choose from {', '.join(known)}"
 
 
 def json_schema() -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """How a command ends early; `cli.main` turns each into one line and an exit status."""
 
 import errno
-from collections.abc import Sequence
-from pathlib import Path
 
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """What is wrong with a disk and not with the place on it that was named."""
@@ -44,23 +42,6 @@ class Preempted(Exception):
         super().__init__(reason)
         self.reason = reason
         self.status = _STATUS.get(reason, 143)
-
-
-def few(names: Sequence[str], most: int = 5) -> str:
-    """Return the first names of a list that may be long, and how many more there are."""
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(map(shown, names[:most])) + more
-
-
-def shown(name: str | Path) -> str:
-    r"""Return a name as it can be printed: \xe9 for a byte that is no UTF-8, \n for a line end."""
-    return "".join(each if each.isprintable() else _escaped(each) for each in str(name))
-
-
-def _escaped(letter: str) -> str:
-    if "\udc80" <= letter <= "\udcff":  # how Python keeps a byte of a file's name
-        return f"\\x{ord(letter) - 0xDC00:02x}"
-    return letter.encode("unicode_escape").decode()
 
 
 def unwritable(path: object, error: OSError, remedy: str) -> UserError | RunFailure:

@@ -22,8 +22,9 @@ from dist_adv.attacks import PGD, Attack, correct, parse_attack
 from dist_adv.attacks.autoattack import AutoAttack
 from dist_adv.config import EvalOptions
 from dist_adv.data import Dataset
-from dist_adv.errors import UserError, shown
+from dist_adv.errors import UserError
 from dist_adv.parallel import total
+from dist_adv.text import shown
 from dist_adv.threat import Threat
 from dist_adv.unfinished import Entry, Unfinished
 

@@ -29,7 +29,7 @@ from dist_adv.methods import build_method
 from dist_adv.models import build_model
 from dist_adv.plan import Cluster, Link, Row, StepTime, Work, buckets, predict, sent
 from dist_adv.progress import bar, start_logging
-from dist_adv.report.tables import duration
+from dist_adv.text import duration
 from dist_adv.threat import build as build_threat
 from dist_adv.train import Meter, Trainer, check_statistics
 

@@ -26,9 +26,10 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from dist_adv import records
-from dist_adv.errors import UserError, few
+from dist_adv.errors import UserError
 from dist_adv.options import Real
 from dist_adv.records import Record
+from dist_adv.text import few, one_line
 
 METRICS = "metrics.jsonl"
 RESULTS = "results.jsonl"
@@ -274,11 +275,6 @@ def _checked(tree: Any, kind: type[_Section], path: Path) -> Mapping[str, Any]:
     key = ".".join(map(str, problem["loc"]))
     what = "missing" if problem["type"] == "missing" else f"wrong ({problem['msg'].lower()})"
     raise UserError(f"{path}: {key} is {what}; restore the file that training wrote")
-
-
-def one_line(error: Exception) -> str:
-    """Return an error's text on one line."""
-    return " ".join(str(error).split())
 
 
 def read_metrics(run_dir: Path, kinds: Collection[str] = tuple(_KINDS)) -> Metrics:

@@ -19,10 +19,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from dist_adv import reading, streams
-from dist_adv.errors import UserError, shown
+from dist_adv.errors import UserError
 from dist_adv.lock import held
 from dist_adv.progress import interactive
-from dist_adv.report.tables import duration
+from dist_adv.text import duration, shown
 
 SLURM_JOB = "slurm_job"
 """In the folder of a run or sweep that was submitted: a line with the number of the job."""

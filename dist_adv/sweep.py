@@ -24,19 +24,12 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from dist_adv import reading, records
-from dist_adv.config import (
-    Config,
-    load_config,
-    nearest,
-    read_mapping,
-    to_yaml,
-    training_differences,
-)
+from dist_adv.config import Config, load_config, read_mapping, to_yaml, training_differences
 from dist_adv.errors import UserError
 from dist_adv.options import Options
-from dist_adv.report.tables import duration, pixels
 from dist_adv.status import SLURM_JOB
 from dist_adv.stopping import STOP_FILE
+from dist_adv.text import duration, nearest, pixels
 
 SAVED = reading.SWEEP
 REPORT = "report"

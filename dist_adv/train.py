@@ -21,7 +21,7 @@ from torch import Tensor
 from dist_adv import checkpoint, engines, guard, parallel, state
 from dist_adv.config import Config
 from dist_adv.data import Batch, Dataset, Loader, load_dataset
-from dist_adv.errors import Preempted, RunFailure, UserError, few
+from dist_adv.errors import Preempted, RunFailure, UserError
 from dist_adv.evaluate import Examples, evaluate
 from dist_adv.guard import Measured
 from dist_adv.methods import Step, build_method
@@ -30,6 +30,7 @@ from dist_adv.nonfinite import NonFinite
 from dist_adv.progress import TrainingDisplay
 from dist_adv.schedule import lr_at, momentum_at
 from dist_adv.session import Session
+from dist_adv.text import few
 from dist_adv.threat import build as build_threat
 from dist_adv.track import Tracker
 

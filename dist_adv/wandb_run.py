@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from dist_adv import records, rundir, wandb_env
 from dist_adv.config import Config
-from dist_adv.errors import STOPPED, UserError, shown
+from dist_adv.errors import STOPPED, UserError
+from dist_adv.text import shown
 
 if TYPE_CHECKING:  # the report imports matplotlib, for which no start of a run should wait
     from dist_adv import evaluate

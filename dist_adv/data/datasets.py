@@ -22,8 +22,9 @@ from dist_adv import packages, rng
 from dist_adv.data import fingerprint
 from dist_adv.data.files import Files, Listing, list_images
 from dist_adv.data.fingerprint import Fingerprint
-from dist_adv.errors import UserError, shown
+from dist_adv.errors import UserError
 from dist_adv.options import Options, PositiveInt, Real
+from dist_adv.text import shown
 
 
 class DataOptions(Options):

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from dist_adv.data.image import Unreadable, decode, extensions
-from dist_adv.errors import RankFailure, UserError, few, shown
+from dist_adv.errors import RankFailure, UserError
+from dist_adv.text import few, shown
 
 log = logging.getLogger("dist_adv")
 _Failure = type[UserError] | type[RankFailure]

@@ -17,13 +17,11 @@ from dist_adv.report.tables import (
     Table,
     attack_name,
     attack_order,
-    duration,
     interval,
     name_method,
     passes,
-    percent,
-    pixels,
 )
+from dist_adv.text import duration, percent, pixels
 
 REPRODUCED = "reproduced"
 # Keys whose last part says too little, or something else than readers do.

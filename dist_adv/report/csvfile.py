@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_adv.errors import shown
 from dist_adv.reading import Evaluation
 from dist_adv.report.runs import Run
 from dist_adv.report.tables import attack_order
+from dist_adv.text import shown
 
 _RUN_COLUMNS: dict[str, Callable[[Run], Any]] = {
     "run": lambda run: run.label,

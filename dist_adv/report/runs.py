@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dist_adv import reading
-from dist_adv.errors import UserError, shown
+from dist_adv import reading, text
+from dist_adv.errors import UserError
 from dist_adv.reading import Evaluation, Record
+from dist_adv.text import shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +165,6 @@ def _read_examples(path: Path) -> Examples | None:
             )
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(
-            f"{path}: not readable as example images ({reading.one_line(error)}); "
+            f"{path}: not readable as example images ({text.one_line(error)}); "
             f"remove or rewrite the file"
         ) from error

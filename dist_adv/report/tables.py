@@ -7,6 +7,7 @@ from typing import Any
 
 from dist_adv.reading import Evaluation
 from dist_adv.report.runs import Run
+from dist_adv.text import duration, percent, pixels
 
 # What besides its name decides what an evaluation's accuracy means: keys of results.jsonl and
 # column titles.
@@ -64,37 +65,10 @@ class Table:
     rows: Sequence[Sequence[Cell]]
 
 
-def percent(fraction: float) -> str:
-    """A fraction as a percentage without the sign: 0.4301 is 43.0."""
-    return f"{100 * fraction:.1f}"
-
-
-def percentage(fraction: float) -> str:
-    """A fraction as a percentage with its sign, for prose."""
-    return f"{percent(fraction)}\N{NO-BREAK SPACE}%"
-
-
 def interval(evaluation: Evaluation) -> str:
     """The 95 % interval of an accuracy in percent."""
     low, high = evaluation.interval
     return f"{percent(low)}\N{EN DASH}{percent(high)}"
-
-
-def duration(seconds: float) -> str:
-    """A time in the unit in which it is easiest to grasp."""
-    if seconds < 120:
-        return f"{seconds:.1f} s" if seconds < 20 else f"{seconds:.0f} s"
-    if seconds < 120 * 60:
-        return f"{seconds / 60:.1f} min" if seconds < 20 * 60 else f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
-def pixels(value: float) -> str:
-    """A perturbation size: k/255 where that is what it is."""
-    levels = round(255 * value)
-    if value != round(value) and abs(value - levels / 255) < 1e-6:
-        return f"{levels}/255"
-    return f"{value:.3g}"
 
 
 def attack_name(attack: str) -> str:

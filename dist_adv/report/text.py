@@ -5,16 +5,8 @@ from collections.abc import Sequence
 
 from dist_adv.report.primer import data_set
 from dist_adv.report.runs import Run, best_of_each_method, strongest_attack
-from dist_adv.report.tables import (
-    SETTINGS,
-    attack_name,
-    duration,
-    interval,
-    method_name,
-    passes,
-    percentage,
-    threat_name,
-)
+from dist_adv.report.tables import SETTINGS, attack_name, interval, method_name, passes, threat_name
+from dist_adv.text import duration, percentage
 
 
 def headline(runs: Sequence[Run]) -> list[str]:

@@ -17,8 +17,9 @@ from PIL import Image
 from dist_adv.errors import UserError
 from dist_adv.report import write_report
 from dist_adv.report.runs import read_runs, strongest_attack
-from dist_adv.report.tables import attack_order, duration, pixels
+from dist_adv.report.tables import attack_order
 from dist_adv.report.text import headline, notices
+from dist_adv.text import duration, pixels
 from made_up_runs import PLANNED, add_examples, epoch, evaluation, make_run
 
 FLAG = "FGSM leaves 61.0% and pgd-10 0.4%: the sign of catastrophic overfitting"

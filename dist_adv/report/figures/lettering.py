@@ -6,9 +6,9 @@ from dataclasses import replace
 from matplotlib import font_manager
 from rich.cells import cell_len, set_cell_size
 
-from dist_adv.errors import shown
 from dist_adv.report.networks import Comparison
 from dist_adv.report.runs import Examples, Run
+from dist_adv.text import shown
 
 FONT = "DejaVu Sans"  # comes with matplotlib
 _LAST_RESORT = "Last Resort"  # also; draws a box for every character that there is

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from dist_adv.report.figures.album import GREY, Album
 from dist_adv.report.figures.examples import show
 from dist_adv.report.networks import Comparison, attack_of, grid_of
-from dist_adv.report.tables import method_name, method_title, percentage
+from dist_adv.report.tables import method_name, method_title
+from dist_adv.text import percentage
 
 _DOT = "#D55E00"
 
