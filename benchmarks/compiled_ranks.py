@@ -29,7 +29,7 @@ from dist_adv.bench.ranks import METHODS
 from dist_adv.bench.timing import launched
 from dist_adv.config import parse_config
 from dist_adv.planner import Images, measure_steps
-from dist_adv.progress import console
+from dist_adv.terminal import console
 
 RANKS = 2
 ORDER = ("none", "cut", "whole")

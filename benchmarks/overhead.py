@@ -31,8 +31,8 @@ from dist_adv import checkpoint, parallel
 from dist_adv.bench.timing import noise
 from dist_adv.config import parse_config
 from dist_adv.nonfinite import NonFinite
-from dist_adv.progress import bar
 from dist_adv.session import Session
+from dist_adv.terminal import bar
 from dist_adv.train import Trainer
 
 STRETCH = 20

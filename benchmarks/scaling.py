@@ -35,7 +35,7 @@ from dist_adv.planner import (
     measure_steps,
     time_all_reduce,
 )
-from dist_adv.progress import console
+from dist_adv.terminal import console
 
 RANKS = (1, 2, 4)
 IMAGES = Images(50_000, 3, 32, 10)

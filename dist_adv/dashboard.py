@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dist_adv import records, wandb_env
+from dist_adv import files, wandb_env
 from dist_adv.errors import RunFailure, UserError
 from dist_adv.wandb_run import logged_in
 
@@ -21,7 +21,7 @@ def make_dashboard(out: Path, project: str, entity: str | None) -> list[str]:
     Nowhere, where nobody is logged in or WANDB_MODE is offline. Raises UserError where `out` is
     something else or wandb-workspaces is not installed, RunFailure where W&B refuses.
     """
-    file = records.output_file(out, "--out", _is_own)
+    file = files.output_file(out, "--out", _is_own)
     try:
         import wandb
         import wandb_workspaces.reports.v2 as wr
@@ -39,7 +39,7 @@ def make_dashboard(out: Path, project: str, entity: str | None) -> list[str]:
         report = wr.Report(entity=entity, project=project, title=_TITLE, blocks=_blocks(wr))
         views = {"workspace": workspace, "report": report}
         specification = {name: _as_json(view) for name, view in views.items()}
-        records.replace(file, json.dumps(specification, indent=1).encode())
+        files.replace(file, json.dumps(specification, indent=1).encode())
         return [view.save().url for view in views.values()] if online else []
     except (wandb.Error, ValueError, TypeError) as error:
         raise RunFailure(f"dashboard: W&B does not take it ({error}); {out} may have it") from error

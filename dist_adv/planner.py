@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from dist_adv import launched, parallel, records
+from dist_adv import files, launched, parallel
 from dist_adv.attacks import frozen
 from dist_adv.bench import about
 from dist_adv.bench.timing import alternate, network, noise
@@ -28,7 +28,7 @@ from dist_adv.errors import UserError
 from dist_adv.methods import build_method
 from dist_adv.models import build_model
 from dist_adv.plan import Cluster, Link, Row, StepTime, Work, buckets, predict, sent
-from dist_adv.progress import bar, start_logging
+from dist_adv.terminal import bar, start_logging
 from dist_adv.text import duration
 from dist_adv.threat import build as build_threat
 from dist_adv.train import Meter, Trainer, check_statistics
@@ -93,7 +93,7 @@ def run_plan(config: Config, asked: Asked) -> None:
     """
     gpus = _numbers(asked.gpus)
     # Measured once and perhaps elsewhere: not even an earlier plan is overwritten.
-    file = asked.json and records.output_file(asked.json, "--json", lambda content: False)
+    file = asked.json and files.output_file(asked.json, "--json", lambda content: False)
     images = _images(config, asked)
     work = work_of(config, images, asked.weak)
     cluster = _cluster(asked)
@@ -125,7 +125,7 @@ def run_plan(config: Config, asked: Asked) -> None:
         console.print(line, highlight=False, markup=False)
     if file:  # last, so that a disk that refuses it leaves what was printed
         record = _record(config, images, points, source, rows)
-        records.replace(file, json.dumps(record, indent=1).encode())
+        files.replace(file, json.dumps(record, indent=1).encode())
 
 
 def _numbers(text: str) -> list[int]:

@@ -25,10 +25,10 @@ import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
-from dist_adv import records
+from dist_adv import files
 from dist_adv.errors import UserError
+from dist_adv.files import Record
 from dist_adv.options import Real
-from dist_adv.records import Record
 from dist_adv.text import few, one_line
 
 METRICS = "metrics.jsonl"
@@ -285,11 +285,11 @@ def read_metrics(run_dir: Path, kinds: Collection[str] = tuple(_KINDS)) -> Metri
     path = run_dir / METRICS
     latest: dict[tuple[str, int], Record] = {}
     last = None
-    for number, record in records.read(path):
+    for number, record in files.read(path):
         kind = record.get("kind")
         if not isinstance(kind, str) or kind not in _KINDS:
             raise UserError(f"{path}: line {number} is of unknown kind {kind!r}; remove the line")
-        records.check(record, _KINDS[kind], path, number)
+        files.check(record, _KINDS[kind], path, number)
         step = record["step"]
         if last and step < last["step"]:
             # Resumed from an older checkpoint: what was logged beyond it is void.
@@ -303,7 +303,7 @@ def read_metrics(run_dir: Path, kinds: Collection[str] = tuple(_KINDS)) -> Metri
 def last_metrics(run_dir: Path, holding: str) -> Record | None:
     """Return the last whole line of metrics with the key `holding`, read from the end."""
     with suppress(OSError):
-        for line in records.backwards(run_dir / METRICS):
+        for line in files.backwards(run_dir / METRICS):
             if holding.encode() not in line:
                 continue
             with suppress(
@@ -323,8 +323,8 @@ def read_results(run_dir: Path, threat: Mapping[str, Any], dataset: str) -> Resu
     """
     path = run_dir / RESULTS
     lines: list[Record] = []
-    for number, record in records.read(path):
-        records.check(record, _LINE, path, number)
+    for number, record in files.read(path):
+        files.check(record, _LINE, path, number)
         lines.append(record)
     furthest = max((line.get("step", 0) for line in lines), default=0)
     if weights_of_shorter_run(run_dir, furthest).exists():

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 
-from dist_adv import __version__, packages, records
+from dist_adv import __version__, files, packages
 from dist_adv.config import Config, differences, load_config, longer, training_differences
 from dist_adv.errors import UserError
 from dist_adv.lock import Lock, unusable
@@ -89,7 +89,7 @@ def create(run_dir: Path, config: Config, accelerator: Accelerator, about: dict[
             raise UserError(f"{run_dir}: has just become another run; run the command again")
     except OSError as error:
         raise unusable(run_dir, error) from None
-    records.replace(run_dir / "config.yaml", config.dump().encode())
+    files.replace(run_dir / "config.yaml", config.dump().encode())
     _write_environment(run_dir, accelerator, about)
     return lock
 
@@ -103,7 +103,7 @@ def go_on(run_dir: Path, config: Config, accelerator: Accelerator, about: dict[s
         log.info("%s: the weights of the shorter run are kept as %s", run_dir, kept.name)
     for line in differences(config_of(run_dir), config):
         log.info("config.yaml: %s", line)
-    records.replace(saved, config.dump().encode())
+    files.replace(saved, config.dump().encode())
     _write_environment(run_dir, accelerator, about)
 
 
@@ -114,7 +114,7 @@ def mark(run_dir: Path, state: State, **about: Any) -> None:
     """Write status.json: what became of the run. `running` without a lock: it was killed."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     line = json.dumps({"state": state, **about, "time": now})
-    records.replace(run_dir / "status.json", line.encode())
+    files.replace(run_dir / "status.json", line.encode())
 
 
 def state_of(run_dir: Path) -> State | None:
@@ -127,7 +127,7 @@ def state_of(run_dir: Path) -> State | None:
 
 def _write_environment(run_dir: Path, accelerator: Accelerator, about: dict[str, Any]) -> None:
     text = json.dumps(_environment(accelerator) | about, indent=1)
-    records.replace(run_dir / "env.json", text.encode())
+    files.replace(run_dir / "env.json", text.encode())
 
 
 def check_same_experiment(old: Config, new: Config, where: Path) -> None:

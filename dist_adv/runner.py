@@ -18,8 +18,8 @@ from dist_adv.data import Dataset, load_dataset
 from dist_adv.errors import Preempted, RunFailure, UserError
 from dist_adv.evaluate import evaluate
 from dist_adv.models import load_model, read_final, save_model
-from dist_adv.progress import EvaluationDisplay, bar, log_file, results_table, start_logging
 from dist_adv.session import Session
+from dist_adv.terminal import EvaluationDisplay, bar, log_file, results_table, start_logging
 from dist_adv.threat import build as build_threat
 from dist_adv.track import Tracker, write_results
 from dist_adv.train import Trainer

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from dist_adv import records
+from dist_adv import files
 from dist_adv.errors import RunFailure, UserError
 from dist_adv.lock import Lock
 from dist_adv.status import SLURM_JOB, log_of
@@ -36,7 +36,7 @@ def submit(sweep: Sweep, out: Path, limit: int | None) -> list[str]:
         _check_not_queued(out)
         log_of(out, sweep.name).parent.mkdir(exist_ok=True)
         array = _number(_submit(*_array(sweep, out, limit)))
-        records.replace(out / SLURM_JOB, array.encode())
+        files.replace(out / SLURM_JOB, array.encode())
         try:
             report = _number(_submit(*_report(out, array)))
         except UserError as error:

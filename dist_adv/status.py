@@ -21,7 +21,7 @@ from rich.text import Text
 from dist_adv import reading, streams
 from dist_adv.errors import UserError
 from dist_adv.lock import held
-from dist_adv.progress import interactive
+from dist_adv.terminal import interactive
 from dist_adv.text import duration, shown
 
 SLURM_JOB = "slurm_job"

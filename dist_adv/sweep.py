@@ -23,7 +23,7 @@ from pydantic_core import ErrorDetails
 from rich.box import SIMPLE
 from rich.table import Table
 
-from dist_adv import reading, records
+from dist_adv import files, reading
 from dist_adv.config import Config, load_config, read_mapping, to_yaml, training_differences
 from dist_adv.errors import UserError
 from dist_adv.options import Options
@@ -172,7 +172,7 @@ def claim(sweep: Sweep, out: Path) -> None:
         if saved.exists():
             _check_same(load_sweep(saved), sweep, out)
         if not saved.exists() or saved.read_text() != text:
-            records.replace(saved, text.encode())
+            files.replace(saved, text.encode())
 
 
 @contextmanager

@@ -16,11 +16,11 @@ from rich.live import Live
 from dist_adv import launched, packages, parallel, rundir, status
 from dist_adv.errors import STOPPED, Preempted, RunFailure, UserError
 from dist_adv.lock import Lock, held
-from dist_adv.progress import console, interactive, start_logging
 from dist_adv.report import write_report
 from dist_adv.runner import train_run
 from dist_adv.stopping import REASONS, STARTED_BY_SWEEP, Stopping
 from dist_adv.sweep import REPORT, SAVED, Sweep, SweepRun, claim
+from dist_adv.terminal import console, interactive, start_logging
 
 log = logging.getLogger("dist_adv")
 _SECONDS_BETWEEN_LOOKS = 1.0

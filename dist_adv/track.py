@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.torch import save
 
-from dist_adv import packages, records, wandb_env, wandb_run
+from dist_adv import files, packages, wandb_env, wandb_run
 from dist_adv.config import Config
 from dist_adv.evaluate import Examples, Result
 from dist_adv.wandb_run import caption, final, named, picture
@@ -52,7 +52,7 @@ class Tracker:
         started_from: str | None = None,
     ) -> None:
         self.run_dir, self.skipped = run_dir, 0
-        records.drop_torn_line(run_dir / "metrics.jsonl")
+        files.drop_torn_line(run_dir / "metrics.jsonl")
         self.wandb = wandb_run.start(run_dir, config, wandb_id, started_from)
         self.wandb_id: str | None = self.wandb.id if self.wandb else wandb_id
         self.tensorboard: Any = (
@@ -64,7 +64,7 @@ class Tracker:
 
         examples: of the evaluation whose figures the line has.
         """
-        records.append(self.run_dir / "metrics.jsonl", record)
+        files.append(self.run_dir / "metrics.jsonl", record)
         with self._views():
             image = picture(examples) if examples else None
             if self.wandb:
@@ -146,10 +146,10 @@ def write_results(
         names = ("clean", "adversarial", "label", "clean_prediction", "adversarial_prediction")
         tensors = {name: getattr(examples, name).contiguous() for name in names}
         metadata = {"attack": examples.attack, "classes": json.dumps(examples.classes)}
-        records.replace(run_dir / "examples.safetensors", save(tensors, metadata))
-    records.drop_torn_line(run_dir / "results.jsonl")
+        files.replace(run_dir / "examples.safetensors", save(tensors, metadata))
+    files.drop_torn_line(run_dir / "results.jsonl")
     for result in results:
-        records.append(run_dir / "results.jsonl", {**result.record(), **about})
+        files.append(run_dir / "results.jsonl", {**result.record(), **about})
 
 
 def _start_tensorboard(run_dir: Path, config: Config, step: int) -> Any:

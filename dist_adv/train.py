@@ -27,9 +27,9 @@ from dist_adv.guard import Measured
 from dist_adv.methods import Step, build_method
 from dist_adv.models import build_model
 from dist_adv.nonfinite import NonFinite
-from dist_adv.progress import TrainingDisplay
 from dist_adv.schedule import lr_at, momentum_at
 from dist_adv.session import Session
+from dist_adv.terminal import TrainingDisplay
 from dist_adv.text import few
 from dist_adv.threat import build as build_threat
 from dist_adv.track import Tracker

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from accelerate import Accelerator
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from dist_adv import parallel, records
+from dist_adv import files, parallel
 
 log = logging.getLogger("dist_adv")
 
@@ -51,7 +51,7 @@ class Unfinished:
         """Raises RunFailure where the disk refuses."""
         self.entries[attack] = entry
         if self.main:
-            records.replace(self.path, _FILE.dump_json(self.entries))
+            files.replace(self.path, _FILE.dump_json(self.entries))
 
     def finished(self) -> None:
         """The figures are written down elsewhere."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import ValidationError
 
-from dist_adv import records, rundir, wandb_env
+from dist_adv import files, rundir, wandb_env
 from dist_adv.config import Config
 from dist_adv.errors import STOPPED, UserError
 from dist_adv.text import shown
@@ -155,7 +155,7 @@ def identity(
     if about != known:
         path = run_dir / _IDENTITY
         path.parent.mkdir(exist_ok=True)
-        records.replace(path, json.dumps(about, indent=1).encode())
+        files.replace(path, json.dumps(about, indent=1).encode())
     return about
 
 
@@ -262,9 +262,9 @@ class WandbRun:
         write_report([run.folder], folder)
         weights = [run.folder / name for name in ("model.safetensors", "config.yaml")]
         pages = [path for path in folder.rglob("*") if path.is_file()]
-        for kind, files in (("model", weights), ("report", pages)):
+        for kind, members in (("model", weights), ("report", pages)):
             artifact = wandb.Artifact(f"{kind}-{self.id}", kind, metadata=metadata)
-            for path in files:
+            for path in members:
                 name = str(path.relative_to(folder if kind == "report" else run.folder))
                 artifact.add_file(str(path), name, policy="immutable", skip_cache=True)
             self.run.log_artifact(artifact)

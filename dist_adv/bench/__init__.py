@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from dist_adv import parallel, records, rundir
+from dist_adv import files, parallel, rundir
 from dist_adv.bench.cases import CASES, Bench, Row
 from dist_adv.bench.timing import network
 from dist_adv.errors import UserError, unwritable
-from dist_adv.progress import bar, console, start_logging
+from dist_adv.terminal import bar, console, start_logging
 
 _OPT_IN = ("robust",)  # eight minutes of training on data that are not here
 
@@ -81,7 +81,7 @@ def _make(out: Path) -> None:
     except OSError as error:
         raise unwritable(out, error, "name another --out") from None
     for name in ("bench.json", "bench.md"):
-        records.output_file(out / name, "--out", lambda _: _is_own(out / "bench.json"))
+        files.output_file(out / name, "--out", lambda _: _is_own(out / "bench.json"))
 
 
 def _is_own(path: Path) -> bool:
@@ -120,7 +120,7 @@ _MET = {True: "met", False: "NOT met", None: ""}
 
 def _write(out: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
     text = json.dumps(about | {"rows": [asdict(row) for row in rows]}, indent=1)
-    records.replace(out / "bench.json", text.encode())
+    files.replace(out / "bench.json", text.encode())
     lines = [
         ", ".join(f"{key} {value}" for key, value in about.items()) + ".",
         "",
@@ -132,7 +132,7 @@ def _write(out: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
         *(f"| {row.what} | {row.measured} | {row.bar} | {_MET[row.met]} |" for row in rows),
         "",
     ]
-    records.replace(out / "bench.md", "\n".join(lines).encode())
+    files.replace(out / "bench.md", "\n".join(lines).encode())
 
 
 def _table(rows: Sequence[Row]) -> Table:

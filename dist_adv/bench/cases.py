@@ -28,9 +28,9 @@ from dist_adv.config import Config, load_config, parse_config
 from dist_adv.data import Batch, Loader, load_dataset
 from dist_adv.evaluate import evaluate, subset
 from dist_adv.models import Classifier, build_model, load_model
-from dist_adv.progress import TrainingDisplay, bar
 from dist_adv.report.runs import read_runs
 from dist_adv.session import Session
+from dist_adv.terminal import TrainingDisplay, bar
 from dist_adv.threat import build as build_threat
 from dist_adv.track import Tracker
 from dist_adv.train import Meter, Trainer

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dist_adv import records, rng
+from dist_adv import files, rng
 from dist_adv.errors import UserError
 from dist_adv.models.layers import Normalize, NormKind
 from dist_adv.models.preact_resnet import PreActResNet18, Shortcut
@@ -146,7 +146,7 @@ def save_model(path: Path, architecture: dict[str, Any], state: dict[str, Tensor
     """Weights, and the architecture as metadata, in one safetensors file, whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     # Not save_file, whose files only their owner may read.
-    records.replace(path, save(tensors, {"architecture": json.dumps(architecture)}))
+    files.replace(path, save(tensors, {"architecture": json.dumps(architecture)}))
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 
-from dist_adv.records import Record
+from dist_adv.files import Record
 from dist_adv.report.runs import Run
 from dist_adv.report.tables import Cell, Column, Table, method_title, threat_name
 from dist_adv.text import shown

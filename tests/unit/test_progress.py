@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dist_adv import progress
-from dist_adv.progress import interactive, log_file, start_logging
+from dist_adv import terminal
+from dist_adv.terminal import interactive, log_file, start_logging
 
 
 @pytest.mark.parametrize(
@@ -39,9 +39,9 @@ def test_bars_are_for_terminals(
     with os.fdopen(inside, "w") as tty, (tmp_path / "log").open("w") as log, os.fdopen(outside):
         shown_on = Console(file=tty if terminal else log, _environ=variables)
         assert interactive(shown_on) == drawn
-        monkeypatch.setattr(progress, "console", shown_on)
+        monkeypatch.setattr(terminal, "console", shown_on)
         monkeypatch.setattr(interactive, "__defaults__", (shown_on,))
-        with progress.bar(True) as bar:
+        with terminal.bar(True) as bar:
             assert bar.disable != drawn
     assert (tmp_path / "log").read_text() == ""
 
@@ -49,7 +49,7 @@ def test_bars_are_for_terminals(
 def test_the_log_takes_every_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the locale's encoding is, also a file name that is none of any encoding."""
     # Not pytest's handlers: its workers cannot send such a name on and end.
-    monkeypatch.setattr(progress.log, "handlers", [])
+    monkeypatch.setattr(terminal.log, "handlers", [])
     start_logging(True)
     with log_file(tmp_path / "log.txt", True):
         logging.getLogger("dist_adv").info("a folder of \u6f22\udce9")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dist_adv import reading, records, status
+from dist_adv import files, reading, status
 from dist_adv.config import load_config
 from dist_adv.errors import UserError
 from dist_adv.export import export_run
@@ -231,11 +231,11 @@ def test_lines_from_the_end(tmp_path: Path) -> None:
         b"x" * 65535 + b"\ny\n",
     ):
         path.write_bytes(content)
-        assert list(records.backwards(path)) == content.splitlines(keepends=True)[::-1]
+        assert list(files.backwards(path)) == content.splitlines(keepends=True)[::-1]
     content = b"".join(b"%d " % n * (n % 97) + b"\n" for n in range(5000)) + b"torn"
     path.write_bytes(content)
-    assert list(records.backwards(path)) == content.splitlines(keepends=True)[::-1]
-    records.drop_torn_line(path)
+    assert list(files.backwards(path)) == content.splitlines(keepends=True)[::-1]
+    files.drop_torn_line(path)
     assert path.read_bytes() == content.removesuffix(b"torn")
 
 
@@ -274,5 +274,5 @@ def test_a_report_keeps_the_passes_of_a_long_run(long: Path) -> None:
 
 def test_a_torn_line_of_a_long_run_is_cut_without_reading_it(long: Path, tmp_path: Path) -> None:
     path = Path(shutil.copy(long / "metrics.jsonl", tmp_path))
-    assert peak(lambda: records.drop_torn_line(path)) < 1_000_000
+    assert peak(lambda: files.drop_torn_line(path)) < 1_000_000
     assert path.read_bytes() == (long / "metrics.jsonl").read_bytes().removesuffix(b'{"kind": "tr')

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from cases import config as case
-from dist_adv import checkpoint, records
+from dist_adv import checkpoint, files
 from dist_adv.config import Config, differences, longer, parse_config, training_differences
 from dist_adv.data import Dataset
 from dist_adv.errors import RunFailure, UserError
@@ -163,7 +163,7 @@ def test_mark_that_cannot_be_written(tmp_path, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(records.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(RunFailure, match=r"status\.json: could not be written \(No space left"):
         mark(tmp_path, "done")
     assert (tmp_path / "status.json").read_bytes() == before
