@@ -16,10 +16,10 @@ import torch
 import torchattacks
 
 from dist_adv import load_model, parallel, rng
+from dist_adv.attacks.threat import build
 from dist_adv.config import load_config
 from dist_adv.data import load_dataset
 from dist_adv.evaluate import evaluate, wilson
-from dist_adv.threat import build
 
 
 def main() -> None:

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from dist_adv import rng
 from dist_adv.attacks import PGD, Attack, correct, parse_attack
 from dist_adv.attacks.autoattack import AutoAttack
+from dist_adv.attacks.threat import Threat
 from dist_adv.config import EvalOptions
 from dist_adv.data import Dataset
 from dist_adv.errors import UserError
 from dist_adv.parallel import total
 from dist_adv.text import shown
-from dist_adv.threat import Threat
 from dist_adv.unfinished import Entry, Unfinished
 
 Progress = Callable[[str, int, int], None]

@@ -25,11 +25,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dist_adv.attacks import PGD
+from dist_adv.attacks.threat import Threat
 from dist_adv.config import EvalOptions
 from dist_adv.data import Batch, Dataset
 from dist_adv.evaluate import evaluate, subset
 from dist_adv.parallel import total
-from dist_adv.threat import Threat
 
 SAMPLE = 512
 """Training images that `gap` measures, or all where there are fewer."""

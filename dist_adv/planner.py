@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dist_adv import files, launched, parallel
 from dist_adv.attacks import frozen
+from dist_adv.attacks.threat import build as build_threat
 from dist_adv.bench import about
 from dist_adv.bench.timing import alternate, network, noise
 from dist_adv.config import Config
@@ -30,7 +31,6 @@ from dist_adv.models import build_model
 from dist_adv.plan import Cluster, Link, Row, StepTime, Work, buckets, predict, sent
 from dist_adv.terminal import bar, start_logging
 from dist_adv.text import duration
-from dist_adv.threat import build as build_threat
 from dist_adv.train import Meter, Trainer, check_statistics
 
 # Line rates in one direction, of a GPU or of one port; the latency of a message is what NCCL's

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from dist_adv import checkpoint, packages, parallel, reading, rundir, state, track
+from dist_adv.attacks.threat import build as build_threat
 from dist_adv.checkpoint import Checkpoint
 from dist_adv.config import Config, differences, flatten, load_config, longer, parse_config
 from dist_adv.data import Dataset, load_dataset
@@ -20,7 +21,6 @@ from dist_adv.evaluate import evaluate
 from dist_adv.models import load_model, read_final, save_model
 from dist_adv.session import Session
 from dist_adv.terminal import EvaluationDisplay, bar, log_file, results_table, start_logging
-from dist_adv.threat import build as build_threat
 from dist_adv.track import Tracker, write_results
 from dist_adv.train import Trainer
 from dist_adv.unfinished import Unfinished

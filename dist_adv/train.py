@@ -19,6 +19,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from dist_adv import checkpoint, engines, guard, parallel, state
+from dist_adv.attacks.threat import build as build_threat
 from dist_adv.config import Config
 from dist_adv.data import Batch, Dataset, Loader, load_dataset
 from dist_adv.errors import Preempted, RunFailure, UserError
@@ -31,7 +32,6 @@ from dist_adv.schedule import lr_at, momentum_at
 from dist_adv.session import Session
 from dist_adv.terminal import TrainingDisplay
 from dist_adv.text import few
-from dist_adv.threat import build as build_threat
 from dist_adv.track import Tracker
 
 log = logging.getLogger("dist_adv")

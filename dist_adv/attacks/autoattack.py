@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_adv.attacks.pgd import frozen
+from dist_adv.attacks.threat import Threat
 from dist_adv.errors import UserError
-from dist_adv.threat import Threat
 
 _NORMS = {"linf": "Linf", "l2": "L2"}
 

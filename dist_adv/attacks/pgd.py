@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_adv import rng
-from dist_adv.threat import Threat
+from dist_adv.attacks.threat import Threat
 
 Loss = Literal["ce", "margin", "dlr"]
 

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dist_adv import parallel
 from dist_adv.attacks import frozen
+from dist_adv.attacks.threat import build as build_threat
 from dist_adv.bench import published
 from dist_adv.bench.timing import PeakMemory, alternate, copy_rate, launched, matmul_rate, noise
 from dist_adv.config import Config, load_config, parse_config
@@ -31,7 +32,6 @@ from dist_adv.models import Classifier, build_model, load_model
 from dist_adv.report.runs import read_runs
 from dist_adv.session import Session
 from dist_adv.terminal import TrainingDisplay, bar
-from dist_adv.threat import build as build_threat
 from dist_adv.track import Tracker
 from dist_adv.train import Meter, Trainer
 

@@ -5,12 +5,12 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from dist_adv.attacks.threat import Threat
 from dist_adv.methods.base import Method, Net, Step
 from dist_adv.methods.fast import Fast, FastOptions
 from dist_adv.methods.free import Free, FreeOptions
 from dist_adv.methods.natural import Natural, NaturalOptions
 from dist_adv.methods.pgd import PGDOptions, PGDTraining
-from dist_adv.threat import Threat
 
 __all__ = ["Method", "MethodChoice", "Net", "Step", "build_method"]
 

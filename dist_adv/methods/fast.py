@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_adv.attacks import ascend
+from dist_adv.attacks.threat import Threat
 from dist_adv.data import Batch
 from dist_adv.methods.base import CarriedDelta, Net, Step
 from dist_adv.options import Guard, MethodOptions, StepSize
-from dist_adv.threat import Threat
 
 
 class FastOptions(MethodOptions):

@@ -6,10 +6,10 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from dist_adv.attacks.threat import Threat
 from dist_adv.data import Batch
 from dist_adv.methods.base import CarriedDelta, Net, Step
 from dist_adv.options import MethodOptions, PositiveInt
-from dist_adv.threat import Threat
 
 
 class FreeOptions(MethodOptions):

@@ -5,10 +5,10 @@ from typing import Literal
 
 import torch.nn.functional as F
 
+from dist_adv.attacks.threat import Threat
 from dist_adv.data import Batch
 from dist_adv.methods.base import Net, Stateless, Step
 from dist_adv.options import MethodOptions
-from dist_adv.threat import Threat
 
 
 class NaturalOptions(MethodOptions):

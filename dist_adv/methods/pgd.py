@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from dist_adv.attacks import ascend
+from dist_adv.attacks.threat import Threat
 from dist_adv.data import Batch
 from dist_adv.methods.base import Net, Stateless, Step
 from dist_adv.options import MethodOptions, PositiveInt, StepSize
-from dist_adv.threat import Threat
 
 
 class PGDOptions(MethodOptions):

@@ -11,10 +11,10 @@ import torch
 
 from cases import config
 from dist_adv import load_model, parallel
+from dist_adv.attacks.threat import build
 from dist_adv.config import load_config
 from dist_adv.data import load_dataset
 from dist_adv.guard import on_sample
-from dist_adv.threat import build
 
 pytestmark = pytest.mark.slow
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from dist_adv import rng
 from dist_adv.attacks import PGD, ascend, frozen, parse_attack
+from dist_adv.attacks.threat import L2, Linf, build
 from dist_adv.config import EvalOptions
 from dist_adv.evaluate import evaluate, wilson
-from dist_adv.threat import L2, Linf, build
 
 EPS = 0.2
 

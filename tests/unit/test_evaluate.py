@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor, nn
 
+from dist_adv.attacks.threat import L2, Linf
 from dist_adv.config import EvalOptions
 from dist_adv.data import Dataset
 from dist_adv.errors import UserError
 from dist_adv.evaluate import Result, _flag_contradictions, evaluate, wilson
 from dist_adv.models import PreActResNet18Options, build_model
-from dist_adv.threat import L2, Linf
 from dist_adv.unfinished import Unfinished
 
 THREAT = Linf(0.2)

@@ -11,6 +11,7 @@ import torch
 from cases import config
 from dist_adv import load_model, rng
 from dist_adv.attacks import PGD
+from dist_adv.attacks.threat import Linf
 from dist_adv.config import load_config, parse_config
 from dist_adv.data import DataOptions, load_dataset
 from dist_adv.data.datasets import Files
@@ -18,7 +19,6 @@ from dist_adv.evaluate import subset
 from dist_adv.guard import SAMPLE, Measured, on_sample
 from dist_adv.models import build_model
 from dist_adv.runner import train_run
-from dist_adv.threat import Linf
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"

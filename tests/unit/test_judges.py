@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from colours import colours, learn
 from dist_adv.attacks.autoattack import AutoAttack
+from dist_adv.attacks.threat import build
 from dist_adv.config import EvalOptions
 from dist_adv.errors import UserError
 from dist_adv.evaluate import evaluate
 from dist_adv.models import Classifier, PreActResNet18Options, build_model, load_model, save_model
-from dist_adv.threat import build
 
 LINF, L2 = 16 / 255, 2.0
 Case = tuple[dict[str, Any], str]

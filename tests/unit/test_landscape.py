@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
+from dist_adv.attacks.threat import L2, Linf, Threat
 from dist_adv.config import load_config
 from dist_adv.errors import UserError
 from dist_adv.models import PreActResNet18Options, build_model, save_model
@@ -23,7 +24,6 @@ from dist_adv.report.landscape import LargeAttack, loss_surface, other_classes
 from dist_adv.report.networks import Comparison, comparable, compare
 from dist_adv.report.runs import read_runs
 from dist_adv.runner import train_run
-from dist_adv.threat import L2, Linf, Threat
 from made_up_runs import write_lines
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits"

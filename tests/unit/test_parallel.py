@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_adv import parallel
 from dist_adv.attacks import ascend, frozen
+from dist_adv.attacks.threat import Linf
 from dist_adv.errors import UserError
 from dist_adv.models import layers
 from dist_adv.parallel import resolve_precision
-from dist_adv.threat import Linf
 
 TURING, AMPERE, HOPPER = (7, 5), (8, 0), (9, 0)
 

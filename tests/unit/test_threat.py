@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from dist_adv import rng
-from dist_adv.threat import L2, Linf, build
+from dist_adv.attacks.threat import L2, Linf, build
 
 UNLIKELY = 1e-4
 EPS = 0.3
