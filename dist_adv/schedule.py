@@ -4,9 +4,8 @@ No scheduler object: nothing to save, nothing that Accelerate would step once a 
 """
 
 import math
-from typing import Literal
 
-Schedule = Literal["cyclic", "multistep", "cosine", "constant"]
+from dist_adv.config.schema import Schedule
 
 
 def lr_at(schedule: Schedule, peak: float, step: int, total: int, rise: float = 0.5) -> float:

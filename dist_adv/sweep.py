@@ -24,7 +24,9 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from dist_adv import files, reading
-from dist_adv.config import Config, load_config, read_mapping, to_yaml, training_differences
+from dist_adv.config import Config, load_config, training_differences
+from dist_adv.config.loading import read_mapping
+from dist_adv.config.yaml_text import to_yaml
 from dist_adv.errors import UserError
 from dist_adv.options import Options
 from dist_adv.status import SLURM_JOB

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_adv.config import json_schema, load_config, parse_config, training_differences
+from dist_adv.config import load_config, parse_config, training_differences
+from dist_adv.config.__main__ import json_schema
 from dist_adv.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

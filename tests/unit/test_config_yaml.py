@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_adv.config import load_config, read_mapping, to_yaml
+from dist_adv.config import load_config
+from dist_adv.config.loading import read_mapping
+from dist_adv.config.yaml_text import to_yaml
 from dist_adv.errors import UserError
 from dist_adv.sweep import load_sweep
 

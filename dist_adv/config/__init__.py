@@ -1,0 +1,29 @@
+"""The configuration of a run: typed sections, YAML files that extend others, overrides.
+
+`load_config` is the only way in. What a user can get wrong raises UserError with one line that
+names the file or key and the remedy.
+"""
+
+from dist_adv.config.compare import differences, flatten, longer, training_differences
+from dist_adv.config.loading import load_config, parse_config
+from dist_adv.config.schema import (
+    Config,
+    EvalOptions,
+    OptimOptions,
+    ThreatOptions,
+    TrainOptions,
+)
+
+__all__ = [
+    "Config",
+    "EvalOptions",
+    "OptimOptions",
+    "ThreatOptions",
+    "TrainOptions",
+    "differences",
+    "flatten",
+    "load_config",
+    "longer",
+    "parse_config",
+    "training_differences",
+]

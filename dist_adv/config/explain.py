@@ -1,0 +1,105 @@
+"""What is wrong with a configuration, in a line: the key, the problem, the remedy."""
+
+import re
+from collections.abc import Mapping
+from datetime import date
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from dist_adv.config.compare import flatten
+from dist_adv.config.schema import Config
+from dist_adv.text import nearest
+
+
+def explain(error: ErrorDetails, tree: Mapping[str, Any]) -> str:
+    """One problem as 'key: what is wrong; what to do'."""
+    # A section that is one of several kinds has its kind in the location: drop it.
+    names = {str(section.get("name")) for section in tree.values() if isinstance(section, dict)}
+    place = [str(part) for part in error["loc"]]
+    key = ".".join([*place[:1], *(p for i, p in enumerate(place[1:]) if i > 0 or p not in names)])
+    context = error.get("ctx", {})
+    match error["type"]:
+        case "extra_forbidden":
+            return f"{key}: unknown key{_elsewhere(place, tree)}"
+        case "missing":
+            return f"{key}: missing; a method is needed: 'method: {{name: fast}}'"
+        case "union_tag_invalid":
+            kinds = re.findall("'(.*?)'", context["expected_tags"])
+            found = context["tag"]
+            return f"{key}.name: {found!r} is not known{nearest(found, kinds)}"
+        case "union_tag_not_found":
+            return f"{key}.name: missing{nearest('', _kinds(place[0]))}"
+        case "literal_error":
+            found = error["input"]
+            kinds = re.findall("'(.*?)'", context["expected"])
+            return f"{key}: {found!r} is not known{nearest(str(found), kinds)}"
+        case "model_type" | "model_attributes_type":
+            return f"{key}: is a section with keys of its own, not {error['input']!r}"
+        case "value_error":
+            reason = str(context["error"])
+            return f"{key}.{reason}" if _names_a_key(reason) else f"{key}: {reason}"
+        case _:
+            return f"{key}: {error['msg'].lower()} (it is {error['input']!r}){_remedy(error, key)}"
+
+
+def _remedy(error: ErrorDetails, key: str) -> str:
+    """What to write for a value of another type than the key's."""
+    value = error["input"]
+    match error["type"]:
+        case "string_type" if isinstance(value, bool | int | float | date):
+            # In a list the last part of the key is the number of the element.
+            return f"; put it in quotes, in a shell in two kinds: {key}='\"{value}\"'"
+        case "list_type" if isinstance(value, str):
+            return f"; write it in brackets: {key}=[{value}]"
+        case "int_type" if isinstance(value, str) and value.strip().lstrip("+-").isdecimal():
+            return f"; write it without quotes: {key}={value}"
+        case "bool_type":
+            return "; write true or false"
+        case _:
+            return ""
+
+
+def _elsewhere(place: list[str], tree: Mapping[str, Any]) -> str:
+    """Where a key that is not known at `place` is one: in another section, or nearly so here."""
+    chosen = {
+        name: {"name": section["name"]}
+        for name, section in tree.items()
+        if isinstance(section, Mapping) and "name" in section
+    }
+    natural = {"method": {"name": "natural"}}
+    try:
+        known = Config.model_validate({**natural, **chosen})
+    except ValidationError:
+        known = Config.model_validate(natural)
+    keys = flatten(known.model_dump())
+    homes = [key for key in keys if key.split(".")[-1] == place[-1]]
+    if homes:
+        return f"; did you mean {' or '.join(map(repr, homes))}?"
+    return nearest(place[-1], _known_keys(place[:-1]))
+
+
+def _names_a_key(reason: str) -> bool:
+    """Checks of a whole section start with the key that they are about."""
+    return reason.split(":")[0].isidentifier() and ":" in reason
+
+
+def _known_keys(place: list[str]) -> list[str]:
+    """The keys of the section at `place`, from the JSON Schema."""
+    schema = Config.model_json_schema()
+    node: dict[str, Any] = schema
+    for part in place:
+        node = node.get("properties", {}).get(part) or _kind(schema, node, part)
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+    return list(node.get("properties", {}))
+
+
+def _kind(schema: dict[str, Any], node: dict[str, Any], name: str) -> dict[str, Any]:
+    return {"$ref": node.get("discriminator", {}).get("mapping", {}).get(name, "")}
+
+
+def _kinds(section: str) -> list[str]:
+    """The names that a section of several kinds can have."""
+    return list(Config.model_json_schema()["properties"][section]["discriminator"]["mapping"])

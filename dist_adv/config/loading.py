@@ -1,0 +1,100 @@
+"""From YAML files that extend others and `key.path=value` overrides to a checked configuration."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dist_adv.config.explain import explain
+from dist_adv.config.schema import Config
+from dist_adv.config.yaml_text import parse_yaml
+from dist_adv.errors import UserError
+
+
+def read_mapping(path: Path, needs: str, wanted: str = "") -> dict[str, Any]:
+    """The mapping that a YAML file holds; `needs` and `wanted` are for what is said of others."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file{wanted}; see configs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"{path}: cannot be read ({reason})") from None
+    tree = parse_yaml(text, str(path))
+    if tree is None:
+        raise UserError(f"{path}: is empty; it needs at least {needs!r}")
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: is no mapping of keys; it needs at least {needs!r}")
+    return tree
+
+
+def _read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping of a file with everything that it extends."""
+    here = Path(os.path.realpath(path))  # Path.resolve raises for a link to itself
+    if here in seen:
+        raise UserError(f"{path}: extends itself; remove the circle of 'extends'")
+    wanted = f" (which {seen[-1]} extends)" if seen else ""
+    tree = read_mapping(path, "method: {name: fast}", wanted)
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise UserError(f"{path}: extends: must be one file name, relative to this file")
+    return _merge(_read_file(path.parent / base, (*seen, here)), tree)
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`top` over `base`, section by section.
+
+    A section with another `name` (another method, model or data set) replaces the whole section:
+    the keys of a Free method mean nothing to a Fast one.
+    """
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        same_kind = (
+            isinstance(old, dict)
+            and isinstance(value, dict)
+            and value.get("name", old.get("name")) == old.get("name")
+        )
+        merged[key] = _merge(old, value) if same_kind else value  # type: ignore[arg-type]
+    return merged
+
+
+def _overrides(assignments: Sequence[str]) -> dict[str, Any]:
+    """`['train.epochs=3']` as a tree."""
+    tree: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key or not all(key.split(".")):
+            raise UserError(f"{assignment!r} is no override; write key.path=value: train.epochs=3")
+        node = tree
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{key}: {parent} is set to a single value by another override")
+        node[leaf] = parse_yaml(text, key)
+    return tree
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a file and what it extends, apply `key.path=value` overrides, check everything.
+
+    path: None where the overrides say all that differs from the defaults.
+
+    Raises UserError naming the file and the key, with the nearest known name where there is one.
+    """
+    tree = _merge(_read_file(Path(path)) if path else {}, _overrides(overrides))
+    return parse_config(tree, str(path or "overrides"))
+
+
+def parse_config(tree: Mapping[str, Any], source: str) -> Config:
+    """Check a whole configuration; `source` is named in errors."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [explain(detail, tree) for detail in error.errors()]
+    raise UserError(f"{source}: " + "; ".join(dict.fromkeys(problems)))

@@ -1,0 +1,179 @@
+"""The sections of a configuration, each with its keys, their types and defaults."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from dist_adv.attacks.spec import parse_attack
+from dist_adv.config.yaml_text import to_yaml
+from dist_adv.data.datasets import DataOptions
+from dist_adv.methods import MethodChoice
+from dist_adv.models import ModelOptions, PreActResNet18Options
+from dist_adv.options import Options, PositiveInt, Real, StepSize
+
+Schedule = Literal["cyclic", "multistep", "cosine", "constant"]
+Minutes = Annotated[Real, Field(gt=0)]
+
+_MAX_EPS = {"linf": 1.0, "l2": 8.0}
+
+
+class ThreatOptions(Options):
+    """The ball of the adversary; `eps` in pixel units of [0, 1]."""
+
+    norm: Literal["linf", "l2"] = "linf"
+    eps: Real = 8 / 255
+
+    @model_validator(mode="after")
+    def _pixel_units(self) -> "ThreatOptions":
+        if self.eps < 0:
+            raise ValueError(f"eps: {self.eps:g} is negative; a radius is 0 or more, like 8/255")
+        if self.eps >= _MAX_EPS[self.norm]:
+            raise ValueError(
+                f"eps: {self.eps:g} is too large a radius in pixel units of [0, 1]; "
+                f"did you mean {self.eps:g}/255?"
+            )
+        return self
+
+
+class OptimOptions(Options):
+    """SGD and its schedule over all optimiser steps of the run.
+
+    rise: the share of the run in which the rate of `cyclic` rises; short runs like 0.25.
+    """
+
+    lr: Annotated[Real, Field(gt=0)] = 0.2
+    momentum: Annotated[Real, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[Real, Field(ge=0)] = 5e-4
+    schedule: Schedule = "cyclic"
+    rise: Annotated[Real, Field(gt=0, lt=1)] = 0.5
+    cycle_momentum: bool = False
+    """Momentum m -> m - 0.1 -> m over the run, as torch's CyclicLR does unless told otherwise."""
+
+    @model_validator(mode="after")
+    def _momentum_to_cycle(self) -> "OptimOptions":
+        if self.cycle_momentum and self.momentum < 0.1:
+            raise ValueError("cycle_momentum: needs a momentum of at least 0.1 to take 0.1 from")
+        return self
+
+
+class TrainOptions(Options):
+    """How long, how large, how precise.
+
+    epochs: passes over the data (Free's replays come on top). batch_size: the global batch.
+    max_steps: stop at the first batch boundary at or after this many optimiser steps; the
+    schedule is fitted to it. log_every: batches between two lines of metrics. compile: `default`
+    fuses the network's layers with torch.compile, which takes a minute or two at the start and a
+    C++ compiler; `max` tunes longer and on GPUs replays whole passes as CUDA graphs.
+    sync_batchnorm: BatchNorm's statistics are of the global batch instead of each rank's share (on
+    GPUs). deterministic: cuDNN takes algorithms that give the same bits each time, so that a run
+    on GPUs goes on bit for bit, too; false: the fastest, found out by timing them. CPUs always do.
+    threads: CPU threads of a rank (null: the cores divided by the ranks).
+
+    Checkpoints come at the end of every pass, and every `save_steps` optimiser steps and every
+    `save_minutes` (null: not); `keep` of them stay. max_minutes: save and leave after so long, to
+    be started again. on_nan: an update whose loss or gradient is not finite is not taken; then
+    the run stops, or skips up to `skip_limit` of them. timeout_minutes: a rank without progress
+    for so long ends the run, saying where it hangs.
+    """
+
+    epochs: PositiveInt = 45
+    batch_size: PositiveInt = 128
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: Literal["none", "default", "max"] = "none"
+    sync_batchnorm: bool = False
+    deterministic: bool = True
+    seed: Annotated[int, Field(ge=0)] = 0
+    max_steps: PositiveInt | None = None
+    keep: PositiveInt = 2
+    save_steps: PositiveInt | None = None
+    save_minutes: Minutes | None = 10.0
+    max_minutes: Minutes | None = None
+    on_nan: Literal["stop", "skip"] = "stop"
+    skip_limit: PositiveInt = 10
+    timeout_minutes: Minutes = 10.0
+    log_every: PositiveInt = 50
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+
+
+def _attack_names(names: list[str]) -> list[str]:
+    for name in names:
+        parse_attack(name)
+    return names
+
+
+class EvalOptions(Options):
+    """What is measured, always in eval mode and fp32.
+
+    attacks: of the final weights, on the whole test set (or `limit` images of it).
+    every: after every so many passes, the curve: natural, fgsm and `curve_attack` on
+    `curve_limit` test images; 0 never. step_size: of PGD, in pixel units (null: eps / 4).
+    """
+
+    attacks: list[str] = ["natural", "fgsm", "pgd-10", "pgd-20", "pgd-50"]
+    limit: PositiveInt | None = None
+    step_size: StepSize | None = None
+    loss: Literal["ce", "margin", "dlr"] = "ce"
+    seed: Annotated[int, Field(ge=0)] = 0
+    batch_size: PositiveInt = 500
+    every: Annotated[int, Field(ge=0)] = 1
+    curve_attack: str = "pgd-10"
+    curve_limit: PositiveInt | None = 1000
+
+    @field_validator("attacks")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        return _attack_names(names)
+
+    @field_validator("curve_attack")
+    @classmethod
+    def _curve_known(cls, name: str) -> str:
+        if parse_attack(name).kind != "pgd":
+            raise ValueError(f"{name!r} has no PGD steps; use for example 'pgd-10'")
+        return name
+
+
+class WandbOptions(Options):
+    """Weights & Biases. `auto` is online where a key is known and offline elsewhere.
+
+    name: null is the run folder's name. tags: none is method, data set and model. W&B's own
+    environment variables (WANDB_PROJECT, WANDB_RUN_GROUP, ...) go before what is said here.
+    """
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: Annotated[str, Field(max_length=128, pattern=r"^[^/\\#?%:]+$")] = "dist-adv"
+    entity: str | None = None
+    name: str | None = None
+    group: str | None = None
+    job_type: str = "train"
+    notes: str | None = None
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = []
+
+
+class TrackOptions(Options):
+    """Where metrics go besides metrics.jsonl and results.jsonl."""
+
+    wandb: WandbOptions = WandbOptions()
+    tensorboard: bool = False
+
+
+class Config(Options):
+    """A whole experiment."""
+
+    method: MethodChoice
+    threat: ThreatOptions = ThreatOptions()
+    model: ModelOptions = PreActResNet18Options()
+    data: DataOptions = DataOptions()
+    optim: OptimOptions = OptimOptions()
+    train: TrainOptions = TrainOptions()
+    eval: EvalOptions = EvalOptions()
+    track: TrackOptions = TrackOptions()
+
+    @model_validator(mode="after")
+    def _something_to_synchronise(self) -> "Config":
+        if self.train.sync_batchnorm and self.model.norm != "batch":
+            raise ValueError("train.sync_batchnorm: there is no BatchNorm with model.norm=group")
+        return self
+
+    def dump(self) -> str:
+        """The resolved configuration as YAML, which `load_config` reads back to the same."""
+        return to_yaml(self.model_dump())
