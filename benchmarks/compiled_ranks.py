@@ -23,11 +23,11 @@ import torch._dynamo
 from rich.progress import track
 from torch import nn
 
-from dist_adv import parallel
 from dist_adv.bench import about
 from dist_adv.bench.ranks import METHODS
 from dist_adv.bench.timing import launched
 from dist_adv.config import parse_config
+from dist_adv.distributed import network, start
 from dist_adv.planner import Images, measure_steps
 from dist_adv.terminal import console
 
@@ -38,7 +38,7 @@ IMAGES = Images(50_000, 3, 32, 10)
 
 def rank(options: argparse.Namespace) -> None:
     """One of the processes; the first prints what it found."""
-    accelerator = parallel.start("fp32", threads=1)
+    accelerator = start.start_accelerator("fp32", threads=1)
     config = parse_config(
         {
             "method": METHODS["Fast"],
@@ -72,13 +72,13 @@ def rank(options: argparse.Namespace) -> None:
 
 def cut_graphs() -> None:
     """Leave DDPOptimizer on, as torch has it."""
-    compile_whole = parallel.compile_network
+    compile_whole = network.compile_network
 
     def compile_network(model: nn.Module, choice: Literal["none", "default", "max"]) -> None:
         compile_whole(model, choice)
         torch._dynamo.config.optimize_ddp = True
 
-    parallel.compile_network = compile_network
+    network.compile_network = compile_network
 
 
 def launch(kind: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -38,9 +38,9 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from dist_adv import parallel  # noqa: E402
 from dist_adv.bench.cases import Bench  # noqa: E402
 from dist_adv.bench.timing import PeakMemory, alternate, copy_rate, matmul_rate, network  # noqa: E402
+from dist_adv.distributed import start  # noqa: E402
 from dist_adv.train import Meter  # noqa: E402
 
 MINUTES = 8.0
@@ -89,7 +89,7 @@ def steps(options: argparse.Namespace) -> list[dict[str, Any]]:
             rows += json.loads(part.read_text())["rows"]
         return rows
     end = time.monotonic() + 60 * options.minutes
-    accelerator = parallel.start(options.precision)
+    accelerator = start.start_accelerator(options.precision)
     peak = matmul_rate(accelerator.device, DTYPES[options.precision])
     # Compiling takes a minute a shape: only in bf16, and the largest gain first.
     compiles = ("none", "max", "default") if options.precision == "bf16" else ("none",)

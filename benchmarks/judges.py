@@ -15,10 +15,11 @@ import foolbox
 import torch
 import torchattacks
 
-from dist_adv import load_model, parallel, rng
+from dist_adv import load_model, rng
 from dist_adv.attacks.threat import build
 from dist_adv.config import load_config
 from dist_adv.data import load_dataset
+from dist_adv.distributed import start
 from dist_adv.evaluate import evaluate, wilson
 
 
@@ -30,7 +31,7 @@ def main() -> None:
     options = parser.parse_args()
 
     config = load_config(options.run_dir / "config.yaml")
-    accelerator = parallel.start("fp32", config.train.threads)
+    accelerator = start.start_accelerator("fp32", config.train.threads)
     model = load_model(options.run_dir).to(accelerator.device)
     data = load_dataset(config.data, "test")
     threat = build(config.threat.norm, config.threat.eps)

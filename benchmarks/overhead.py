@@ -27,11 +27,12 @@ from typing import Any
 
 import torch
 
-from dist_adv import checkpoint, parallel
+from dist_adv import checkpoint
 from dist_adv.bench.timing import noise
 from dist_adv.config import parse_config
+from dist_adv.distributed import start
+from dist_adv.distributed.session import Session
 from dist_adv.nonfinite import NonFinite
-from dist_adv.session import Session
 from dist_adv.terminal import bar
 from dist_adv.train import Trainer
 
@@ -92,7 +93,7 @@ def main() -> None:
                 blocked(self, run_dir, session, None)
 
     Trainer._between_batches = measure
-    accelerator = parallel.start("auto")
+    accelerator = start.start_accelerator("auto")
     with tempfile.TemporaryDirectory() as folder, bar(False) as progress:
         session = Session(accelerator, Path(folder), settings.train)
         trainer = Trainer(settings, accelerator, (noise(12800), noise(100)))

@@ -20,12 +20,12 @@ from typing import Any
 
 from rich.progress import track
 
-from dist_adv import parallel
 from dist_adv.bench import about
 from dist_adv.bench.ranks import METHODS
 from dist_adv.bench.timing import launched
 from dist_adv.config import Config, parse_config
 from dist_adv.data.loader import split
+from dist_adv.distributed import start
 from dist_adv.plan import Cluster, Link, StepTime, Work, predict
 from dist_adv.planner import (
     Images,
@@ -53,7 +53,7 @@ def configuration(method: dict[str, Any], options: argparse.Namespace) -> Config
 
 def rank(options: argparse.Namespace) -> None:
     """One of N processes; the first prints what they found."""
-    accelerator = parallel.start("auto", threads=1)
+    accelerator = start.start_accelerator("auto", threads=1)
     ranks = accelerator.num_processes
     share = options.batch_size // ranks
     sizes = [share] if ranks > 1 else [options.batch_size // part for part in RANKS]

@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 
 import click
 
-from dist_adv import __version__, launched, stopping, streams
+from dist_adv import __version__, streams
+from dist_adv.distributed import launched, stopping
 from dist_adv.errors import DISK_TROUBLE, GOES_ON, Preempted, RankFailure, RunFailure, UserError
 
 

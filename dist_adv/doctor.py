@@ -151,7 +151,7 @@ def _gpus() -> Findings:
 
 
 def _cpu() -> Findings:
-    from dist_adv.parallel import cores, native_bf16
+    from dist_adv.distributed.start import cores, native_bf16
 
     mine, everyone = cores(), os.cpu_count() or 1
     found = f"{mine} cores" if mine == everyone else f"{mine} of {everyone} cores (affinity)"
@@ -304,14 +304,14 @@ def _use(config: Config | None) -> Findings:
     """What `train CONFIG` would take; without one what it takes by itself."""
     import torch
 
-    from dist_adv import parallel
+    from dist_adv.distributed.start import resolve_precision, threads_per_rank
     from dist_adv.planner import SETS
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     wanted = config.train.precision if config else "auto"
     try:
-        precision = parallel.resolve_precision(wanted, cpu=not gpus)
-        threads = (config and config.train.threads) or parallel.threads_per_rank()
+        precision = resolve_precision(wanted, cpu=not gpus)
+        threads = (config and config.train.threads) or threads_per_rank()
     except UserError as error:
         yield Finding("a run here", str(error), "problem")
         return

@@ -15,12 +15,12 @@ import torch
 from accelerate.state import AcceleratorState
 from rich.console import Console
 
-from dist_adv import parallel
 from dist_adv.bench import about
 from dist_adv.bench.timing import network
 from dist_adv.config import Config
 from dist_adv.data import DataOptions
 from dist_adv.data.datasets import image_files
+from dist_adv.distributed.start import resolve_precision, start_accelerator
 from dist_adv.errors import RunFailure, UserError
 from dist_adv.methods.natural import NaturalOptions
 from dist_adv.plan import Cluster, Link, StepTime, Work, predict
@@ -85,7 +85,7 @@ def estimate(sweep: Sweep) -> Estimate:
         config, train = run.config, run.config.train
         try:
             images = without_validation(config.data, _images(config.data))
-            precision = parallel.resolve_precision(train.precision, cpu)
+            precision = resolve_precision(train.precision, cpu)
             job = _Job(run.name, config, images, work_of(config, images))
             job.seconds(job.work.step)  # refuses what does not fit before anything is timed
         except UserError as error:
@@ -121,7 +121,7 @@ def _images(options: DataOptions) -> Images:
 def _time(jobs: list[_Job], precision: str, threads: int | None) -> tuple[StepTime, str]:
     """A natural step of these runs' network, uncompiled, and the machine that took it."""
     AcceleratorState._reset_state()  # Accelerate has one precision a process otherwise
-    accelerator = parallel.start(precision, threads)
+    accelerator = start_accelerator(precision, threads)
     config, images = jobs[0].config, jobs[0].images
     train = config.train.model_copy(update={"compile": "none"})
     natural = config.model_copy(update={"method": NaturalOptions(), "train": train})

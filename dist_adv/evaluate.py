@@ -23,8 +23,8 @@ from dist_adv.attacks.autoattack import AutoAttack
 from dist_adv.attacks.threat import Threat
 from dist_adv.config import EvalOptions
 from dist_adv.data import Dataset
+from dist_adv.distributed.collectives import sum_over_ranks
 from dist_adv.errors import UserError
-from dist_adv.parallel import total
 from dist_adv.text import shown
 from dist_adv.unfinished import Entry, Unfinished
 
@@ -175,7 +175,7 @@ class _Tally:
         return self.seconds + time.perf_counter() - self.began
 
     def _collect(self) -> None:
-        self.sums += total(self.accelerator, self.mine).cpu()
+        self.sums += sum_over_ranks(self.accelerator, self.mine).cpu()
         self.mine.zero_()
 
 

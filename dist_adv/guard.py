@@ -28,8 +28,8 @@ from dist_adv.attacks import PGD
 from dist_adv.attacks.threat import Threat
 from dist_adv.config import EvalOptions
 from dist_adv.data import Batch, Dataset
+from dist_adv.distributed.collectives import sum_over_ranks
 from dist_adv.evaluate import evaluate, subset
-from dist_adv.parallel import total
 
 SAMPLE = 512
 """Training images that `gap` measures, or all where there are fewer."""
@@ -111,5 +111,5 @@ def on_batch(model: nn.Module, batch: Batch, threat: Threat, accelerator: Accele
     counts: Tensor = torch.stack(
         [outcome.survives(5, 1).sum(), torch.tensor(len(batch.y), device=batch.y.device)]
     )
-    correct, n = total(accelerator, counts).tolist()
+    correct, n = sum_over_ranks(accelerator, counts).tolist()
     return Measured(n, correct / n)

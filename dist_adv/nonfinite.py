@@ -26,12 +26,6 @@ class Trouble:
     ranks: list[int]
 
 
-def gradient_norm(model: nn.Module) -> Tensor:
-    """Of all gradients together; not finite where one of them is not."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
-
-
 class NonFinite:
     """Watches the updates of a fused optimiser.
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from dist_adv import files, launched, parallel
+from dist_adv import files
 from dist_adv.attacks import frozen
 from dist_adv.attacks.threat import build as build_threat
 from dist_adv.bench import about
@@ -25,6 +25,10 @@ from dist_adv.bench.timing import alternate, network, noise
 from dist_adv.config import Config
 from dist_adv.data import Batch, DataOptions
 from dist_adv.data.loader import split
+from dist_adv.distributed import launched
+from dist_adv.distributed.failures import plain_failures
+from dist_adv.distributed.network import settle
+from dist_adv.distributed.start import start_accelerator
 from dist_adv.errors import UserError
 from dist_adv.methods import build_method
 from dist_adv.models import build_model
@@ -101,7 +105,7 @@ def run_plan(config: Config, asked: Asked) -> None:
     draft = [predict(work, cluster or Cluster(Link(math.inf)), n) for n in gpus]
     points, source = _given(config, images, asked)
     if not points or not cluster:
-        accelerator = parallel.start(config.train.precision, config.train.threads)
+        accelerator = start_accelerator(config.train.precision, config.train.threads)
         start_logging(accelerator.is_main_process)
         if not cluster:
             cluster = Cluster(measure_link(accelerator))
@@ -285,7 +289,7 @@ def measure_steps(
     `tick` is called len(sizes) * (rounds + 1) times.
     """
     sides: dict[str, Callable[[], None]] = {}
-    with parallel.plain_failures(accelerator, "train.batch_size", config.train.batch_size):
+    with plain_failures(accelerator, "train.batch_size", config.train.batch_size):
         for size in sizes:
             batch_size = size * accelerator.num_processes
             train = config.train.model_copy(update={"batch_size": batch_size})
@@ -294,7 +298,7 @@ def measure_steps(
             trainer = Trainer(
                 config.model_copy(update={"train": train, "data": data}), accelerator, (some, some)
             )
-            parallel.settle(accelerator, trainer.net, some)
+            settle(accelerator, trainer.net, some)
             batch = next(trainer.loader.epoch(0))
             learn = partial(trainer.learn, batch, Meter(accelerator.device))
             sides[str(size)] = learn if communicate else partial(_alone, trainer, learn)

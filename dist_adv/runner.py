@@ -11,15 +11,24 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dist_adv import checkpoint, packages, parallel, reading, rundir, state, track
+from dist_adv import checkpoint, packages, reading, rundir, state, track
 from dist_adv.attacks.threat import build as build_threat
 from dist_adv.checkpoint import Checkpoint
 from dist_adv.config import Config, differences, flatten, load_config, longer, parse_config
 from dist_adv.data import Dataset, load_dataset
+from dist_adv.distributed.collectives import (
+    check_same_images,
+    check_same_start,
+    main_process_first,
+    on_every,
+    on_main,
+)
+from dist_adv.distributed.failures import plain_failures
+from dist_adv.distributed.session import Session
+from dist_adv.distributed.start import start_accelerator, warn_of_unused_precision
 from dist_adv.errors import Preempted, RunFailure, UserError
 from dist_adv.evaluate import evaluate
 from dist_adv.models import load_model, read_final, save_model
-from dist_adv.session import Session
 from dist_adv.terminal import EvaluationDisplay, bar, log_file, results_table, start_logging
 from dist_adv.track import Tracker, write_results
 from dist_adv.train import Trainer
@@ -42,11 +51,11 @@ def train_run(config: Config, run_dir: Path, resume: str) -> None:
     track.check(config)
     _check_attacks(config.eval.attacks)
     train = config.train
-    accelerator = parallel.start(train.precision, train.threads, train.deterministic)
+    accelerator = start_accelerator(train.precision, train.threads, train.deterministic)
     start_logging(accelerator.is_main_process)
     with ExitStack() as stack:
         try:
-            with parallel.plain_failures(accelerator, "train.batch_size", config.train.batch_size):
+            with plain_failures(accelerator, "train.batch_size", config.train.batch_size):
                 _train(config, run_dir, resume, accelerator, stack)
         except (UserError, Preempted):
             raise
@@ -70,7 +79,7 @@ def _train(
     config: Config, run_dir: Path, resume: str, accelerator: Accelerator, stack: ExitStack
 ) -> None:
     arguments = {"--run-dir": str(run_dir), "--resume": resume}
-    parallel.check_same_start(accelerator, _what_is_started(config, accelerator, arguments))
+    check_same_start(accelerator, _what_is_started(config, accelerator, arguments))
 
     def claim() -> bool:
         lock = rundir.check(run_dir, config, resume != "none")
@@ -79,8 +88,8 @@ def _train(
             checkpoint.remove_leftovers(run_dir / "checkpoints")
         return lock is not None
 
-    exists = parallel.on_main(accelerator, claim)
-    if parallel.on_main(accelerator, lambda: exists and rundir.trained(run_dir, config)):
+    exists = on_main(accelerator, claim)
+    if on_main(accelerator, lambda: exists and rundir.trained(run_dir, config)):
         _evaluate_the_rest(config, run_dir, accelerator)
         return
     main = accelerator.is_main_process
@@ -88,7 +97,7 @@ def _train(
         stack.enter_context(log_file(run_dir / "log.txt", main))
     log.info("loading %s ...", config.data.name)
     trainer = Trainer(config, accelerator)
-    start = parallel.on_main(accelerator, lambda: _starting_point(run_dir, config, resume))
+    start = on_main(accelerator, lambda: _starting_point(run_dir, config, resume))
     if start:
         path, saved = start
         state.check_images(trainer, saved, path, insist=resume not in ("auto", "none"))
@@ -113,7 +122,7 @@ def _train(
             stack.callback(rundir.create(run_dir, config, accelerator, about).release)
         rundir.mark(run_dir, "running")
 
-    parallel.on_main(accelerator, open_folder)
+    on_main(accelerator, open_folder)
     if not exists:
         stack.enter_context(log_file(run_dir / "log.txt", main))
     tracker = _tracker(run_dir, config, trainer, start) if main else None
@@ -129,7 +138,7 @@ def _train(
         accelerator.num_processes,
     )
 
-    parallel.say_what_is_not_heeded(accelerator)
+    warn_of_unused_precision(accelerator)
     if config.train.compile != "none":
         log.info("the first steps wait for torch.compile ...")
 
@@ -143,7 +152,7 @@ def _train(
         finally:
             with suppress(RunFailure):
                 trainer.writer.wait()
-        parallel.on_main(accelerator, lambda: _save_final(run_dir, trainer))
+        on_main(accelerator, lambda: _save_final(run_dir, trainer))
         _evaluate(
             config,
             run_dir,
@@ -171,7 +180,7 @@ def _evaluate_the_rest(config: Config, run_dir: Path, accelerator: Accelerator) 
     """What is not measured yet of a run whose training is over."""
     trained = read_final(run_dir / "model.safetensors")["trained"]
     log.info("%s is trained already", run_dir)
-    missing = parallel.on_main(accelerator, lambda: _missing(run_dir, config))
+    missing = on_main(accelerator, lambda: _missing(run_dir, config))
     if not missing:
         if accelerator.is_main_process and rundir.state_of(run_dir) != "done":
             rundir.mark(run_dir, "done")  # it was killed right before
@@ -282,12 +291,12 @@ def evaluate_run(
         tree["eval"]["attacks"] = list(attacks)
         config = parse_config(tree, "--attacks")
     _check_attacks(config.eval.attacks)
-    accelerator = parallel.start("fp32", config.train.threads)
+    accelerator = start_accelerator("fp32", config.train.threads)
     start_logging(accelerator.is_main_process)
-    parallel.on_main(accelerator, lambda: rundir.check_writable(run_dir))
+    on_main(accelerator, lambda: rundir.check_writable(run_dir))
     arguments = {"--limit": limit, "weights": _weights(run_dir)}
-    with parallel.plain_failures(accelerator, "eval.batch_size", config.eval.batch_size):
-        parallel.check_same_start(accelerator, _what_is_started(config, accelerator, arguments))
+    with plain_failures(accelerator, "eval.batch_size", config.eval.batch_size):
+        check_same_start(accelerator, _what_is_started(config, accelerator, arguments))
         _evaluate(config, run_dir, accelerator, config.eval.attacks, limit or config.eval.limit)
 
 
@@ -306,14 +315,14 @@ def _evaluate(
         return
     trained = read_final(run_dir / "model.safetensors")["trained"]
     model = load_model(run_dir).to(accelerator.device)
-    first = partial(parallel.main_process_first, accelerator)
+    first = partial(main_process_first, accelerator)
     log.info("evaluating: %s ...", ", ".join(attacks))
     if data is None:
-        data = parallel.on_every(accelerator, lambda: load_dataset(config.data, "test", first))
-        parallel.check_same_images(accelerator, {"test": data.fingerprint})
+        data = on_every(accelerator, lambda: load_dataset(config.data, "test", first))
+        check_same_images(accelerator, {"test": data.fingerprint})
     threat = build_threat(config.threat.norm, config.threat.eps)
     with (
-        parallel.plain_failures(accelerator, "eval.batch_size", config.eval.batch_size),
+        plain_failures(accelerator, "eval.batch_size", config.eval.batch_size),
         bar(accelerator.is_main_process) as progress,
     ):
         display = EvaluationDisplay(progress)

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dist_adv import parallel
 from dist_adv.checkpoint import Checkpoint
 from dist_adv.data import what_changed
+from dist_adv.distributed.network import snapshot
 from dist_adv.errors import UserError
 from dist_adv.guard import Measured
 
 if TYPE_CHECKING:
-    from dist_adv.session import Session
+    from dist_adv.distributed.session import Session
     from dist_adv.train import Trainer
 
 log = logging.getLogger("dist_adv")
@@ -31,7 +31,7 @@ def collect(trainer: "Trainer", session: "Session", wandb_id: str | None) -> Che
     the clock, the guard, the scaler, the configuration. Every rank calls this.
     """
     accelerator = trainer.accelerator
-    parallel.snapshot(accelerator, trainer.net, trainer.copy)
+    snapshot(accelerator, trainer.net, trainer.copy)
     momentum = trainer.net.momentum()
     buffers = dict(trainer.net.bare.named_buffers())
     ranks = session.gather(

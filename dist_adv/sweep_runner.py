@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 from rich.live import Live
 
-from dist_adv import launched, packages, parallel, rundir, status
+from dist_adv import packages, rundir, status
+from dist_adv.distributed import launched
+from dist_adv.distributed.start import threads_per_rank
+from dist_adv.distributed.stopping import REASONS, STARTED_BY_SWEEP, Stopping
 from dist_adv.errors import STOPPED, Preempted, RunFailure, UserError
 from dist_adv.lock import Lock, held
 from dist_adv.report import write_report
 from dist_adv.runner import train_run
-from dist_adv.stopping import REASONS, STARTED_BY_SWEEP, Stopping
 from dist_adv.sweep import REPORT, SAVED, Sweep, SweepRun, claim
 from dist_adv.terminal import console, interactive, start_logging
 
@@ -181,7 +183,7 @@ def _start(run: SweepRun, out: Path, share: dict[str, str]) -> _Job:
 
 def _shares(jobs: int) -> list[dict[str, str]]:
     """The environment of each of so many processes: its part of the cores, and a GPU in turn."""
-    threads = max(1, parallel.threads_per_rank() // jobs)
+    threads = max(1, threads_per_rank() // jobs)
     common = {STARTED_BY_SWEEP: "1", "OMP_NUM_THREADS": str(threads)}
     gpus = _gpus()
     if len(gpus) < 2:

@@ -18,10 +18,14 @@ from accelerate import Accelerator
 from rich.progress import Progress
 from torch import Tensor
 
-from dist_adv import checkpoint, engines, guard, parallel, state
+from dist_adv import checkpoint, guard, state
 from dist_adv.attacks.threat import build as build_threat
 from dist_adv.config import Config
 from dist_adv.data import Batch, Dataset, Loader, load_dataset
+from dist_adv.distributed import engines
+from dist_adv.distributed.collectives import check_same_images, main_process_first, on_every
+from dist_adv.distributed.network import compile_network, settle, snapshot, synchronised
+from dist_adv.distributed.session import Session
 from dist_adv.errors import Preempted, RunFailure, UserError
 from dist_adv.evaluate import Examples, evaluate
 from dist_adv.guard import Measured
@@ -29,7 +33,6 @@ from dist_adv.methods import Step, build_method
 from dist_adv.models import build_model
 from dist_adv.nonfinite import NonFinite
 from dist_adv.schedule import lr_at, momentum_at
-from dist_adv.session import Session
 from dist_adv.terminal import TrainingDisplay
 from dist_adv.text import few
 from dist_adv.track import Tracker
@@ -137,10 +140,10 @@ class Trainer:
     ) -> None:
         self.config, self.accelerator = config, accelerator
         if data is None:
-            data = parallel.on_every(accelerator, self._load)
+            data = on_every(accelerator, self._load)
         self.train_data, self.test_data = data
         self.fingerprints = {"train": data[0].fingerprint, "test": data[1].fingerprint}
-        parallel.check_same_images(accelerator, self.fingerprints)
+        check_same_images(accelerator, self.fingerprints)
         check_splits(self.train_data, self.test_data)
         self.curve_data = self.test_data
         if config.data.validation:
@@ -166,10 +169,8 @@ class Trainer:
             )
             for _ in range(2)
         )
-        trained = (
-            parallel.synchronised(accelerator, model) if config.train.sync_batchnorm else model
-        )
-        parallel.compile_network(trained, config.train.compile)
+        trained = synchronised(accelerator, model) if config.train.sync_batchnorm else model
+        compile_network(trained, config.train.compile)
         self.net = engines.prepare(accelerator, trained, config.optim, config.train)
         self.optimizer = self.net.optimizer
         self.nonfinite = NonFinite(
@@ -188,7 +189,7 @@ class Trainer:
         self.stopped, self.skipped = False, 0
 
     def _load(self) -> tuple[Dataset, Dataset]:
-        first = partial(parallel.main_process_first, self.accelerator)
+        first = partial(main_process_first, self.accelerator)
         data = self.config.data
         return load_dataset(data, "train", first), load_dataset(data, "test", first)
 
@@ -222,7 +223,7 @@ class Trainer:
         """
         clock, meter = self.clock, Meter(self.accelerator.device)
         display = TrainingDisplay(progress, self.total_steps, clock.step)
-        parallel.settle(self.accelerator, self.net, self.train_data)
+        settle(self.accelerator, self.net, self.train_data)
         while True:
             session.watchdog.beat()
             meter.start()
@@ -373,7 +374,7 @@ class Trainer:
 
     def _curve(self, session: Session) -> tuple[dict[str, Any], Examples | None]:
         """Copy the weights and measure the copy on some held-out or test images."""
-        parallel.snapshot(self.accelerator, self.net, self.copy)
+        snapshot(self.accelerator, self.net, self.copy)
         options = self.config.eval
         if not options.every or (self.clock.epoch % options.every and not self.finished):
             return {}, None

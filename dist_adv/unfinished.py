@@ -10,7 +10,8 @@ from typing import Annotated, Any
 from accelerate import Accelerator
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from dist_adv import files, parallel
+from dist_adv import files
+from dist_adv.distributed.collectives import on_main
 
 log = logging.getLogger("dist_adv")
 
@@ -37,7 +38,7 @@ class Unfinished:
     def __init__(self, run_dir: Path, about: Mapping[str, Any], accelerator: Accelerator) -> None:
         name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
         self.path, self.main = run_dir / f"unfinished-{name}.json", accelerator.is_main_process
-        self.entries: dict[str, Entry] = parallel.on_main(accelerator, self._read)
+        self.entries: dict[str, Entry] = on_main(accelerator, self._read)
 
     def find(self, attack: str, size: int) -> Entry | None:
         """What is known of `size` sums."""

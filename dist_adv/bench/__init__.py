@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from dist_adv import files, parallel, rundir
+from dist_adv import files, rundir
 from dist_adv.bench.cases import CASES, Bench, Row
 from dist_adv.bench.timing import network
+from dist_adv.distributed.start import start_accelerator
 from dist_adv.errors import UserError, unwritable
 from dist_adv.terminal import bar, console, start_logging
 
@@ -38,7 +39,7 @@ def run_bench(
     unknown = [case for case in cases if case not in CASES]
     if unknown:
         raise UserError(f"--only: {unknown[0]!r} is no case; use {', '.join(CASES)}")
-    accelerator = parallel.start(precision)
+    accelerator = start_accelerator(precision)
     start_logging(accelerator.is_main_process)
     if accelerator.num_processes > 1:
         raise UserError("bench: runs as one process; its case `ranks` starts two by itself")

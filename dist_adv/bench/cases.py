@@ -20,17 +20,17 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dist_adv import parallel
 from dist_adv.attacks import frozen
 from dist_adv.attacks.threat import build as build_threat
 from dist_adv.bench import published
 from dist_adv.bench.timing import PeakMemory, alternate, copy_rate, launched, matmul_rate, noise
 from dist_adv.config import Config, load_config, parse_config
 from dist_adv.data import Batch, Loader, load_dataset
+from dist_adv.distributed.network import snapshot
+from dist_adv.distributed.session import Session
 from dist_adv.evaluate import evaluate, subset
 from dist_adv.models import Classifier, build_model, load_model
 from dist_adv.report.runs import read_runs
-from dist_adv.session import Session
 from dist_adv.terminal import TrainingDisplay, bar
 from dist_adv.track import Tracker
 from dist_adv.train import Meter, Trainer
@@ -277,7 +277,7 @@ def _robust_model(bench: Bench) -> tuple[Config, Classifier]:
         for batch in trainer.loader.epoch(epoch):
             trainer.learn(batch, meter)
         bench.tick()
-    parallel.snapshot(bench.accelerator, trainer.net, trainer.copy)
+    snapshot(bench.accelerator, trainer.net, trainer.copy)
     return config, trainer.copy.eval()
 
 

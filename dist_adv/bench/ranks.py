@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from dist_adv import parallel
 from dist_adv.bench.cases import Bench
 from dist_adv.bench.timing import alternate
+from dist_adv.distributed.network import settle
+from dist_adv.distributed.start import start_accelerator
 from dist_adv.train import Meter, Trainer
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -34,7 +35,7 @@ def communicated(trainer: Trainer) -> list[int]:
         return allreduce_hook(state, bucket)  # type: ignore[arg-type]
 
     trainer.net.prepared.register_comm_hook(None, count)
-    parallel.settle(trainer.accelerator, trainer.net, trainer.train_data)
+    settle(trainer.accelerator, trainer.net, trainer.train_data)
     sizes.clear()
     trainer.learn(next(trainer.loader.epoch(0)), Meter(trainer.accelerator.device))
     return sizes
@@ -42,7 +43,7 @@ def communicated(trainer: Trainer) -> list[int]:
 
 def main() -> None:
     width, batch_size, rounds = map(int, sys.argv[1:])
-    accelerator = parallel.start("auto")
+    accelerator = start_accelerator("auto")
     bench = Bench(accelerator, width, batch_size)
     found: dict[str, Any] = {"reduced_times": {}, "bytes": {}, "buckets": {}}
     for name, method in METHODS.items() if accelerator.num_processes > 1 else ():

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from dist_adv.data import Dataset
-from dist_adv.parallel import native_bf16
+from dist_adv.distributed.start import native_bf16
 from dist_adv.report.tables import variant
 
 

@@ -6,13 +6,7 @@ names the file or key and the remedy.
 
 from dist_adv.config.compare import differences, flatten, longer, training_differences
 from dist_adv.config.loading import load_config, parse_config
-from dist_adv.config.schema import (
-    Config,
-    EvalOptions,
-    OptimOptions,
-    ThreatOptions,
-    TrainOptions,
-)
+from dist_adv.config.schema import Config, EvalOptions, OptimOptions, ThreatOptions, TrainOptions
 
 __all__ = [
     "Config",

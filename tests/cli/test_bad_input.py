@@ -806,7 +806,9 @@ def test_refused_by_the_configuration(
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("dist_adv.parallel.start", lambda *_: pytest.fail("was accepted"))
+    monkeypatch.setattr(
+        "dist_adv.distributed.start.start_accelerator", lambda *_: pytest.fail("was accepted")
+    )
     before = snapshot(folder)
     status = cli._run(row.arguments())
     said = capsys.readouterr()

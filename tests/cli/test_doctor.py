@@ -16,9 +16,9 @@ import torch
 
 from dist_adv import cli
 from dist_adv.config import load_config
+from dist_adv.distributed.start import start_accelerator
 from dist_adv.doctor import Finding, examine
 from dist_adv.lock import Lock
-from dist_adv.parallel import start
 from dist_adv.train import Trainer
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits" / "fast.yaml"
@@ -221,7 +221,7 @@ def test_what_would_stop_training(
 def test_steps_are_those_of_training(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = load_config(FREE, [*overrides, "model.width=4"])
-    steps = Trainer(config, start(threads=1)).total_steps
+    steps = Trainer(config, start_accelerator(threads=1)).total_steps
     assert look("steps", FREE, *overrides).found.startswith(f"{steps}: ")
 
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from cases import config
-from dist_adv import load_model, parallel
+from dist_adv import load_model
 from dist_adv.attacks.threat import build
 from dist_adv.config import load_config
 from dist_adv.data import load_dataset
+from dist_adv.distributed import start
 from dist_adv.guard import on_sample
 
 pytestmark = pytest.mark.slow
@@ -70,7 +71,7 @@ def measured_alone(run_dir: Path) -> tuple[float, float]:
     settings = load_config(run_dir / "config.yaml")
     threat = build(settings.threat.norm, settings.threat.eps)
     data = load_dataset(settings.data, "train")
-    accelerator = parallel.start(threads=1)
+    accelerator = start.start_accelerator(threads=1)
     found = on_sample(load_model(run_dir), data, threat, accelerator, 500, lambda: None)
     assert found.n == 512
     assert found.fgsm is not None
@@ -122,7 +123,8 @@ from pathlib import Path
 import torch, torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from cases import CASES, config
-from dist_adv import parallel
+from dist_adv.distributed.network import settle
+from dist_adv.distributed.start import start_accelerator
 from dist_adv.config import parse_config
 from dist_adv.planner import Images, gradient_buckets
 from dist_adv.train import Meter, Trainer
@@ -131,7 +133,7 @@ NOISE = Images(120, 3, 8, 3)
 
 for case in CASES:
     settings = parse_config(config(case, "batch", Path(sys.argv[1])), case)
-    trainer = Trainer(settings, parallel.start("fp32", 1))
+    trainer = Trainer(settings, start_accelerator("fp32", 1))
     reduced = []
     def hook(state, bucket):
         reduced.append(bucket.buffer().numel())
@@ -158,13 +160,13 @@ for case in CASES:
 tree = config("natural", "batch", Path(sys.argv[1]))
 tree["model"]["width"] = 16  # gradients of more than a bucket
 settings = parse_config(tree, "buckets")
-trainer = Trainer(settings, parallel.start("fp32", 1))
+trainer = Trainer(settings, start_accelerator("fp32", 1))
 reduced = []
 def hook(state, bucket):
     reduced.append(4 * bucket.buffer().numel())
     return allreduce_hook(state, bucket)
 trainer.net.prepared.register_comm_hook(None, hook)
-parallel.settle(trainer.accelerator, trainer.net, trainer.train_data)
+settle(trainer.accelerator, trainer.net, trainer.train_data)
 reduced.clear()
 trainer.learn(next(trainer.loader.epoch(0)), Meter(trainer.accelerator.device))
 planned = gradient_buckets(settings, NOISE)

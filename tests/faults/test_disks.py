@@ -294,7 +294,7 @@ def test_disk_that_becomes_read_only(images, truth, disk, tmp_path):
 @pytest.mark.parametrize("pages_left", [0, 1])
 def test_still_full(pages_left, images, truth, disk, tmp_path, monkeypatch, capsys):
     """Who starts the run again without making room is told the same again, whatever fails."""
-    monkeypatch.setattr("dist_adv.stopping.catch_signals", lambda: None)
+    monkeypatch.setattr("dist_adv.distributed.stopping.catch_signals", lambda: None)
     config = settings(tmp_path, images)
     run_dir = disk.path / "run"
     half_of(truth, run_dir)

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cases import CASES, config, make_images
-from dist_adv import parallel
 from dist_adv.config import parse_config
+from dist_adv.distributed import start
 from dist_adv.runner import train_run
 
 
@@ -51,7 +51,7 @@ def test_fp32_is_ieee(gpu):
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     if torch.cuda.get_device_capability() >= (8, 0):
         assert max(errors(gpu)) > 5e-5
-    parallel.start("fp32")
+    start.start_accelerator("fp32")
     assert max(errors(gpu)) < 1e-5
 
 

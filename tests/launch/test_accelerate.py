@@ -23,7 +23,7 @@ from accelerate.commands.launch import (
     prepare_simple_launcher_cmd_env,
 )
 
-from dist_adv import engines
+from dist_adv.distributed import engines
 from launch import Job, free_port, status
 
 FILES = Path(__file__).parents[2] / "launch" / "accelerate"

@@ -19,13 +19,14 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from cases import CASES, config
-from dist_adv import engines, runner, train
+from dist_adv import runner, train
 from dist_adv.config import parse_config
+from dist_adv.distributed import deepspeed, fsdp2
 from dist_adv.errors import RunFailure
 from dist_adv.runner import train_run
 from faulty import Faulty
 
-build_method, build_model, check = train.build_method, train.build_model, engines._check_deepspeed
+build_method, build_model, check = train.build_method, train.build_model, deepspeed.check_deepspeed
 
 
 def channels_not_last(*arguments: object) -> torch.nn.Module:
@@ -66,10 +67,10 @@ class Checked(train.Trainer):
     def __init__(self, *arguments: object) -> None:
         super().__init__(*arguments)
         weights = list(self.net.bare.parameters())
-        if isinstance(self.net, engines.ShardedNet):
+        if isinstance(self.net, fsdp2.ShardedNet):
             assert all(isinstance(weight, DTensor) for weight in weights)
         elif (
-            isinstance(self.net, engines.ZeroNet)
+            isinstance(self.net, deepspeed.ZeroNet)
             and self.net.prepared.zero_optimization_stage() == 3
         ):
             assert all(weight.numel() == 0 for weight in weights)
@@ -98,7 +99,7 @@ def once(run: dict, out: Path, images: Path) -> None:
 
 
 if __name__ == "__main__":
-    train.build_model, engines._check_deepspeed = channels_not_last, share_out_everything
+    train.build_model, deepspeed.check_deepspeed = channels_not_last, share_out_everything
     runner.Trainer = Checked
     for run in json.loads(sys.argv[3]):
         once(run, Path(sys.argv[1]), Path(sys.argv[2]))

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from colours import colours
-from dist_adv import parallel
 from dist_adv.data import DataOptions, Dataset, load_dataset
+from dist_adv.distributed import start
 from dist_adv.models.layers import Normalize
 
 
@@ -21,7 +21,7 @@ def accelerator() -> Accelerator:
     """One process on the CPU, wherever the tests run, and one thread of it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        return parallel.start(threads=1)
+        return start.start_accelerator(threads=1)
 
 
 @pytest.fixture(scope="session")

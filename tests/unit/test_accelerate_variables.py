@@ -10,7 +10,7 @@ from pathlib import Path
 import accelerate
 import pytest
 
-from dist_adv import engines, launched
+from dist_adv.distributed import engines, launched
 from dist_adv.errors import UserError
 
 # Read by what dist_adv does not import (commands) or never calls.

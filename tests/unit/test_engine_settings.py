@@ -6,8 +6,8 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 
-from dist_adv import engines
 from dist_adv.config import OptimOptions, TrainOptions
+from dist_adv.distributed import deepspeed, engines
 from dist_adv.errors import UserError
 from engine_runs import allow_double_precision
 
@@ -17,7 +17,7 @@ def test_a_process_without_launcher_is_told(variable, monkeypatch):
     monkeypatch.setenv(variable, "true")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(UserError, match=f"{variable} is set, but no launcher"):
-        engines.start(cpu=True, precision="fp32")
+        engines.start_engine(cpu=True, precision="fp32")
 
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
@@ -25,7 +25,7 @@ def test_fp16_is_refused(variable, monkeypatch):
     monkeypatch.setenv(variable, "true")
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(UserError, match=r"train\.precision: fp16"):
-        engines.start(cpu=False, precision="fp16")
+        engines.start_engine(cpu=False, precision="fp16")
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_deepspeed_settings_that_make_another_experiment_are_refused(settings, k
     whole = {"zero_optimization": {"stage": 2}} | settings
     whole["zero_optimization"] = {"stage": 2} | whole["zero_optimization"]
     with pytest.raises(UserError, match=f"DeepSpeed's configuration: {key}"):
-        engines._check_deepspeed(whole)
+        deepspeed.check_deepspeed(whole)
 
 
 def test_deepspeed_settings_of_accelerate_are_accepted():
@@ -54,7 +54,7 @@ def test_deepspeed_settings_of_accelerate_are_accepted():
     device = {"device": "none", "nvme_path": None}
     zero = {"stage": 2, "offload_optimizer": device, "offload_param": device}
     auto = {"gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}
-    engines._check_deepspeed({"zero_optimization": zero, **auto})
+    deepspeed.check_deepspeed({"zero_optimization": zero, **auto})
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_fsdp_settings_that_are_not_tried_are_refused(variable, value, key, monk
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv(variable, value)
     with pytest.raises(UserError, match=f"FSDP's configuration: .*{key}"):
-        engines.start(cpu=True, precision="fp32")
+        engines.start_engine(cpu=True, precision="fp32")
 
 
 @pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP])
@@ -85,9 +85,9 @@ def test_compiling_is_refused(kind):
 def test_deepspeed_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(deepspeed.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"dist-adv\[deepspeed\]"):
-        engines.start(cpu=True, precision="fp32")
+        engines.start_engine(cpu=True, precision="fp32")
 
 
 @pytest.mark.parametrize("instructions", [True, False])

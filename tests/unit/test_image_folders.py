@@ -19,8 +19,8 @@ from torchvision.datasets import ImageFolder
 from dist_adv.config import parse_config
 from dist_adv.data import DataOptions, Dataset, load_dataset, what_changed
 from dist_adv.data.files import Files, list_images
+from dist_adv.distributed.failures import plain_failures
 from dist_adv.errors import RankFailure, UserError
-from dist_adv.parallel import plain_failures
 from dist_adv.train import Trainer, check_splits
 
 

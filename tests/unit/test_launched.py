@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_adv import cli, launched
+from dist_adv import cli
+from dist_adv.distributed import launched
 from dist_adv.errors import UserError
 
 TORCHRUN = {

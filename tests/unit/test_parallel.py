@@ -12,12 +12,12 @@ from functorch.compile import make_boxed_func, nop
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_adv import parallel
 from dist_adv.attacks import ascend, frozen
 from dist_adv.attacks.threat import Linf
+from dist_adv.distributed import network, start
+from dist_adv.distributed.start import resolve_precision
 from dist_adv.errors import UserError
 from dist_adv.models import layers
-from dist_adv.parallel import resolve_precision
 
 TURING, AMPERE, HOPPER = (7, 5), (8, 0), (9, 0)
 
@@ -87,7 +87,7 @@ def test_compiled_attack_computes_no_weight_gradients(monkeypatch):
         lambda model, **kwargs: compile_in_place(model, backend=backend, dynamic=False),
     )
     model = torch.nn.Sequential(layers.conv(3, 4), torch.nn.Flatten(), torch.nn.Linear(256, 2))
-    parallel.compile_network(model, "default")
+    network.compile_network(model, "default")
     x, y = torch.rand(5, 3, 8, 8), torch.tensor([0, 1, 0, 1, 0])
     with frozen(model):
         ascend(model, x, y, torch.zeros_like(x), Linf(0.1), 3, 0.05)
@@ -116,7 +116,7 @@ def test_a_compiled_network_is_one_graph_under_ddp(monkeypatch, tmp_path):
         "gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1
     )
     try:
-        parallel.compile_network(model, "default")
+        network.compile_network(model, "default")
         DistributedDataParallel(model)(torch.rand(2, 256)).sum().backward()
     finally:
         torch.distributed.destroy_process_group()
@@ -131,7 +131,7 @@ def test_fp32_is_ieee_and_algorithms_are_chosen(deterministic):
     try:
         with cudnn.flags(benchmark=deterministic, deterministic=not deterministic, allow_tf32=True):
             matmul.allow_tf32 = True
-            parallel.start(threads=1, deterministic=deterministic)
+            start.start_accelerator(threads=1, deterministic=deterministic)
             assert (cudnn.allow_tf32, matmul.allow_tf32) == (False, False)
             assert (cudnn.deterministic, cudnn.benchmark) == (deterministic, not deterministic)
     finally:
@@ -151,7 +151,7 @@ def test_fp32_is_ieee_and_algorithms_are_chosen(deterministic):
 def test_variables_that_shorten_fp32_are_refused(name, value, fine, monkeypatch):
     monkeypatch.setenv(name, value)
     if fine:
-        parallel.check_fp32_variables()
+        start.check_fp32_variables()
     else:
         with pytest.raises(UserError, match=f"{name}: '{value}' in the environment .* unset it"):
-            parallel.check_fp32_variables()
+            start.check_fp32_variables()

@@ -11,13 +11,7 @@ from dist_adv.config import Config, parse_config
 from dist_adv.errors import UserError
 from dist_adv.models import build_model
 from dist_adv.plan import Cluster, Link, StepTime, Work, buckets, exposed, predict, sent
-from dist_adv.planner import (
-    LINKS,
-    Images,
-    count_passes,
-    gradient_buckets,
-    read_step_times,
-)
+from dist_adv.planner import LINKS, Images, count_passes, gradient_buckets, read_step_times
 
 MB = 10**6
 CIFAR = Images(50_000, 3, 32, 10)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_adv import stopping
+from dist_adv.distributed import stopping
+from dist_adv.distributed.stopping import REASONS, Stopping, catch_signals
 from dist_adv.errors import STOPPED, Preempted
-from dist_adv.stopping import REASONS, Stopping, catch_signals
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
@@ -197,7 +197,7 @@ from pathlib import Path
 numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 before = [signal.getsignal(number) for number in numbers]
 import dist_adv.cli
-from dist_adv.stopping import Stopping
+from dist_adv.distributed.stopping import Stopping
 
 Stopping(Path("."), 1.0, True).reason()
 print(before == [signal.getsignal(number) for number in numbers])

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from dist_adv import cli, rundir, sweep_runner
+from dist_adv.distributed.stopping import STARTED_BY_SWEEP
 from dist_adv.errors import RunFailure
-from dist_adv.stopping import STARTED_BY_SWEEP
 from dist_adv.sweep import SweepRun, load_sweep
 
 DIGITS = Path(__file__).parents[2] / "configs" / "sweeps" / "digits.yaml"

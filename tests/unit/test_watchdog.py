@@ -8,7 +8,7 @@ import pytest
 
 PRELUDE = """
 import threading, time
-from dist_adv import watchdog
+from dist_adv.distributed import watchdog
 watchdog._SECONDS_TO_SPEAK = 0.2
 dog = watchdog.Watchdog({limit} / 60, rank=1, ranks=3)
 """

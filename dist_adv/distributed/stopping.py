@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from dist_adv import launched
+from dist_adv.distributed import launched
 from dist_adv.errors import Preempted
 
 # The answer of many ranks is the one furthest down.

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from dist_adv.config import TrainOptions
+from dist_adv.distributed.stopping import REASONS, Stopping
+from dist_adv.distributed.watchdog import Watchdog
 from dist_adv.errors import Preempted
-from dist_adv.stopping import REASONS, Stopping
-from dist_adv.watchdog import Watchdog
 
 T = TypeVar("T")
 

@@ -1,0 +1,34 @@
+"""Accelerate's Accelerator for engines with mixed precision of their own."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import convert_outputs_to_fp32
+from torch import nn
+
+
+class EngineAccelerator(Accelerator):
+    """Accelerate's, whose own ways of mixed precision are off: each engine has another.
+
+    Networks compute under autocast instead (`autocast`), in fp32 weights, as under DDP.
+    """
+
+    def __init__(self, precision: str, **arguments: Any) -> None:
+        self._computes_in = precision
+        super().__init__(mixed_precision="no", **arguments)
+
+    @property
+    def mixed_precision(self) -> str:
+        return self._computes_in.replace("fp32", "no")
+
+
+def autocast(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """What `accelerator.prepare` does to a model under DDP, which leaves its weights in fp32.
+
+    Parts of parameters are parts of rows: channels cannot be last.
+    """
+    if accelerator.mixed_precision == "bf16":
+        cast = torch.autocast(accelerator.device.type, torch.bfloat16)
+        model.forward = convert_outputs_to_fp32(cast(model.forward))
+    return model.to(memory_format=torch.contiguous_format)

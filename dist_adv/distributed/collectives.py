@@ -1,0 +1,93 @@
+"""What all ranks do together: compare how they were started, wait for one, sum."""
+
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+
+from dist_adv.data import Fingerprints, what_changed
+from dist_adv.errors import UserError
+
+T = TypeVar("T")
+
+
+def check_same_start(accelerator: Accelerator, about: Mapping[str, Any]) -> None:
+    """Raises UserError on every rank where one was started with something else than rank 0."""
+    mine = (socket.gethostname(), dict(about))
+    everyone = gather_object([mine]) if accelerator.num_processes > 1 else [mine]
+    first, expected = everyone[0]
+    for rank, (host, found) in enumerate(everyone):
+        different = [
+            f"{key}: {found.get(key)} there, {expected.get(key)} on rank 0"
+            for key in sorted(expected.keys() | found.keys())
+            if found.get(key) != expected.get(key)
+        ]
+        if different:
+            raise UserError(
+                f"rank {rank} on {host} and rank 0 on {first} were not started alike "
+                f"({'; '.join(different)}); give every rank the same command, code and files"
+            )
+
+
+def check_same_images(accelerator: Accelerator, prints: Fingerprints) -> None:
+    """Raises UserError on every rank where one reads other images than rank 0."""
+    mine = (socket.gethostname(), prints)
+    everyone = gather_object([mine]) if accelerator.num_processes > 1 else [mine]
+    first, expected = everyone[0]
+    for rank, (host, found) in enumerate(everyone):
+        changed = what_changed(expected, found)
+        if changed:
+            raise UserError(
+                f"data.root: rank {rank} on {host} has other images than rank 0 on {first} "
+                f"({'; '.join(changed)}); copy the folder (or that of DIST_ADV_DATA) once more"
+            )
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """The main process's result on every rank; what it raises is raised on every rank."""
+    outcome: list[T | Exception | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [work()]
+        except Exception as error:
+            outcome = [error]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]  # type: ignore[return-value]
+
+
+def on_every(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """This rank's result; a UserError of any rank is raised on all, so that none is waited for."""
+    result, mistake = None, None
+    try:
+        result = work()
+    except UserError as error:
+        mistake = error
+    mistakes = gather_object([mistake]) if accelerator.num_processes > 1 else [mistake]
+    for each in mistakes:
+        if each is not None:
+            raise each
+    return result  # type: ignore[return-value]
+
+
+@contextmanager
+def main_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """One process a node goes first; unlike Accelerate's own, also where it fails."""
+    if not accelerator.is_local_main_process:
+        accelerator.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if accelerator.is_local_main_process:
+            accelerator.wait_for_everyone()
+
+
+def sum_over_ranks(accelerator: Accelerator, value: Tensor) -> Tensor:
+    """The sum over ranks, of counts or of sums of losses."""
+    return accelerator.reduce(value, reduction="sum")

@@ -1,0 +1,165 @@
+"""DeepSpeed's ZeRO: parts of the optimiser, gradients and weights on each rank."""
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from dist_adv.config import OptimOptions
+from dist_adv.distributed.accelerator import EngineAccelerator, autocast
+from dist_adv.distributed.ddp import TrainNet, start_momentum
+from dist_adv.errors import UserError
+
+
+class _Plugin(DeepSpeedPlugin):
+    """Accelerate's, without what tells transformers of it, which need not be installed."""
+
+    def set_deepspeed_weakref(self) -> None:
+        pass
+
+
+def start_deepspeed(cpu: bool, precision: str) -> Accelerator:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError("DeepSpeed is not installed; pip install 'dist-adv[deepspeed]'")
+    if cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it has found no other
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel("ERROR")  # warns of an optimiser that is not its own
+    # It has not heard of torch 2.14's new names yet.
+    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
+    try:
+        plugin = _Plugin(zero3_init_flag=False)
+    except (ValueError, OSError) as error:
+        raise UserError(f"DeepSpeed's configuration: {error}") from None
+    check_deepspeed(plugin.deepspeed_config)
+    # Accelerate would clip gradients at 1 where nothing is said, and ask for a DataLoader.
+    plugin.deepspeed_config |= {"gradient_clipping": 0.0, "train_micro_batch_size_per_gpu": 1}
+    if not cpu:
+        return EngineAccelerator(precision, deepspeed_plugin=plugin)
+    # A collective of its own for CPUs, of which a C++ compiler would have to make a library first.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    gloo = InitProcessGroupKwargs(backend="gloo")
+    return EngineAccelerator(precision, deepspeed_plugin=plugin, kwargs_handlers=[gloo])
+
+
+def check_deepspeed(config: Mapping[str, Any]) -> None:
+    """Raises UserError for what would make another experiment of this one."""
+    zero = config["zero_optimization"]
+    offloads = [zero.get(key) or {} for key in ("offload_optimizer", "offload_param")]
+    formats = [config.get(key, {}) for key in ("fp16", "bf16", "torch_autocast")]
+    refusals = (
+        (zero.get("stage") not in (1, 2, 3), "zero_stage: 1, 2 or 3; 0 is DDP, without DeepSpeed"),
+        (
+            any(offload.get("device", "none") != "none" for offload in offloads),
+            "offload_*_device: Accelerate would put Adam in the place of SGD; use none",
+        ),
+        (
+            config.get("gradient_clipping", 0) not in (0, "auto"),
+            "gradient_clipping: no other engine clips; use 0",
+        ),
+        (
+            config.get("gradient_accumulation_steps", 1) not in (1, "auto"),
+            "gradient_accumulation_steps: train.batch_size is the whole batch; use 1",
+        ),
+        (
+            any(each.get("enabled", False) not in (False, "auto") for each in formats),
+            "fp16, bf16: would round the weights; set train.precision in the experiment",
+        ),
+        (
+            not config.keys().isdisjoint({"optimizer", "scheduler"}),
+            "optimizer, scheduler: are the experiment's 'optim'",
+        ),
+    )
+    for applies, reason in refusals:
+        if applies:
+            raise UserError(f"DeepSpeed's configuration: {reason}")
+
+
+class ZeroNet(TrainNet):
+    """Under DeepSpeed. The optimiser's step is inside `accelerator.backward`.
+
+    A step whose gradients are not finite is left out by DeepSpeed, which asks the device each time.
+    """
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, options: OptimOptions) -> None:
+        super().__init__(accelerator, autocast(accelerator, model), options)
+        self.guarded = None
+        self.parameters = dict(model.named_parameters())
+        self.shared_out = accelerator.state.deepspeed_plugin.zero_stage == 3
+        zero = self.prepared.optimizer
+        if self.shared_out:
+            start_momentum(self.sgd, zero.fp32_partitioned_groups_flat)
+        else:
+            start_momentum(self.sgd, zero.single_partition_of_fp32_groups)
+            self._link_momentum()
+
+    def gradient_norm(self) -> Tensor:
+        norm = self.prepared.get_global_grad_norm()
+        return torch.as_tensor(norm, device=self.accelerator.device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        with self._gathered():
+            return {name: tensor.clone() for name, tensor in self.bare.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        with self._gathered(modifier_rank=0):
+            self.bare.load_state_dict(state)
+        for name, parameter in self.parameters.items():
+            if self.shared_out:
+                safe_set_local_fp32_param(parameter, self._part(parameter, state[name]))
+            else:
+                safe_set_full_fp32_param(parameter, state[name])
+
+    def momentum(self) -> list[Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if not self._own_momentum():
+            return []
+        return [
+            safe_get_full_optimizer_state(parameter, "momentum_buffer")
+            for parameter in self.parameters.values()
+        ]
+
+    def load_momentum(self, momentum: Sequence[Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        for parameter, whole in zip(self.parameters.values(), momentum, strict=False):
+            if self.shared_out:
+                part = self._part(parameter, whole)
+                safe_set_local_optimizer_state(parameter, part, "momentum_buffer")
+            else:
+                safe_set_full_optimizer_state(parameter, whole, "momentum_buffer")
+
+    def _link_momentum(self) -> None:
+        """DeepSpeed does it in its first step, which is too late for `load_momentum`."""
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        for flat in self.sgd.state:
+            lazy_init_hp_params_optimizer_state(self.parameters.values(), flat, self.sgd.state)
+
+    def _part(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        """This rank's of a tensor. Parts are of one size, the last is filled up with zeros.
+
+        DeepSpeed's own `safe_set_full_...` forget that (0.19).
+        """
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        size, rank = len(safe_get_local_fp32_param(parameter)), self.accelerator.process_index
+        part = whole.flatten()[size * rank : size * (rank + 1)]
+        return nn.functional.pad(part, (0, size - len(part)))
+
+    def _gathered(self, **arguments: Any) -> AbstractContextManager[None]:
+        """With stage 3 the weights are whole inside; with the others they always are."""
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(self.parameters.values()), **arguments)

@@ -1,0 +1,93 @@
+"""FSDP2: a part of each parameter on each rank."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dist_adv.config import OptimOptions
+from dist_adv.distributed.accelerator import EngineAccelerator, autocast
+from dist_adv.distributed.ddp import TrainNet, start_momentum
+from dist_adv.errors import UserError
+
+
+def start_fsdp2(cpu: bool, precision: str) -> Accelerator:
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise UserError("FSDP's configuration: fsdp_version: 1 is not supported; use 2")
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy) or plugin.activation_checkpointing:
+        raise UserError(
+            "FSDP's configuration: fsdp_offload_params and fsdp_activation_checkpointing are not "
+            "tried here; use false"
+        )
+    accelerator = EngineAccelerator(precision, cpu=cpu, fsdp_plugin=plugin)
+    if cpu:
+        # Accelerate ignores the plugin without a GPU; what it does with it works over gloo, too.
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+    return accelerator
+
+
+class ShardedNet(TrainNet):
+    """Under FSDP2: every rank keeps a part of each parameter, gathers it to compute, and forgets.
+
+    torch has no fused SGD of such parts (2.14). Locally they are plain tensors, which it updates.
+    """
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, options: OptimOptions) -> None:
+        super().__init__(accelerator, autocast(accelerator, model), options)
+        self.parameters: list[Any] = list(model.parameters())  # DTensors
+        (group,) = self.sgd.param_groups
+        group["params"] = [parameter.detach().to_local() for parameter in self.parameters]
+        start_momentum(self.sgd, group["params"])
+        self.sgd.register_step_pre_hook(self._hand_over_gradients)
+
+    def _hand_over_gradients(self, sgd: torch.optim.Optimizer, *_: Any) -> None:
+        for parameter, own in zip(self.parameters, sgd.param_groups[0]["params"], strict=True):
+            own.grad, parameter.grad = parameter.grad.to_local(), None
+
+    def gradient_norm(self) -> Tensor:
+        norm: Any = super().gradient_norm()
+        return norm.full_tensor()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = self.bare.state_dict()
+        return {
+            name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            for name, tensor in state.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        now = self.bare.state_dict()
+        self.bare.load_state_dict(
+            {
+                name: _share(tensor, now[name]) if isinstance(now.get(name), DTensor) else tensor
+                for name, tensor in state.items()
+            }
+        )
+
+    def momentum(self) -> list[Tensor]:
+        return [
+            DTensor.from_local(
+                own, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+            ).full_tensor()
+            for own, like in zip(self._own_momentum(), self.parameters, strict=False)
+        ]
+
+    def load_momentum(self, momentum: Sequence[Tensor]) -> None:
+        shares = [
+            _share(whole, like).to_local()
+            for whole, like in zip(momentum, self.parameters, strict=False)
+        ]
+        super().load_momentum(shares)
+
+
+def _share(whole: Tensor, like: DTensor) -> DTensor:
+    """`whole`, which every rank has, as its parts."""
+    whole = whole.to(like.device)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)

@@ -1,0 +1,78 @@
+"""The trained network on many ranks: compiled, settled, copied with averaged statistics."""
+
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_adv.data import Dataset
+from dist_adv.distributed.ddp import TrainNet
+from dist_adv.errors import UserError
+
+
+def synchronised(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """BatchNorm with the statistics of the global batch, where there are several ranks.
+
+    Raises UserError off GPUs, where torch has no such layer.
+    """
+    if accelerator.num_processes == 1:
+        return model
+    if accelerator.device.type == "cpu":
+        raise UserError(
+            "train.sync_batchnorm: torch's SyncBatchNorm needs GPUs; on CPUs use model.norm=group"
+        )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def compile_network(model: nn.Module, choice: Literal["none", "default", "max"]) -> None:
+    """Let torch.compile fuse the layers, in place: parameters keep their names.
+
+    Every shape has code of its own, because code for any shape is slower: the short last batch is
+    compiled too. Frozen and trained forwards are two graphs; the frozen one's backward computes
+    no weight gradients. DDP waits for the whole backward, so that its all-reduce no longer
+    overlaps with it: the price of one graph.
+    """
+    if choice != "none":
+        # On, it cuts the graph where DDP's buckets end (PreActResNet18: three graphs), compiles
+        # each, and lets their all-reduces overlap with the rest.
+        torch._dynamo.config.optimize_ddp = False
+        model.compile(dynamic=False, mode="max-autotune" if choice == "max" else None)
+
+
+def settle(accelerator: Accelerator, net: TrainNet, data: Dataset) -> None:
+    """Let DDP arrange its gradients for good, by a forward and backward that change nothing.
+
+    DDP regroups its buckets after the first backward pass, and with three ranks or more the
+    order of summation depends on them: a resumed run would take its first step in another order
+    than the uninterrupted run and differ from it in the last bits.
+    """
+    if not isinstance(net.prepared, DistributedDataParallel):
+        return
+    before = {name: buffer.clone() for name, buffer in net.bare.named_buffers()}
+    blank = torch.zeros(2, *data.images.shape[1:], device=accelerator.device)
+    with torch.compiler.set_stance("force_eager"):  # two images are not worth compiling for
+        for _ in range(2):  # the second forward is when it happens
+            net(blank.to(memory_format=torch.channels_last)).sum().backward()
+    for parameter in net.bare.parameters():
+        parameter.grad = None
+    for name, buffer in net.bare.named_buffers():
+        buffer.copy_(before[name])
+
+
+@torch.no_grad()
+def snapshot(accelerator: Accelerator, net: TrainNet, into: nn.Module) -> None:
+    """Copy the weights into a plain fp32 model, BatchNorm's running statistics averaged.
+
+    The model in training is left alone, so that evaluating or saving at any moment does not
+    change what comes after it; and what is evaluated is what is saved.
+    """
+    state = net.state_dict()
+    names = [name for name in state if name.endswith(("running_mean", "running_var"))]
+    if accelerator.num_processes > 1 and names:
+        flat = torch.cat([state[name].flatten() for name in names])
+        mean = accelerator.reduce(flat, reduction="mean")
+        parts = mean.split([state[name].numel() for name in names])
+        state |= {name: part.view_as(state[name]) for name, part in zip(names, parts, strict=True)}
+    into.load_state_dict(state)
