@@ -20,7 +20,8 @@ from dist_adv.attacks.threat import build
 from dist_adv.config import load_config
 from dist_adv.data import load_dataset
 from dist_adv.distributed import start
-from dist_adv.evaluate import evaluate, wilson
+from dist_adv.evaluation.evaluate import evaluate
+from dist_adv.evaluation.results import wilson
 
 
 def main() -> None:

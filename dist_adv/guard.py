@@ -29,7 +29,8 @@ from dist_adv.attacks.threat import Threat
 from dist_adv.config import EvalOptions
 from dist_adv.data import Batch, Dataset
 from dist_adv.distributed.collectives import sum_over_ranks
-from dist_adv.evaluate import evaluate, subset
+from dist_adv.evaluation.evaluate import evaluate
+from dist_adv.evaluation.images import subset
 
 SAMPLE = 512
 """Training images that `gap` measures, or all where there are fewer."""

@@ -27,12 +27,13 @@ from dist_adv.distributed.failures import plain_failures
 from dist_adv.distributed.session import Session
 from dist_adv.distributed.start import start_accelerator, warn_of_unused_precision
 from dist_adv.errors import Preempted, RunFailure, UserError
-from dist_adv.evaluate import evaluate
+from dist_adv.evaluation.display import EvaluationDisplay, results_table
+from dist_adv.evaluation.evaluate import evaluate
+from dist_adv.evaluation.unfinished import Unfinished
 from dist_adv.models import load_model, read_final, save_model
-from dist_adv.terminal import EvaluationDisplay, bar, log_file, results_table, start_logging
+from dist_adv.terminal import bar, log_file, start_logging
 from dist_adv.track import Tracker, write_results
 from dist_adv.train import Trainer
-from dist_adv.unfinished import Unfinished
 
 log = logging.getLogger("dist_adv")
 

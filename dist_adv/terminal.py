@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +18,18 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
 from dist_adv.errors import RunFailure
 
 if TYPE_CHECKING:
-    from dist_adv.evaluate import Result
+    pass
+
+
+log = logging.getLogger("dist_adv")
+
+_SECONDS_BETWEEN_LINES = 60.0
 
 console = Console(stderr=True)
-log = logging.getLogger("dist_adv")
-_SECONDS_BETWEEN_LINES = 60.0
 
 
 def interactive(shown_on: Console = console) -> bool:
@@ -132,37 +134,3 @@ class TrainingDisplay:
                 f"{record['curve_attack']} {record['pgd_accuracy']:.1%}"
             )
         log.info("%s  %.1f s of training", line, record["seconds"])
-
-
-class EvaluationDisplay:
-    """The same for an evaluation."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.task = progress.add_task("evaluating", total=None, status="")
-        self.said = time.monotonic()
-
-    def update(self, attack: str, done: int, of: int) -> None:
-        self.progress.update(self.task, description=attack, completed=done, total=of)
-        if self.progress.disable and time.monotonic() - self.said > _SECONDS_BETWEEN_LINES:
-            self.said = time.monotonic()
-            log.info("%s: %d of %d images", attack, done, of)
-
-
-def results_table(results: "Sequence[Result]") -> None:
-    """The final figures, on standard output."""
-    table = Table("attack", "accuracy", "95 % interval", "n", "seconds")
-    for result in results:
-        record = result.record()
-        low, high = record["ci95"]
-        table.add_row(
-            result.attack,
-            f"{result.accuracy:.2%}",
-            f"{low:.2%} to {high:.2%}",
-            f"{result.n:,}",
-            f"{result.seconds:.1f}" + ("" if result.measured_in == result.attack else " (shared)"),
-        )
-    Console().print(table)
-    for result in results:
-        for flag in result.flags:
-            log.warning("%s: %s", result.attack, flag)

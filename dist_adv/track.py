@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from dist_adv import files, packages, wandb_env, wandb_run
 from dist_adv.config import Config
-from dist_adv.evaluate import Examples, Result
+from dist_adv.evaluation.results import Examples, Result
 from dist_adv.wandb_run import caption, final, named, picture
 
 if TYPE_CHECKING:

@@ -27,7 +27,8 @@ from dist_adv.distributed.collectives import check_same_images, main_process_fir
 from dist_adv.distributed.network import compile_network, settle, snapshot, synchronised
 from dist_adv.distributed.session import Session
 from dist_adv.errors import Preempted, RunFailure, UserError
-from dist_adv.evaluate import Examples, evaluate
+from dist_adv.evaluation.evaluate import evaluate
+from dist_adv.evaluation.results import Examples
 from dist_adv.guard import Measured
 from dist_adv.methods import Step, build_method
 from dist_adv.models import build_model

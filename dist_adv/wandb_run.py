@@ -22,10 +22,10 @@ from dist_adv.errors import STOPPED, UserError
 from dist_adv.text import shown
 
 if TYPE_CHECKING:  # the report imports matplotlib, for which no start of a run should wait
-    from dist_adv import evaluate
+    from dist_adv.evaluation import results
     from dist_adv.report import runs
 
-    Examples = evaluate.Examples | runs.Examples
+    Examples = results.Examples | runs.Examples
 
 log = logging.getLogger("dist_adv")
 

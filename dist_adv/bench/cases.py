@@ -28,7 +28,8 @@ from dist_adv.config import Config, load_config, parse_config
 from dist_adv.data import Batch, Loader, load_dataset
 from dist_adv.distributed.network import snapshot
 from dist_adv.distributed.session import Session
-from dist_adv.evaluate import evaluate, subset
+from dist_adv.evaluation.evaluate import evaluate
+from dist_adv.evaluation.images import subset
 from dist_adv.models import Classifier, build_model, load_model
 from dist_adv.report.runs import read_runs
 from dist_adv.terminal import TrainingDisplay, bar

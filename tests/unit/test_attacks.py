@@ -16,7 +16,8 @@ from dist_adv import rng
 from dist_adv.attacks import PGD, ascend, frozen, parse_attack
 from dist_adv.attacks.threat import L2, Linf, build
 from dist_adv.config import EvalOptions
-from dist_adv.evaluate import evaluate, wilson
+from dist_adv.evaluation.evaluate import evaluate
+from dist_adv.evaluation.results import wilson
 
 EPS = 0.2
 

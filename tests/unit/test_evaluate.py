@@ -12,9 +12,10 @@ from dist_adv.attacks.threat import L2, Linf
 from dist_adv.config import EvalOptions
 from dist_adv.data import Dataset
 from dist_adv.errors import UserError
-from dist_adv.evaluate import Result, _flag_contradictions, evaluate, wilson
+from dist_adv.evaluation.evaluate import _flag_contradictions, evaluate
+from dist_adv.evaluation.results import Result, wilson
+from dist_adv.evaluation.unfinished import Unfinished
 from dist_adv.models import PreActResNet18Options, build_model
-from dist_adv.unfinished import Unfinished
 
 THREAT = Linf(0.2)
 ALL = ["natural", "fgsm", "pgd-10", "pgd-20", "pgd-20-3"]

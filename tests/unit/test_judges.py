@@ -26,7 +26,7 @@ from dist_adv.attacks.autoattack import AutoAttack
 from dist_adv.attacks.threat import build
 from dist_adv.config import EvalOptions
 from dist_adv.errors import UserError
-from dist_adv.evaluate import evaluate
+from dist_adv.evaluation.evaluate import evaluate
 from dist_adv.models import Classifier, PreActResNet18Options, build_model, load_model, save_model
 
 LINF, L2 = 16 / 255, 2.0
@@ -302,7 +302,7 @@ def test_autoattack_has_the_attacks_that_there_are(
     accelerator: Accelerator,
 ) -> None:
     """Nothing falls within so small a ball, so every attack gets images."""
-    monkeypatch.setattr("dist_adv.evaluate.AutoAttack", Brief)
+    monkeypatch.setattr("dist_adv.evaluation.evaluate.AutoAttack", Brief)
     data = colours(2, classes)
     net = build_model(PreActResNet18Options(width=2), [0.5] * 3, [0.25] * 3, data.classes, 0).eval()
     with torch.no_grad():  # whatever it says is right

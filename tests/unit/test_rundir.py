@@ -22,7 +22,7 @@ from dist_adv import checkpoint, files
 from dist_adv.config import Config, differences, longer, parse_config, training_differences
 from dist_adv.data import Dataset
 from dist_adv.errors import RunFailure, UserError
-from dist_adv.evaluate import evaluate
+from dist_adv.evaluation.evaluate import evaluate
 from dist_adv.rundir import Lock, check, mark
 from dist_adv.runner import train_run
 from dist_adv.train import Trainer

@@ -5,10 +5,7 @@ restarts and iterates; every figure with its attack, its interval and what looks
 """
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,166 +14,20 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from dist_adv import rng
 from dist_adv.attacks import PGD, Attack, correct, parse_attack
 from dist_adv.attacks.autoattack import AutoAttack
 from dist_adv.attacks.threat import Threat
 from dist_adv.config import EvalOptions
 from dist_adv.data import Dataset
-from dist_adv.distributed.collectives import sum_over_ranks
 from dist_adv.errors import UserError
+from dist_adv.evaluation.images import Images
+from dist_adv.evaluation.results import Examples, Result
+from dist_adv.evaluation.tally import Tally
+from dist_adv.evaluation.unfinished import Unfinished
 from dist_adv.text import shown
-from dist_adv.unfinished import Entry, Unfinished
 
 Progress = Callable[[str, int, int], None]
 """Called with (attack, images done by all ranks, images)."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """One attack on one model."""
-
-    attack: str
-    correct: int
-    n: int
-    loss: float | None
-    seconds: float
-    measured_in: str
-    settings: dict[str, Any]
-    flags: list[str] = field(default_factory=list)
-
-    @property
-    def accuracy(self) -> float:
-        return self.correct / self.n
-
-    def record(self) -> dict[str, Any]:
-        """The line of results.jsonl."""
-        return {
-            "attack": self.attack,
-            "accuracy": self.accuracy,
-            "correct": self.correct,
-            "n": self.n,
-            "ci95": wilson(self.correct, self.n),
-            "loss": self.loss,
-            **self.settings,
-            "seconds": round(self.seconds, 3),
-            "measured_in": self.measured_in,
-            "flags": self.flags,
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-
-
-@dataclass(frozen=True)
-class Examples:
-    """A few images before and after the strongest attack, (k, C, H, W) in [0, 1], labels (k,)."""
-
-    attack: str
-    classes: list[str]
-    clean: Tensor
-    adversarial: Tensor
-    label: Tensor
-    clean_prediction: Tensor
-    adversarial_prediction: Tensor
-
-
-def wilson(correct: int, n: int) -> list[float]:
-    """95 % Wilson score interval of a proportion (Wilson 1927)."""
-    z = 1.959964
-    p, d = correct / n, 1 + z * z / n
-    centre = (p + z * z / (2 * n)) / d
-    half = z / d * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [max(0.0, centre - half), min(1.0, centre + half)]
-
-
-def subset(n: int, limit: int | None) -> Tensor:
-    """Numbers of the samples that are measured: the first `limit` in a fixed random order of n."""
-    return rng.permutation(rng.stream_key("subset"), n)[:limit]
-
-
-class _Images:
-    """This rank's share of the images to measure on, in chunks on the device.
-
-    The first `limit` images of a fixed random order, so that a folder sorted by class gives a
-    balanced set, whatever the ranks. Rank r takes r, r + W, r + 2 W, ...: each image once, and
-    after each round of chunks a beginning of that order is done.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        options: EvalOptions,
-        limit: int | None,
-        accelerator: Accelerator,
-        between: Callable[[], None],
-    ) -> None:
-        self.order = subset(len(dataset), limit)
-        self.n = len(self.order)
-        self.dataset, self.device = dataset, accelerator.device
-        self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
-        self.between, self.round = between, options.batch_size * self.ranks
-        self.key = rng.stream_key(options.seed, "attack")
-
-    def chunks(self, tally: "_Tally") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """x (n, C, H, W) in [0, 1], y (n,), keys (n,) of each chunk that `tally` does not have."""
-        for start in range(tally.done, self.n, self.round):
-            self.between()
-            samples = self.order[start : start + self.round][self.rank :: self.ranks]
-            if len(samples):  # else the others' shares are larger by one image
-                yield self.load(samples)
-            tally.close_round(min(self.n, start + self.round))
-
-    def load(self, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = self.dataset.images[samples].to(self.device).to(torch.get_default_dtype()).div_(255)
-        y = self.dataset.labels[samples].to(self.device)
-        keys = rng.sample_keys(self.key, samples.to(self.device))
-        return x.contiguous(memory_format=torch.channels_last), y, keys
-
-
-class _Tally:
-    """Sums over the images done, of this rank and of all; on disk where there is an `Unfinished`.
-
-    done: how many images, from the beginning of their order, all ranks are through with.
-    """
-
-    def __init__(
-        self, accelerator: Accelerator, attack: str, size: int, unfinished: Unfinished | None
-    ) -> None:
-        self.accelerator, self.attack, self.unfinished = accelerator, attack, unfinished
-        found = unfinished.find(attack, size) if unfinished else None
-        before = found or Entry(sums=[0.0] * size)
-        self.done, self.seconds, self.messages = before.done, before.seconds, before.messages
-        self.sums = torch.tensor(before.sums, dtype=torch.float64)
-        self.mine = torch.zeros(size, dtype=torch.float64, device=accelerator.device)
-        self.began = time.perf_counter()
-
-    def add(self, *numbers: Tensor | int) -> None:
-        parts = [torch.as_tensor(n, device=self.mine.device).double() for n in numbers]
-        self.mine += torch.stack(parts)
-
-    def close_round(self, done: int) -> None:
-        self.done = done
-        if self.unfinished:
-            self._collect()
-            entry = Entry(
-                done=done,
-                sums=self.sums.tolist(),
-                seconds=self.elapsed(),
-                messages=self.messages,
-            )
-            self.unfinished.keep(self.attack, entry)
-
-    def totals(self) -> list[float]:
-        """The sums over all ranks."""
-        self._collect()
-        return self.sums.tolist()
-
-    def elapsed(self) -> float:
-        """Seconds of work on this attack, those before an interruption included."""
-        return self.seconds + time.perf_counter() - self.began
-
-    def _collect(self) -> None:
-        self.sums += sum_over_ranks(self.accelerator, self.mine).cpu()
-        self.mine.zero_()
 
 
 def evaluate(
@@ -205,7 +56,7 @@ def evaluate(
     AutoAttack is wanted and cannot run.
     """
     model.eval()
-    images = _Images(dataset, options, limit, accelerator, between)
+    images = Images(dataset, options, limit, accelerator, between)
     _check_fit(model, dataset, options)
     wanted = [parse_attack(name) for name in dict.fromkeys(attacks)]
     ensemble = None
@@ -214,16 +65,16 @@ def evaluate(
     found: dict[str, Result] = {}
     examples = None
     if "natural" in attacks:
-        found["natural"] = _natural(model, images, _Tally(accelerator, "natural", 2, unfinished))
+        found["natural"] = _natural(model, images, Tally(accelerator, "natural", 2, unfinished))
     for leader, members in _shared_runs(wanted):
         # Survivors of each member, then: images attacked, zero gradients there, sum of losses.
-        tally = _Tally(accelerator, leader.name, len(members) + 3, unfinished)
+        tally = Tally(accelerator, leader.name, len(members) + 3, unfinished)
         results, examples = _attacked(
             model, images, threat, options, tally, leader, members, progress
         )
         found |= {result.attack: result for result in results}
     if ensemble:
-        tally = _Tally(accelerator, "autoattack", 2, unfinished)
+        tally = Tally(accelerator, "autoattack", 2, unfinished)
         found["autoattack"], examples = _autoattacked(
             model, images, threat, options, tally, ensemble, progress
         )
@@ -248,7 +99,7 @@ def _shared_runs(wanted: Sequence[Attack]) -> list[tuple[Attack, list[Attack]]]:
     return runs[::-1]
 
 
-def _natural(model: nn.Module, images: _Images, tally: _Tally) -> Result:
+def _natural(model: nn.Module, images: Images, tally: Tally) -> Result:
     with torch.inference_mode():
         x, _, _ = images.load(images.order[:100])
         jitter = (model(x) - model(x)).abs().max().item()
@@ -269,10 +120,10 @@ def _natural(model: nn.Module, images: _Images, tally: _Tally) -> Result:
 
 def _attacked(
     model: nn.Module,
-    images: _Images,
+    images: Images,
     threat: Threat,
     options: EvalOptions,
-    tally: _Tally,
+    tally: Tally,
     leader: Attack,
     members: Sequence[Attack],
     progress: Progress,
@@ -333,10 +184,10 @@ def _attacked(
 
 def _autoattacked(
     model: nn.Module,
-    images: _Images,
+    images: Images,
     threat: Threat,
     options: EvalOptions,
-    tally: _Tally,
+    tally: Tally,
     attack: AutoAttack,
     progress: Progress,
 ) -> tuple[Result, Examples]:

@@ -1,0 +1,1 @@
+"""Robust accuracy: the only place where it is measured."""

@@ -1,0 +1,56 @@
+"""The images to measure on, in a fixed random order shared by the ranks."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from dist_adv import rng
+from dist_adv.config import EvalOptions
+from dist_adv.data import Dataset
+from dist_adv.evaluation.tally import Tally
+
+
+def subset(n: int, limit: int | None) -> Tensor:
+    """Numbers of the samples that are measured: the first `limit` in a fixed random order of n."""
+    return rng.permutation(rng.stream_key("subset"), n)[:limit]
+
+
+class Images:
+    """This rank's share of the images to measure on, in chunks on the device.
+
+    The first `limit` images of a fixed random order, so that a folder sorted by class gives a
+    balanced set, whatever the ranks. Rank r takes r, r + W, r + 2 W, ...: each image once, and
+    after each round of chunks a beginning of that order is done.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        options: EvalOptions,
+        limit: int | None,
+        accelerator: Accelerator,
+        between: Callable[[], None],
+    ) -> None:
+        self.order = subset(len(dataset), limit)
+        self.n = len(self.order)
+        self.dataset, self.device = dataset, accelerator.device
+        self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
+        self.between, self.round = between, options.batch_size * self.ranks
+        self.key = rng.stream_key(options.seed, "attack")
+
+    def chunks(self, tally: "Tally") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """x (n, C, H, W) in [0, 1], y (n,), keys (n,) of each chunk that `tally` does not have."""
+        for start in range(tally.done, self.n, self.round):
+            self.between()
+            samples = self.order[start : start + self.round][self.rank :: self.ranks]
+            if len(samples):  # else the others' shares are larger by one image
+                yield self.load(samples)
+            tally.close_round(min(self.n, start + self.round))
+
+    def load(self, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.dataset.images[samples].to(self.device).to(torch.get_default_dtype()).div_(255)
+        y = self.dataset.labels[samples].to(self.device)
+        keys = rng.sample_keys(self.key, samples.to(self.device))
+        return x.contiguous(memory_format=torch.channels_last), y, keys
