@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 
-from dist_adv import checkpoint
 from dist_adv.bench.timing import noise
 from dist_adv.config import parse_config
 from dist_adv.distributed import start
 from dist_adv.distributed.session import Session
 from dist_adv.nonfinite import NonFinite
+from dist_adv.runs import checkpoint
 from dist_adv.terminal import bar
 from dist_adv.train import Trainer
 

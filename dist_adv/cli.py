@@ -168,7 +168,7 @@ def report(run_dirs: tuple[Path, ...], out: Path, against: tuple[str, ...]) -> N
 
 def _runs(named: tuple[Path, ...]) -> list[Path]:
     """The run folders among those that are named; the others are said to be passed over."""
-    from dist_adv.reading import find_runs, passed_over
+    from dist_adv.runs.reading import find_runs, passed_over
 
     runs, others = find_runs(named)
     if others:
@@ -257,7 +257,7 @@ def status(folders: tuple[Path, ...], watch: bool) -> None:
     dist-adv status runs/*
     dist-adv status runs/paper --watch
     """
-    from dist_adv.status import show
+    from dist_adv.runs.status import show
 
     show(folders, watch)
 
@@ -273,7 +273,7 @@ def export(run_dir: Path, out: Path) -> None:
     python -c "import dist_adv; model = dist_adv.load_model('exported')"
     """
     _announce()
-    from dist_adv.export import export_run
+    from dist_adv.runs.export import export_run
 
     export_run(run_dir, out)
     click.echo(f"exported: {click.format_filename(out)}")

@@ -22,7 +22,7 @@ from rich.table import Table
 from dist_adv import packages
 from dist_adv.config import Config, load_config
 from dist_adv.errors import UserError
-from dist_adv.lock import held
+from dist_adv.runs.lock import held
 
 GB = 1e9
 
@@ -270,7 +270,7 @@ def _run_folder(config: Config | None, folder: Path) -> Findings:
 
 
 def _state_of(config: Config | None, folder: Path) -> Finding:
-    from dist_adv import rundir
+    from dist_adv.runs.folder import holds, state_of
 
     if held(folder):
         remedy = "wait for it, or choose another --run-dir"
@@ -278,11 +278,11 @@ def _state_of(config: Config | None, folder: Path) -> Finding:
     if config is None:
         return Finding("run folder", f"{folder}: writable")
     try:
-        if not rundir.holds(folder, config):
+        if not holds(folder, config):
             return Finding("run folder", f"{folder}: would be made")
     except UserError as error:
         return Finding("run folder", str(error), "problem", "choose another --run-dir")
-    state = rundir.state_of(folder) or "of unknown state"
+    state = state_of(folder) or "of unknown state"
     return Finding("run folder", f"{folder}: holds this run ({state}), which would go on")
 
 

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dist_adv import checkpoint, packages, reading, rundir, state, track
+from dist_adv import packages, state, track
 from dist_adv.attacks.threat import build as build_threat
-from dist_adv.checkpoint import Checkpoint
 from dist_adv.config import Config, differences, flatten, load_config, longer, parse_config
 from dist_adv.data import Dataset, load_dataset
 from dist_adv.distributed.collectives import (
@@ -31,6 +30,20 @@ from dist_adv.evaluation.display import EvaluationDisplay, results_table
 from dist_adv.evaluation.evaluate import evaluate
 from dist_adv.evaluation.unfinished import Unfinished
 from dist_adv.models import load_model, read_final, save_model
+from dist_adv.runs import checkpoint, reading
+from dist_adv.runs.checkpoint import Checkpoint
+from dist_adv.runs.environment import code_version
+from dist_adv.runs.folder import (
+    check,
+    check_same_experiment,
+    check_writable,
+    config_of,
+    create,
+    go_on,
+    mark,
+    state_of,
+    trained,
+)
 from dist_adv.terminal import bar, log_file, start_logging
 from dist_adv.track import Tracker, write_results
 from dist_adv.train import Trainer
@@ -61,9 +74,9 @@ def train_run(config: Config, run_dir: Path, resume: str) -> None:
         except (UserError, Preempted):
             raise
         except Exception as failure:  # also one that nobody foresaw: `running` would mean killed
-            if accelerator.is_main_process and rundir.state_of(run_dir):
+            if accelerator.is_main_process and state_of(run_dir):
                 with suppress(RunFailure):
-                    rundir.mark(run_dir, "failed", reason=str(failure) or type(failure).__name__)
+                    mark(run_dir, "failed", reason=str(failure) or type(failure).__name__)
             raise
 
 
@@ -73,7 +86,7 @@ def _what_is_started(
     """What has to be the same on every rank; the images may lie elsewhere on each machine."""
     settings = flatten(config.model_dump()) | {"train.precision": accelerator.mixed_precision}
     del settings["data.root"]
-    return {**settings, **arguments, "code": rundir.code_version(), "torch": torch.__version__}
+    return {**settings, **arguments, "code": code_version(), "torch": torch.__version__}
 
 
 def _train(
@@ -83,14 +96,14 @@ def _train(
     check_same_start(accelerator, _what_is_started(config, accelerator, arguments))
 
     def claim() -> bool:
-        lock = rundir.check(run_dir, config, resume != "none")
+        lock = check(run_dir, config, resume != "none")
         if lock:
             stack.callback(lock.release)
             checkpoint.remove_leftovers(run_dir / "checkpoints")
         return lock is not None
 
     exists = on_main(accelerator, claim)
-    if on_main(accelerator, lambda: exists and rundir.trained(run_dir, config)):
+    if on_main(accelerator, lambda: exists and trained(run_dir, config)):
         _evaluate_the_rest(config, run_dir, accelerator)
         return
     main = accelerator.is_main_process
@@ -118,10 +131,10 @@ def _train(
 
     def open_folder() -> None:
         if exists:
-            rundir.go_on(run_dir, config, accelerator, about)
+            go_on(run_dir, config, accelerator, about)
         else:
-            stack.callback(rundir.create(run_dir, config, accelerator, about).release)
-        rundir.mark(run_dir, "running")
+            stack.callback(create(run_dir, config, accelerator, about).release)
+        mark(run_dir, "running")
 
     on_main(accelerator, open_folder)
     if not exists:
@@ -183,8 +196,8 @@ def _evaluate_the_rest(config: Config, run_dir: Path, accelerator: Accelerator) 
     log.info("%s is trained already", run_dir)
     missing = on_main(accelerator, lambda: _missing(run_dir, config))
     if not missing:
-        if accelerator.is_main_process and rundir.state_of(run_dir) != "done":
-            rundir.mark(run_dir, "done")  # it was killed right before
+        if accelerator.is_main_process and state_of(run_dir) != "done":
+            mark(run_dir, "done")  # it was killed right before
         return
     main = accelerator.is_main_process
     tracker = Tracker(run_dir, config) if main else None
@@ -243,13 +256,13 @@ def _supervised(
         yield session
         session.leave()
         if main:
-            rundir.mark(run_dir, "done")
+            mark(run_dir, "done")
         finish(0)
     except Preempted as stop:
         log.warning("stopped (%s) at optimiser step %d", stop.reason, where()["step"])
         if main:
             session.stopping.heeded()
-            rundir.mark(run_dir, "preempted", reason=stop.reason, **where())
+            mark(run_dir, "preempted", reason=stop.reason, **where())
         finish(stop.status)
         session.leave()  # the first to go gets the others killed
         raise
@@ -286,7 +299,7 @@ def evaluate_run(
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir}: is no run folder (it has no config.yaml); name one")
     config = load_config(run_dir / "config.yaml", overrides)
-    _check_overrides(rundir.config_of(run_dir), config)
+    _check_overrides(config_of(run_dir), config)
     if attacks:
         tree = config.model_dump()
         tree["eval"]["attacks"] = list(attacks)
@@ -294,7 +307,7 @@ def evaluate_run(
     _check_attacks(config.eval.attacks)
     accelerator = start_accelerator("fp32", config.train.threads)
     start_logging(accelerator.is_main_process)
-    on_main(accelerator, lambda: rundir.check_writable(run_dir))
+    on_main(accelerator, lambda: check_writable(run_dir))
     arguments = {"--limit": limit, "weights": _weights(run_dir)}
     with plain_failures(accelerator, "eval.batch_size", config.eval.batch_size):
         check_same_start(accelerator, _what_is_started(config, accelerator, arguments))
@@ -405,7 +418,7 @@ def _starting_point(run_dir: Path, config: Config, resume: str) -> tuple[Path, C
             saved = checkpoint.load(path)
         except UserError as error:
             raise UserError(f"{error}; name a good one or use --resume auto") from None
-        rundir.check_same_experiment(parse_config(saved.state["config"], str(path)), config, path)
+        check_same_experiment(parse_config(saved.state["config"], str(path)), config, path)
         return path, saved
     folder = run_dir / "checkpoints"
     found = checkpoint.load_newest(folder, log.warning)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from dist_adv import files
 from dist_adv.errors import RunFailure, UserError
-from dist_adv.lock import Lock
-from dist_adv.status import SLURM_JOB, log_of
+from dist_adv.runs.lock import Lock
+from dist_adv.runs.status import SLURM_JOB, log_of
 from dist_adv.sweep import REPORT, Sweep, claim
 
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dist_adv.checkpoint import Checkpoint
 from dist_adv.data import what_changed
 from dist_adv.distributed.network import snapshot
 from dist_adv.errors import UserError
 from dist_adv.guard import Measured
+from dist_adv.runs.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from dist_adv.distributed.session import Session

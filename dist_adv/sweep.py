@@ -23,14 +23,15 @@ from pydantic_core import ErrorDetails
 from rich.box import SIMPLE
 from rich.table import Table
 
-from dist_adv import files, reading
+from dist_adv import files
 from dist_adv.config import Config, load_config, training_differences
 from dist_adv.config.loading import read_mapping
 from dist_adv.config.yaml_text import to_yaml
 from dist_adv.distributed.stopping import STOP_FILE
 from dist_adv.errors import UserError
 from dist_adv.options import Options
-from dist_adv.status import SLURM_JOB
+from dist_adv.runs import reading
+from dist_adv.runs.status import SLURM_JOB
 from dist_adv.text import duration, nearest, pixels
 
 SAVED = reading.SWEEP

@@ -13,14 +13,16 @@ from pathlib import Path
 import torch
 from rich.live import Live
 
-from dist_adv import packages, rundir, status
+from dist_adv import packages
 from dist_adv.distributed import launched
 from dist_adv.distributed.start import threads_per_rank
 from dist_adv.distributed.stopping import REASONS, STARTED_BY_SWEEP, Stopping
 from dist_adv.errors import STOPPED, Preempted, RunFailure, UserError
-from dist_adv.lock import Lock, held
 from dist_adv.report import write_report
 from dist_adv.runner import train_run
+from dist_adv.runs import status
+from dist_adv.runs.folder import config_of, state_of
+from dist_adv.runs.lock import Lock, held
 from dist_adv.sweep import REPORT, SAVED, Sweep, SweepRun, claim
 from dist_adv.terminal import console, interactive, start_logging
 
@@ -161,7 +163,7 @@ def _is_done(run: SweepRun, out: Path) -> bool:
     """As it is wanted now; whatever is not clear is for the run itself to say."""
     folder = out / run.name
     with suppress(UserError):
-        return rundir.state_of(folder) == "done" and rundir.config_of(folder) == run.config
+        return state_of(folder) == "done" and config_of(folder) == run.config
     return False
 
 

@@ -20,7 +20,7 @@ from dist_adv.evaluation.results import Examples, Result
 from dist_adv.wandb_run import caption, final, named, picture
 
 if TYPE_CHECKING:
-    from dist_adv.report.runs import Run
+    from dist_adv.runs.run import Run
 
 log = logging.getLogger("dist_adv")
 
@@ -121,7 +121,7 @@ class Tracker:
             self.wandb.alert("Catastrophic overfitting", text)
 
     def _read(self) -> "Run":
-        from dist_adv.report.runs import read_runs
+        from dist_adv.runs.run import read_runs
 
         return read_runs([self.run_dir])[0]
 

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from rich.progress import Progress
 from torch import Tensor
 
-from dist_adv import checkpoint, guard, state
+from dist_adv import guard, state
 from dist_adv.attacks.threat import build as build_threat
 from dist_adv.config import Config
 from dist_adv.data import Batch, Dataset, Loader, load_dataset
@@ -33,6 +33,7 @@ from dist_adv.guard import Measured
 from dist_adv.methods import Step, build_method
 from dist_adv.models import build_model
 from dist_adv.nonfinite import NonFinite
+from dist_adv.runs import checkpoint
 from dist_adv.schedule import lr_at, momentum_at
 from dist_adv.terminal import TrainingDisplay
 from dist_adv.text import few

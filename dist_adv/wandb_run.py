@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import ValidationError
 
-from dist_adv import files, rundir, wandb_env
+from dist_adv import files, wandb_env
 from dist_adv.config import Config
 from dist_adv.errors import STOPPED, UserError
+from dist_adv.runs import environment
 from dist_adv.text import shown
 
 if TYPE_CHECKING:  # the report imports matplotlib, for which no start of a run should wait
     from dist_adv.evaluation import results
-    from dist_adv.report import runs
+    from dist_adv.runs import run as runs
 
     Examples = results.Examples | runs.Examples
 
@@ -203,7 +204,7 @@ class WandbRun:
         import wandb
 
         self.id: str = about["id"]
-        checkout = rundir.checkout()
+        checkout = environment.checkout()
         shown = {**config.model_dump(), "env": json.loads((run_dir / "env.json").read_text())}
         if about["started_from"]:
             shown["started_from"] = about["started_from"]

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from dist_adv import files, rundir
+from dist_adv import files
 from dist_adv.bench.cases import CASES, Bench, Row
 from dist_adv.bench.timing import network
 from dist_adv.distributed.start import start_accelerator
 from dist_adv.errors import UserError, unwritable
+from dist_adv.runs.environment import git_commit
 from dist_adv.terminal import bar, console, start_logging
 
 _OPT_IN = ("robust",)  # eight minutes of training on data that are not here
@@ -101,7 +102,7 @@ def about(device: torch.device, precision: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "precision": precision,
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "commit": rundir.git_commit() or "unknown",
+        "commit": git_commit() or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

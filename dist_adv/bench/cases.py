@@ -31,7 +31,7 @@ from dist_adv.distributed.session import Session
 from dist_adv.evaluation.evaluate import evaluate
 from dist_adv.evaluation.images import subset
 from dist_adv.models import Classifier, build_model, load_model
-from dist_adv.report.runs import read_runs
+from dist_adv.runs.run import read_runs
 from dist_adv.terminal import TrainingDisplay, bar
 from dist_adv.track import Tracker
 from dist_adv.train import Meter, Trainer

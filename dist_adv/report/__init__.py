@@ -13,10 +13,10 @@ from dist_adv.report.csvfile import write_csv
 from dist_adv.report.networks import compare, comparison_tables
 from dist_adv.report.primer import explanation, methods
 from dist_adv.report.published import load_published
-from dist_adv.report.runs import read_runs
 from dist_adv.report.seeds import seed_tables
 from dist_adv.report.tables import reference, results
 from dist_adv.report.text import headline, notices
+from dist_adv.runs.run import read_runs
 
 __all__ = ["write_report"]
 

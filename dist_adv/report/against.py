@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_adv.reading import Evaluation
 from dist_adv.report.published import IN_PIXELS, Row, Settings, Source
-from dist_adv.report.runs import Run
 from dist_adv.report.tables import (
     Cell,
     Column,
@@ -21,6 +19,8 @@ from dist_adv.report.tables import (
     name_method,
     passes,
 )
+from dist_adv.runs.reading import Evaluation
+from dist_adv.runs.run import Run
 from dist_adv.text import duration, percent, pixels
 
 REPRODUCED = "reproduced"

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_adv.reading import Evaluation
-from dist_adv.report.runs import Run
 from dist_adv.report.tables import attack_order
+from dist_adv.runs.reading import Evaluation
+from dist_adv.runs.run import Run
 from dist_adv.text import shown
 
 _RUN_COLUMNS: dict[str, Callable[[Run], Any]] = {

@@ -16,7 +16,7 @@ from dist_adv.attacks import ascend, frozen
 from dist_adv.attacks.threat import Threat, build
 from dist_adv.errors import UserError
 from dist_adv.models import load_model
-from dist_adv.report.runs import Examples, Run
+from dist_adv.runs.run import Examples, Run
 from dist_adv.terminal import bar
 
 _GRID = 8  # points to each side of the image: 1/255 apart where eps is 8/255

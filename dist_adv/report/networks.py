@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dist_adv.report.runs import Examples, Run, best_of_each_method
 from dist_adv.report.tables import Cell, Column, Table, method_options, method_title
+from dist_adv.runs.run import Examples, Run, best_of_each_method
 from dist_adv.text import percent, pixels
 
 if TYPE_CHECKING:

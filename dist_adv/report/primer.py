@@ -4,8 +4,8 @@ import json
 from collections.abc import Sequence
 
 from dist_adv.files import Record
-from dist_adv.report.runs import Run
 from dist_adv.report.tables import Cell, Column, Table, method_title, threat_name
+from dist_adv.runs.run import Run
 from dist_adv.text import shown
 
 # How each method trains; its forward-backward passes and its optimiser steps on a batch; the

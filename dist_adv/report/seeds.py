@@ -5,8 +5,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dist_adv.report.runs import Run
 from dist_adv.report.tables import Cell, Column, Table, attack_name, attack_order, method_name
+from dist_adv.runs.run import Run
 from dist_adv.text import duration
 
 

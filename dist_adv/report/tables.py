@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dist_adv.reading import Evaluation
-from dist_adv.report.runs import Run
+from dist_adv.runs.reading import Evaluation
+from dist_adv.runs.run import Run
 from dist_adv.text import duration, percent, pixels
 
 # What besides its name decides what an evaluation's accuracy means: keys of results.jsonl and

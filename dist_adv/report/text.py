@@ -4,8 +4,8 @@ import json
 from collections.abc import Sequence
 
 from dist_adv.report.primer import data_set
-from dist_adv.report.runs import Run, best_of_each_method, strongest_attack
 from dist_adv.report.tables import SETTINGS, attack_name, interval, method_name, passes, threat_name
+from dist_adv.runs.run import Run, best_of_each_method, strongest_attack
 from dist_adv.text import duration, percentage
 
 

@@ -21,10 +21,11 @@ import torch
 from safetensors.torch import load_file
 
 import dist_adv
-from dist_adv import checkpoint, cli
+from dist_adv import cli
 from dist_adv.config import load_config
 from dist_adv.errors import UserError
 from dist_adv.runner import train_run
+from dist_adv.runs import checkpoint
 from launch import Job, checkpoints, status, weights_hash, write_config
 
 pytestmark = pytest.mark.slow

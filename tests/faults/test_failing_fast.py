@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import dist_adv
-from dist_adv import checkpoint
+from dist_adv.runs import checkpoint
 from launch import Job, checkpoints, status, weights_hash, write_config
 
 pytestmark = pytest.mark.slow

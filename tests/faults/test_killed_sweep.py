@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_adv.report.runs import read_runs
+from dist_adv.runs.run import read_runs
 from launch import status, weights_hash
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import dist_adv
-from dist_adv import checkpoint
+from dist_adv.runs import checkpoint
 from launch import Job, checkpoints, family, status, weights_hash, write_config
 
 pytestmark = pytest.mark.slow

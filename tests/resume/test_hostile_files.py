@@ -13,10 +13,11 @@ import torch
 import yaml
 
 from cases import config
-from dist_adv import checkpoint, cli, load_model
+from dist_adv import cli, load_model
 from dist_adv.config import parse_config
 from dist_adv.errors import UserError
 from dist_adv.runner import train_run
+from dist_adv.runs import checkpoint
 
 
 class Payload:

@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from cases import config
-from dist_adv import checkpoint, runner
+from dist_adv import runner
 from dist_adv.config import Config, parse_config
 from dist_adv.errors import UserError
 from dist_adv.runner import evaluate_run, train_run
+from dist_adv.runs import checkpoint
 from launch import checkpoints
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from cases import CASES, config
-from dist_adv import checkpoint, load_model
+from dist_adv import load_model
 from dist_adv.config import Config, parse_config
 from dist_adv.errors import UserError
 from dist_adv.guard import Measured
 from dist_adv.runner import train_run
+from dist_adv.runs import checkpoint
 from dist_adv.train import Trainer
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_adv import checkpoint
+from dist_adv.runs import checkpoint
 from launch import Job, status, weights_hash
 from slurm_cluster import DIGITS, poll, reaches
 

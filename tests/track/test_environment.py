@@ -11,10 +11,11 @@ import pytest
 import wandb
 
 import cases
-from dist_adv import checkpoint, cli, track, wandb_env, wandb_run
+from dist_adv import cli, track, wandb_env, wandb_run
 from dist_adv.config import Config, parse_config
 from dist_adv.errors import UserError
 from dist_adv.runner import train_run
+from dist_adv.runs import checkpoint
 from dist_adv.sync import sync_runs
 from dist_adv.wandb_run import identity
 from permissions import no_override

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 import cases
 from dist_adv import cli
 from dist_adv.config import parse_config
-from dist_adv.report.runs import read_runs
 from dist_adv.runner import train_run
+from dist_adv.runs.run import read_runs
 from dist_adv.wandb_run import place
 from wandb_server import Server, wandb_server
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_adv import rundir
-from dist_adv.rundir import checkout, git_commit
+from dist_adv.runs import environment
+from dist_adv.runs.environment import checkout, git_commit
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -33,10 +33,10 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Let this code lie in `folder`."""
-    code = folder / "dist_adv" / "rundir.py"
+    code = folder / "dist_adv" / "runs" / "environment.py"
     code.parent.mkdir(parents=True)
-    code.write_text(Path(rundir.__file__).read_text())
-    monkeypatch.setattr(rundir, "__file__", str(code))
+    code.write_text(Path(environment.__file__).read_text())
+    monkeypatch.setattr(environment, "__file__", str(code))
     return code
 
 
@@ -58,7 +58,7 @@ def test_checkout_and_changes(repository: Path, monkeypatch) -> None:
     assert git_commit() == head
     link = repository.parent / "link"
     link.symlink_to(repository)
-    monkeypatch.setattr(rundir, "__file__", str(link / "dist_adv" / "rundir.py"))
+    monkeypatch.setattr(environment, "__file__", str(link / "dist_adv" / "runs" / "environment.py"))
     assert git_commit() == head
     code.write_text("# changed\n")
     assert git_commit() == f"{head}-dirty"

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_adv.checkpoint import Checkpoint, load, load_newest, save
 from dist_adv.errors import RunFailure, UserError
+from dist_adv.runs.checkpoint import Checkpoint, load, load_newest, save
 
 FILES = ["model.safetensors", "optimizer.safetensors", "method.safetensors"]
 FILES += ["state.json", "manifest.json"]

@@ -16,9 +16,9 @@ from PIL import Image
 
 from dist_adv.errors import UserError
 from dist_adv.report import write_report
-from dist_adv.report.runs import read_runs, strongest_attack
 from dist_adv.report.tables import attack_order
 from dist_adv.report.text import headline, notices
+from dist_adv.runs.run import read_runs, strongest_attack
 from dist_adv.text import duration, pixels
 from made_up_runs import PLANNED, add_examples, epoch, evaluation, make_run
 

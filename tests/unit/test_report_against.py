@@ -16,8 +16,8 @@ from dist_adv.errors import UserError
 from dist_adv.report import write_report
 from dist_adv.report.against import Pair, set_beside
 from dist_adv.report.published import load_published
-from dist_adv.report.runs import Run, read_runs
 from dist_adv.report.seeds import seed_tables
+from dist_adv.runs.run import Run, read_runs
 from made_up_runs import epoch, evaluation, make_run, write_lines
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -13,7 +13,7 @@ from matplotlib import font_manager, text
 
 from dist_adv import cli
 from dist_adv.report import write_report
-from dist_adv.report.runs import Examples
+from dist_adv.runs.run import Examples
 from dist_adv.text import shown
 from dist_adv.wandb_run import caption
 from made_up_runs import add_examples, epoch, evaluation, make_run

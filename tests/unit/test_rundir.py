@@ -18,13 +18,14 @@ import pytest
 import torch
 
 from cases import config as case
-from dist_adv import checkpoint, files
+from dist_adv import files
 from dist_adv.config import Config, differences, longer, parse_config, training_differences
 from dist_adv.data import Dataset
 from dist_adv.errors import RunFailure, UserError
 from dist_adv.evaluation.evaluate import evaluate
-from dist_adv.rundir import Lock, check, mark
 from dist_adv.runner import train_run
+from dist_adv.runs import checkpoint
+from dist_adv.runs.folder import Lock, check, mark
 from dist_adv.train import Trainer
 
 # --- one writer ----------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ def states(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(state)
         mark(run_dir, state, **about)
 
-    monkeypatch.setattr("dist_adv.rundir.mark", note)
+    monkeypatch.setattr("dist_adv.runner.mark", note)
     return seen
 
 

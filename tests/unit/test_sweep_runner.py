@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from dist_adv import cli, rundir, sweep_runner
+from dist_adv import cli, sweep_runner
 from dist_adv.distributed.stopping import STARTED_BY_SWEEP
 from dist_adv.errors import RunFailure
+from dist_adv.runs.folder import mark
 from dist_adv.sweep import SweepRun, load_sweep
 
 DIGITS = Path(__file__).parents[2] / "configs" / "sweeps" / "digits.yaml"
@@ -54,7 +55,7 @@ def test_a_run_that_has_stopped_is_no_failure(
 
     def start(run: SweepRun, out: Path, share: dict[str, str]) -> sweep_runner._Job:
         (out / run.name).mkdir()
-        rundir.mark(out / run.name, "preempted", reason="train.max_minutes")
+        mark(out / run.name, "preempted", reason="train.max_minutes")
         process = subprocess.Popen(["sh", "-c", "exit 143"])
         return sweep_runner._Job(run, process, share, out / "log", 0)
 

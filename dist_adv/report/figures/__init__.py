@@ -17,8 +17,8 @@ from dist_adv.report.figures import (
 from dist_adv.report.figures.album import STYLE, Album, Chapter, give_looks
 from dist_adv.report.figures.lettering import Lettering
 from dist_adv.report.networks import Comparison
-from dist_adv.report.runs import Run
 from dist_adv.report.tables import method_name
+from dist_adv.runs.run import Run
 
 __all__ = ["draw"]
 

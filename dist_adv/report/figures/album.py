@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dist_adv.report.runs import Run
+from dist_adv.runs.run import Run
 
 _DPI = 200
 STYLE: Any = {  # matplotlib versions differ in how they type the keys

@@ -5,8 +5,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dist_adv.report.figures.album import Album
-from dist_adv.report.runs import Examples, Run
 from dist_adv.report.tables import attack_name, threat_name
+from dist_adv.runs.run import Examples, Run
 
 _RIGHT, _WRONG = "#00704F", "#B84300"
 _MAX_EXAMPLES = 8

@@ -7,7 +7,7 @@ from matplotlib import font_manager
 from rich.cells import cell_len, set_cell_size
 
 from dist_adv.report.networks import Comparison
-from dist_adv.report.runs import Examples, Run
+from dist_adv.runs.run import Examples, Run
 from dist_adv.text import shown
 
 FONT = "DejaVu Sans"  # comes with matplotlib

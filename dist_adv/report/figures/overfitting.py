@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dist_adv.report.figures.album import GREY, Album, Drawn
 from dist_adv.report.figures.training import curve_attack, curve_split, marker_spacing
-from dist_adv.report.runs import Record, Run, best_of_each_method
+from dist_adv.runs.run import Record, Run, best_of_each_method
 from dist_adv.text import percentage
 
 _MOST_PANELS = 8

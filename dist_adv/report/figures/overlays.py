@@ -7,7 +7,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dist_adv.report.figures.album import COLOURS, Album, Drawn, time_unit
 from dist_adv.report.figures.training import curve_attack, curve_split, marker_spacing
-from dist_adv.report.runs import best_of_each_method
+from dist_adv.runs.run import best_of_each_method
 
 _MOST_CURVES = len(COLOURS)
 

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dist_adv.report.figures.album import MARKERS, Album, time_unit
-from dist_adv.report.runs import Run
 from dist_adv.report.tables import attack_name, attack_order
+from dist_adv.runs.run import Run
 from dist_adv.text import percentage
 
 _BLUES = ("#74A9CF", "#3690C0", "#0570B0", "#034E7B")  # a stronger attack is darker

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from dist_adv.report.figures.album import GREY, Album, Drawn
-from dist_adv.report.runs import Record, Run
 from dist_adv.report.tables import attack_name
+from dist_adv.runs.run import Record, Run
 
 
 def curve_attack(runs: Sequence[Run]) -> tuple[str, str]:

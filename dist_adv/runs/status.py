@@ -18,9 +18,10 @@ from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
-from dist_adv import reading, streams
+from dist_adv import streams
 from dist_adv.errors import UserError
-from dist_adv.lock import held
+from dist_adv.runs import reading
+from dist_adv.runs.lock import held
 from dist_adv.terminal import interactive
 from dist_adv.text import duration, shown
 
@@ -43,7 +44,7 @@ _ANY_WIDTH = 1000
 class Status:
     """A run. total: steps; images: in a pass; robust: the strongest attack, and accuracy under it.
 
-    The state is one of those of `rundir.State`, or killed, queued or not started.
+    The state is one of those of `folder.State`, or killed, queued or not started.
     """
 
     name: str

@@ -7,10 +7,10 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dist_adv import reading
 from dist_adv.errors import unwritable
 from dist_adv.models import read_final
-from dist_adv.reading import Evaluation
+from dist_adv.runs import reading
+from dist_adv.runs.reading import Evaluation
 
 # How an attack was run: keys of results.jsonl and titles in the card.
 _SETTINGS = {

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dist_adv import reading, text
+from dist_adv import text
 from dist_adv.errors import UserError
-from dist_adv.reading import Evaluation, Record
+from dist_adv.runs import reading
+from dist_adv.runs.reading import Evaluation, Record
 from dist_adv.text import shown
 
 
