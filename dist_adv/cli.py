@@ -216,8 +216,8 @@ def sweep(
         _announce()
     else:
         _begin_work()
-    from dist_adv import wandb_env
     from dist_adv.sweep import as_wandb, load_sweep
+    from dist_adv.tracking import wandb_env
 
     checked = load_sweep(file, overrides)
     if only is None and not wandb:
@@ -343,7 +343,7 @@ def sync(run_dirs: tuple[Path, ...], offline: Path | None) -> None:
     WANDB_ENTITY=my-team dist-adv sync runs/cifar10-fast
     dist-adv sync runs/cifar10-fast --offline /tmp/look
     """
-    from dist_adv.sync import sync_runs
+    from dist_adv.tracking.sync import sync_runs
 
     for name, where in sync_runs(_runs(run_dirs), offline):
         click.echo(f"{name}: {where}")
@@ -363,7 +363,7 @@ def dashboard(project: str, entity: str | None, out: Path) -> None:
     dist-adv dashboard --out dashboard.json
     dist-adv dashboard --project dist-adv --entity my-team
     """
-    from dist_adv.dashboard import make_dashboard
+    from dist_adv.tracking.dashboard import make_dashboard
 
     saved = make_dashboard(out, project, entity)
     click.echo(f"dashboard: {out}")

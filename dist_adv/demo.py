@@ -5,12 +5,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dist_adv import packages, wandb_env
+from dist_adv import packages
 from dist_adv.config import load_config
 from dist_adv.errors import UserError
 from dist_adv.report import write_report
 from dist_adv.runner import train_run
 from dist_adv.runs.run import read_runs
+from dist_adv.tracking import wandb_env
 
 METHODS = ("natural", "pgd", "free", "fast")
 

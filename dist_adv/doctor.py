@@ -190,11 +190,12 @@ def _slurm() -> Findings:
 
 
 def _wandb(config: Config | None) -> Findings:
-    from dist_adv import track, wandb_env, wandb_run
+    from dist_adv.tracking import wandb_env, wandb_run
+    from dist_adv.tracking.tracker import check_tracking
 
     try:
         if config:
-            track.check(config)
+            check_tracking(config)
         mode = wandb_env.mode(config.track.wandb.mode if config else "auto")
     except UserError as error:
         yield Finding("W&B", str(error), "problem")

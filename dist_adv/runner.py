@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dist_adv import packages, state, track
+from dist_adv import packages, state
 from dist_adv.attacks.threat import build as build_threat
 from dist_adv.config import Config, differences, flatten, load_config, longer, parse_config
 from dist_adv.data import Dataset, load_dataset
@@ -45,7 +45,7 @@ from dist_adv.runs.folder import (
     trained,
 )
 from dist_adv.terminal import bar, log_file, start_logging
-from dist_adv.track import Tracker, write_results
+from dist_adv.tracking.tracker import Tracker, check_tracking, write_results
 from dist_adv.train import Trainer
 
 log = logging.getLogger("dist_adv")
@@ -62,7 +62,7 @@ def train_run(config: Config, run_dir: Path, resume: str) -> None:
     started alike; Preempted where the run was asked to stop, and goes on when it is started again;
     RunFailure where it cannot go on.
     """
-    track.check(config)
+    check_tracking(config)
     _check_attacks(config.eval.attacks)
     train = config.train
     accelerator = start_accelerator(train.precision, train.threads, train.deterministic)

@@ -37,7 +37,7 @@ from dist_adv.runs import checkpoint
 from dist_adv.schedule import lr_at, momentum_at
 from dist_adv.terminal import TrainingDisplay
 from dist_adv.text import few
-from dist_adv.track import Tracker
+from dist_adv.tracking.tracker import Tracker
 
 log = logging.getLogger("dist_adv")
 

@@ -11,13 +11,15 @@ import pytest
 import wandb
 
 import cases
-from dist_adv import cli, track, wandb_env, wandb_run
+from dist_adv import cli
 from dist_adv.config import Config, parse_config
 from dist_adv.errors import UserError
 from dist_adv.runner import train_run
 from dist_adv.runs import checkpoint
-from dist_adv.sync import sync_runs
-from dist_adv.wandb_run import identity
+from dist_adv.tracking import wandb_env, wandb_run
+from dist_adv.tracking.sync import sync_runs
+from dist_adv.tracking.tracker import check_tracking
+from dist_adv.tracking.wandb_run import identity
 from permissions import no_override
 from wandb_file import pieces
 from wandb_file import settings as wandb_settings
@@ -93,9 +95,9 @@ def test_refused_at_the_start(name, value, says, images, monkeypatch) -> None:
     """But where W&B is not used it does not matter; a mode that is none may have meant that."""
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"{name}: .*{says}"):
-        track.check(config(images))
+        check_tracking(config(images))
     if name != "WANDB_MODE":
-        track.check(config(images, mode="disabled"))
+        check_tracking(config(images, mode="disabled"))
 
 
 def test_variables_that_wandb_itself_would_refuse(images, tmp_path, monkeypatch) -> None:
@@ -120,7 +122,9 @@ def test_variables_that_wandb_itself_would_refuse(images, tmp_path, monkeypatch)
 def test_variable_that_is_garbage_to_wandb(images, tmp_path, monkeypatch, capsys) -> None:
     """One line that names it; training would go on."""
     monkeypatch.setenv("WANDB_CONSOLE", "purple")
-    monkeypatch.setattr("dist_adv.wandb_run.log.warning", lambda text, *args: print(text % args))
+    monkeypatch.setattr(
+        "dist_adv.tracking.wandb_run.log.warning", lambda text, *args: print(text % args)
+    )
     settings = config(images, mode="offline")
     assert wandb_run.start(folder(tmp_path / "run", settings), settings) is None
     said = capsys.readouterr().out
@@ -136,9 +140,11 @@ def test_wandb_that_cannot_be_imported(images, tmp_path, monkeypatch, capsys) ->
     monkeypatch.setitem(sys.modules, "wandb", None)
     for mode in ("online", "offline"):
         with pytest.raises(UserError, match=r"track\.wandb\.mode: wandb is not installed; pip "):
-            track.check(config(images, mode))
-    track.check(config(images))
-    monkeypatch.setattr("dist_adv.wandb_run.log.warning", lambda text, *args: print(text % args))
+            check_tracking(config(images, mode))
+    check_tracking(config(images))
+    monkeypatch.setattr(
+        "dist_adv.tracking.wandb_run.log.warning", lambda text, *args: print(text % args)
+    )
     assert wandb_run.start(folder(tmp_path / "run", config(images)), config(images)) is None
     assert "no W&B (import of wandb halted" in capsys.readouterr().out
     assert cli._run(["sync", str(tmp_path / "run")]) == 2

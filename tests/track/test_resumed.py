@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from dist_adv import cli
 from dist_adv.runs.run import Run, read_runs
-from dist_adv.wandb_run import named, place
+from dist_adv.tracking.wandb_run import named, place
 from launch import Job, status, write_config
 from wandb_file import history, pieces, records, settings, summary
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 import cases
-from dist_adv import track
 from dist_adv.config import Config, parse_config
 from dist_adv.errors import RunFailure, UserError
 from dist_adv.runner import train_run
-from dist_adv.wandb_run import identity
+from dist_adv.tracking.tracker import Tracker, check_tracking
+from dist_adv.tracking.wandb_run import identity
 from wandb_file import history, pieces, records, settings, summary
 
 
@@ -190,7 +190,7 @@ def test_name_that_wandb_does_not_take(images, tmp_path, monkeypatch, said):
     """Tracking is given up aloud, training is not."""
     monkeypatch.setenv("WANDB_PROJECT", "a/b")
     config = tracked(images, wandb={"mode": "offline"})
-    tracker = track.Tracker(run_folder(tmp_path, config), config)
+    tracker = Tracker(run_folder(tmp_path, config), config)
     assert tracker.wandb is None
     assert "no W&B (Invalid project name" in said.text
 
@@ -226,4 +226,4 @@ def test_tensorboard_that_is_not_installed(images, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     config = tracked(images, wandb={"mode": "disabled"}, tensorboard=True)
     with pytest.raises(UserError, match=r"track\.tensorboard"):
-        track.check(config)
+        check_tracking(config)

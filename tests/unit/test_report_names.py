@@ -15,7 +15,7 @@ from dist_adv import cli
 from dist_adv.report import write_report
 from dist_adv.runs.run import Examples
 from dist_adv.text import shown
-from dist_adv.wandb_run import caption
+from dist_adv.tracking.wandb_run import caption
 from made_up_runs import add_examples, epoch, evaluation, make_run
 
 LATIN_1 = os.fsdecode(b"caf\xe9")  # as the folder of a class is called on an old disk

@@ -13,12 +13,13 @@ Of the pieces only the images of each pass are used. System metrics stay in them
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dist_adv import packages, wandb_env
+from dist_adv import packages
 from dist_adv.config import load_config
 from dist_adv.errors import RunFailure, UserError
 from dist_adv.runs.folder import state_of
 from dist_adv.runs.run import Record, Run, read_runs
-from dist_adv.wandb_run import WandbRun, identity, logged_in, place, reason, saved_identity
+from dist_adv.tracking import wandb_env
+from dist_adv.tracking.wandb_run import WandbRun, identity, logged_in, place, reason, saved_identity
 
 _STATUS = {"done": 0, "failed": 1}
 

@@ -14,18 +14,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.torch import save
 
-from dist_adv import files, packages, wandb_env, wandb_run
+from dist_adv import files, packages
 from dist_adv.config import Config
 from dist_adv.evaluation.results import Examples, Result
-from dist_adv.wandb_run import caption, final, named, picture
+from dist_adv.tracking import wandb_env, wandb_run
+from dist_adv.tracking.wandb_run import caption, final, named, picture
 
 if TYPE_CHECKING:
     from dist_adv.runs.run import Run
 
+
 log = logging.getLogger("dist_adv")
 
 
-def check(config: Config) -> None:
+def check_tracking(config: Config) -> None:
     """Raise UserError for what would keep a Tracker from starting, before anything is written."""
     mode = wandb_env.mode(config.track.wandb.mode)
     if mode != "disabled":

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import ValidationError
 
-from dist_adv import files, wandb_env
+from dist_adv import files
 from dist_adv.config import Config
 from dist_adv.errors import STOPPED, UserError
 from dist_adv.runs import environment
 from dist_adv.text import shown
+from dist_adv.tracking import wandb_env
 
 if TYPE_CHECKING:  # the report imports matplotlib, for which no start of a run should wait
     from dist_adv.evaluation import results

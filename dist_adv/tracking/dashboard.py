@@ -8,9 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dist_adv import files, wandb_env
+from dist_adv import files
 from dist_adv.errors import RunFailure, UserError
-from dist_adv.wandb_run import logged_in
+from dist_adv.tracking import wandb_env
+from dist_adv.tracking.wandb_run import logged_in
 
 _TITLE = "Adversarial training"
 
