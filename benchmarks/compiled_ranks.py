@@ -28,7 +28,7 @@ from dist_adv.bench.ranks import METHODS
 from dist_adv.bench.timing import launched
 from dist_adv.config import parse_config
 from dist_adv.distributed import network, start
-from dist_adv.planner import Images, measure_steps
+from dist_adv.plan.measure import Images, measure_steps
 from dist_adv.terminal import console
 
 RANKS = 2

@@ -26,8 +26,7 @@ from dist_adv.bench.timing import launched
 from dist_adv.config import Config, parse_config
 from dist_adv.data.loader import split
 from dist_adv.distributed import start
-from dist_adv.plan import Cluster, Link, StepTime, Work, predict
-from dist_adv.planner import (
+from dist_adv.plan.measure import (
     Images,
     count_passes,
     gradient_buckets,
@@ -35,6 +34,7 @@ from dist_adv.planner import (
     measure_steps,
     time_all_reduce,
 )
+from dist_adv.plan.model import Cluster, Link, StepTime, Work, predict
 from dist_adv.terminal import console
 
 RANKS = (1, 2, 4)

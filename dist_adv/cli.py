@@ -438,7 +438,7 @@ def plan(config: Path, overrides: tuple[str, ...], **asked: Any) -> None:
     """
     _announce()
     from dist_adv.config import load_config
-    from dist_adv.planner import Asked, run_plan
+    from dist_adv.plan.command import Asked, run_plan
 
     run_plan(load_config(config, overrides), Asked(**asked))
 

@@ -306,7 +306,7 @@ def _use(config: Config | None) -> Findings:
     import torch
 
     from dist_adv.distributed.start import resolve_precision, threads_per_rank
-    from dist_adv.planner import SETS
+    from dist_adv.plan.measure import SETS
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     wanted = config.train.precision if config else "auto"

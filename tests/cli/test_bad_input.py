@@ -807,7 +807,7 @@ def test_refused_by_the_configuration(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(
-        "dist_adv.distributed.start.start_accelerator", lambda *_: pytest.fail("was accepted")
+        "dist_adv.plan.command.start_accelerator", lambda *_: pytest.fail("was accepted")
     )
     before = snapshot(folder)
     status = cli._run(row.arguments())

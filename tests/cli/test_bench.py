@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dist_adv.config import parse_config
-from dist_adv.planner import Images, read_step_times
+from dist_adv.plan.measure import Images
+from dist_adv.plan.record import read_step_times
 
 pytestmark = pytest.mark.slow
 

@@ -126,7 +126,7 @@ from cases import CASES, config
 from dist_adv.distributed.network import settle
 from dist_adv.distributed.start import start_accelerator
 from dist_adv.config import parse_config
-from dist_adv.planner import Images, gradient_buckets
+from dist_adv.plan.measure import Images, gradient_buckets
 from dist_adv.train import Meter, Trainer
 
 NOISE = Images(120, 3, 8, 3)

@@ -10,8 +10,10 @@ import pytest
 from dist_adv.config import Config, parse_config
 from dist_adv.errors import UserError
 from dist_adv.models import build_model
-from dist_adv.plan import Cluster, Link, StepTime, Work, buckets, exposed, predict, sent
-from dist_adv.planner import LINKS, Images, count_passes, gradient_buckets, read_step_times
+from dist_adv.plan.command import LINKS
+from dist_adv.plan.measure import Images, count_passes, gradient_buckets
+from dist_adv.plan.model import Cluster, Link, StepTime, Work, buckets, exposed, predict, sent
+from dist_adv.plan.record import read_step_times
 
 MB = 10**6
 CIFAR = Images(50_000, 3, 32, 10)

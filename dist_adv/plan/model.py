@@ -1,6 +1,6 @@
 """What a run would take on N GPUs: step times of one GPU, and the ring all-reduce formula.
 
-Formulas only; `planner.py` finds out what goes into them and prints what comes out. Sizes are in
+Formulas only; `measure.py` finds out what goes into them and `command.py` prints what comes out. Sizes are in
 bytes, times in seconds. docs/scaling.md says how to read the result.
 """
 
