@@ -216,7 +216,7 @@ def sweep(
         _announce()
     else:
         _begin_work()
-    from dist_adv.sweep import as_wandb, load_sweep
+    from dist_adv.sweeps.sweep import as_wandb, load_sweep
     from dist_adv.tracking import wandb_env
 
     checked = load_sweep(file, overrides)
@@ -224,22 +224,22 @@ def sweep(
         wandb_env.refuse_one_id_for_many(len(checked.runs))
     folder = out or Path("runs") / checked.name
     if slurm:
-        from dist_adv.slurm import plan, submit
+        from dist_adv.sweeps.slurm import plan, submit
 
         say = plan if dry_run else submit
         click.echo("\n".join(say(checked, folder, limit)))
     elif dry_run:
-        from dist_adv.estimate import show
+        from dist_adv.sweeps.estimate import show
 
         show(checked, only)
     elif wandb:
         click.echo(as_wandb(checked, file, overrides, folder), nl=False)
     elif only is not None:
-        from dist_adv.sweep_runner import run_one
+        from dist_adv.sweeps.local import run_one
 
         run_one(checked, only, folder)
     else:
-        from dist_adv.sweep_runner import run_sweep
+        from dist_adv.sweeps.local import run_sweep
 
         run_sweep(checked, folder, jobs)
 

@@ -1,7 +1,7 @@
 """What a run would take on N GPUs: step times of one GPU, and the ring all-reduce formula.
 
-Formulas only; `measure.py` finds out what goes into them and `command.py` prints what comes out. Sizes are in
-bytes, times in seconds. docs/scaling.md says how to read the result.
+Formulas only; `measure.py` finds out what goes into them and `command.py` prints what comes out.
+Sizes are in bytes, times in seconds. docs/scaling.md says how to read the result.
 """
 
 import math

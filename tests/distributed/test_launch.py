@@ -80,7 +80,7 @@ def measured_alone(run_dir: Path) -> tuple[float, float]:
 
 KILL_AFTER_FIRST_CHECKPOINT = """
 import os, signal, sys, torch.distributed
-from dist_adv import checkpoint
+from dist_adv.runs import checkpoint
 save = checkpoint.save
 def save_and_die(*arguments):
     save(*arguments)

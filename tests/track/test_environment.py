@@ -235,6 +235,6 @@ def test_one_id_for_one_run_of_a_sweep(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("sweep.yaml").write_text(GRID)
     seen: list[str] = []
-    monkeypatch.setattr("dist_adv.sweep_runner.run_one", lambda _, which, out: seen.append(which))
+    monkeypatch.setattr("dist_adv.sweeps.local.run_one", lambda _, which, out: seen.append(which))
     assert cli._run(["sweep", "sweep.yaml", "--only", "seed-1"]) == 0
     assert seen == ["seed-1"]

@@ -10,7 +10,7 @@ from dist_adv.config import load_config
 from dist_adv.config.loading import read_mapping
 from dist_adv.config.yaml_text import to_yaml
 from dist_adv.errors import UserError
-from dist_adv.sweep import load_sweep
+from dist_adv.sweeps.sweep import load_sweep
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits" / "fast.yaml"
 

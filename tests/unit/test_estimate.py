@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dist_adv import cli, estimate
-from dist_adv.sweep import Sweep, listing, load_sweep
+from dist_adv import cli
+from dist_adv.sweeps import estimate
+from dist_adv.sweeps.sweep import Sweep, listing, load_sweep
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DIGITS = CONFIGS / "digits"

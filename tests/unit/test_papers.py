@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dist_adv.config import Config
-from dist_adv.sweep import load_sweep
+from dist_adv.sweeps.sweep import load_sweep
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

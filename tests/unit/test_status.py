@@ -24,7 +24,7 @@ from dist_adv import cli
 from dist_adv.runs import status
 from dist_adv.runs.folder import mark
 from dist_adv.runs.lock import Lock, held
-from dist_adv.sweep import claim, load_sweep
+from dist_adv.sweeps.sweep import claim, load_sweep
 from made_up_runs import epoch, evaluation, write_lines
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits"

@@ -9,7 +9,7 @@ from wandb.sdk.launch.sweeps import utils as wandb_agent
 
 from dist_adv.config import load_config
 from dist_adv.errors import UserError
-from dist_adv.sweep import Sweep, as_wandb, claim, load_sweep
+from dist_adv.sweeps.sweep import Sweep, as_wandb, claim, load_sweep
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DIGITS = CONFIGS / "digits"

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from dist_adv import cli, sweep_runner
+from dist_adv import cli
 from dist_adv.distributed.stopping import STARTED_BY_SWEEP
 from dist_adv.errors import RunFailure
 from dist_adv.runs.folder import mark
-from dist_adv.sweep import SweepRun, load_sweep
+from dist_adv.sweeps import local
+from dist_adv.sweeps.sweep import SweepRun, load_sweep
 
 DIGITS = Path(__file__).parents[2] / "configs" / "sweeps" / "digits.yaml"
 
@@ -18,13 +19,13 @@ def test_gpus_are_dealt_out_and_cores_divided(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5")
-    shares = sweep_runner._shares(3)
+    shares = local._shares(3)
     assert [share["CUDA_VISIBLE_DEVICES"] for share in shares] == ["2", "GPU-5", "2"]
     assert [share["OMP_NUM_THREADS"] for share in shares] == ["4"] * 3
     assert all(STARTED_BY_SWEEP in share for share in shares)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    (share, *_) = sweep_runner._shares(20)
+    (share, *_) = local._shares(20)
     assert "CUDA_VISIBLE_DEVICES" not in share  # the only one is what it sees anyway
     assert share["OMP_NUM_THREADS"] == "1"
 
@@ -44,7 +45,7 @@ def test_why_a_run_failed(does: str, reason: str, tmp_path: Path) -> None:
     with log.open("a") as file:
         process = subprocess.Popen(["sh", "-c", does], stdout=file)
     process.wait()
-    job = sweep_runner._Job(load_sweep(DIGITS).runs[0], process, {}, log, before)
+    job = local._Job(load_sweep(DIGITS).runs[0], process, {}, log, before)
     assert job.trouble() == reason.replace("LOG", str(log))
 
 
@@ -53,16 +54,16 @@ def test_a_run_that_has_stopped_is_no_failure(
 ) -> None:
     """A shell stands in for the process of each, and leaves as after train.max_minutes."""
 
-    def start(run: SweepRun, out: Path, share: dict[str, str]) -> sweep_runner._Job:
+    def start(run: SweepRun, out: Path, share: dict[str, str]) -> local._Job:
         (out / run.name).mkdir()
         mark(out / run.name, "preempted", reason="train.max_minutes")
         process = subprocess.Popen(["sh", "-c", "exit 143"])
-        return sweep_runner._Job(run, process, share, out / "log", 0)
+        return local._Job(run, process, share, out / "log", 0)
 
-    monkeypatch.setattr(sweep_runner, "_start", start)
+    monkeypatch.setattr(local, "_start", start)
     sweep = load_sweep(DIGITS)
     with pytest.raises(RunFailure) as failure:
-        sweep_runner.run_sweep(sweep, tmp_path / "out", jobs=len(sweep.runs))
+        local.run_sweep(sweep, tmp_path / "out", jobs=len(sweep.runs))
     why = "; ".join(f"{run.name} preempted: train.max_minutes" for run in sweep.runs)
     assert str(failure.value) == f"{len(sweep.runs)} of {len(sweep.runs)} runs are not done ({why})"
 
@@ -72,8 +73,8 @@ def test_cores_are_for_the_runs_that_there_are(
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(sweep_runner, "_gpus", lambda: [])
-    runs = sweep_runner._Runs(load_sweep(DIGITS), tmp_path, jobs=6)
+    monkeypatch.setattr(local, "_gpus", lambda: [])
+    runs = local._Runs(load_sweep(DIGITS), tmp_path, jobs=6)
     assert [share["OMP_NUM_THREADS"] for share in runs.shares] == ["3"] * 4
 
 

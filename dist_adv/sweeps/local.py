@@ -23,7 +23,7 @@ from dist_adv.runner import train_run
 from dist_adv.runs import status
 from dist_adv.runs.folder import config_of, state_of
 from dist_adv.runs.lock import Lock, held
-from dist_adv.sweep import REPORT, SAVED, Sweep, SweepRun, claim
+from dist_adv.sweeps.sweep import REPORT, SAVED, Sweep, SweepRun, claim
 from dist_adv.terminal import console, interactive, start_logging
 
 log = logging.getLogger("dist_adv")

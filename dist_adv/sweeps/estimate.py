@@ -25,7 +25,7 @@ from dist_adv.errors import RunFailure, UserError
 from dist_adv.methods.natural import NaturalOptions
 from dist_adv.plan.measure import SETS, Images, measure_steps, without_validation, work_of
 from dist_adv.plan.model import Cluster, Link, StepTime, Work, predict
-from dist_adv.sweep import Sweep, listing
+from dist_adv.sweeps.sweep import Sweep, listing
 from dist_adv.terminal import bar
 from dist_adv.text import duration
 

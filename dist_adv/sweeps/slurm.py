@@ -13,7 +13,7 @@ from dist_adv import files
 from dist_adv.errors import RunFailure, UserError
 from dist_adv.runs.lock import Lock
 from dist_adv.runs.status import SLURM_JOB, log_of
-from dist_adv.sweep import REPORT, Sweep, claim
+from dist_adv.sweeps.sweep import REPORT, Sweep, claim
 
 
 def plan(sweep: Sweep, out: Path, limit: int | None) -> list[str]:
@@ -112,7 +112,7 @@ def _check_not_queued(out: Path) -> None:
 
 def _scripts() -> Path:
     """`launch/slurm/` beside the package in a checkout, inside it where it was installed."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     for folder in (package.parent / "launch", package / "launch"):
         if (folder / "slurm").is_dir():
             return folder / "slurm"
