@@ -41,7 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from dist_adv.bench.cases import Bench  # noqa: E402
 from dist_adv.bench.timing import PeakMemory, alternate, copy_rate, matmul_rate, network  # noqa: E402
 from dist_adv.distributed import start  # noqa: E402
-from dist_adv.train import Meter  # noqa: E402
+from dist_adv.training.meter import Meter  # noqa: E402
 
 MINUTES = 8.0
 METHODS: dict[str, dict[str, Any]] = {

@@ -27,7 +27,7 @@ import numpy as np
 from scipy.stats import beta
 
 from dist_adv.config import load_config
-from dist_adv.guard import SAMPLE, Measured
+from dist_adv.training.collapse import SAMPLE, Measured
 
 CURVES = Path(__file__).parent / "results" / "2026-11-26-guard" / "curves.csv"
 # In which pass of a recorded run PGD-5 accuracy was lost; all others are healthy.

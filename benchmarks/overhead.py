@@ -31,10 +31,10 @@ from dist_adv.bench.timing import noise
 from dist_adv.config import parse_config
 from dist_adv.distributed import start
 from dist_adv.distributed.session import Session
-from dist_adv.nonfinite import NonFinite
 from dist_adv.runs import checkpoint
 from dist_adv.terminal import bar
-from dist_adv.train import Trainer
+from dist_adv.training.nonfinite import NonFinite
+from dist_adv.training.trainer import Trainer
 
 STRETCH = 20
 

@@ -101,7 +101,7 @@ def train(config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume
     """
     _begin_work()
     from dist_adv.config import load_config
-    from dist_adv.runner import train_run
+    from dist_adv.training.run import train_run
 
     train_run(
         load_config(config, overrides), run_dir or _run_dir(config), os.path.expanduser(resume)
@@ -133,7 +133,7 @@ def evaluate(
     """
     streams.optional()
     _announce()
-    from dist_adv.runner import evaluate_run
+    from dist_adv.training.run import evaluate_run
 
     evaluate_run(
         run_dir, [each.strip() for each in attacks.split(",")] if attacks else [], limit, overrides

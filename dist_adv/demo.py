@@ -9,9 +9,9 @@ from dist_adv import packages
 from dist_adv.config import load_config
 from dist_adv.errors import UserError
 from dist_adv.report import write_report
-from dist_adv.runner import train_run
 from dist_adv.runs.run import read_runs
 from dist_adv.tracking import wandb_env
+from dist_adv.training.run import train_run
 
 METHODS = ("natural", "pgd", "free", "fast")
 

@@ -327,7 +327,7 @@ def _steps(config: Config, images: int) -> Finding:
     from dist_adv.attacks.threat import build as build_threat
     from dist_adv.data.loader import split
     from dist_adv.methods import build_method
-    from dist_adv.train import check_statistics
+    from dist_adv.training.checks import check_statistics
 
     train = config.train
     try:

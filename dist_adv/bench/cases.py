@@ -32,9 +32,11 @@ from dist_adv.evaluation.evaluate import evaluate
 from dist_adv.evaluation.images import subset
 from dist_adv.models import Classifier, build_model, load_model
 from dist_adv.runs.run import read_runs
-from dist_adv.terminal import TrainingDisplay, bar
+from dist_adv.terminal import bar
 from dist_adv.tracking.tracker import Tracker
-from dist_adv.train import Meter, Trainer
+from dist_adv.training.display import TrainingDisplay
+from dist_adv.training.meter import Meter
+from dist_adv.training.trainer import Trainer
 
 EPS, ALPHA, PGD_STEPS, PGD_ALPHA, REPLAYS = 8 / 255, 10 / 255, 7, 2 / 255, 2
 

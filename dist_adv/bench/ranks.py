@@ -16,7 +16,8 @@ from dist_adv.bench.cases import Bench
 from dist_adv.bench.timing import alternate
 from dist_adv.distributed.network import settle
 from dist_adv.distributed.start import start_accelerator
-from dist_adv.train import Meter, Trainer
+from dist_adv.training.meter import Meter
+from dist_adv.training.trainer import Trainer
 
 METHODS: dict[str, dict[str, Any]] = {
     "natural": {"name": "natural"},

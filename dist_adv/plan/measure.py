@@ -22,7 +22,9 @@ from dist_adv.errors import UserError
 from dist_adv.methods import build_method
 from dist_adv.models import build_model
 from dist_adv.plan.model import Link, StepTime, Work, buckets, sent
-from dist_adv.train import Meter, Trainer, check_statistics
+from dist_adv.training.checks import check_statistics
+from dist_adv.training.meter import Meter
+from dist_adv.training.trainer import Trainer
 
 
 @dataclass(frozen=True)

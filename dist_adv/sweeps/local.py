@@ -19,12 +19,12 @@ from dist_adv.distributed.start import threads_per_rank
 from dist_adv.distributed.stopping import REASONS, STARTED_BY_SWEEP, Stopping
 from dist_adv.errors import STOPPED, Preempted, RunFailure, UserError
 from dist_adv.report import write_report
-from dist_adv.runner import train_run
 from dist_adv.runs import status
 from dist_adv.runs.folder import config_of, state_of
 from dist_adv.runs.lock import Lock, held
 from dist_adv.sweeps.sweep import REPORT, SAVED, Sweep, SweepRun, claim
 from dist_adv.terminal import console, interactive, start_logging
+from dist_adv.training.run import train_run
 
 log = logging.getLogger("dist_adv")
 _SECONDS_BETWEEN_LOOKS = 1.0

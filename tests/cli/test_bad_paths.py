@@ -14,7 +14,7 @@ import pytest
 from dist_adv import cli, load_model
 from dist_adv.config import load_config
 from dist_adv.data import DataOptions, data_root
-from dist_adv.runner import train_run
+from dist_adv.training.run import train_run
 from permissions import no_override
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits"

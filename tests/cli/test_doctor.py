@@ -19,7 +19,7 @@ from dist_adv.config import load_config
 from dist_adv.distributed.start import start_accelerator
 from dist_adv.doctor import Finding, examine
 from dist_adv.runs.lock import Lock
-from dist_adv.train import Trainer
+from dist_adv.training.trainer import Trainer
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits" / "fast.yaml"
 CIFAR10 = DIGITS.parents[1] / "cifar10" / "fast.yaml"

@@ -15,7 +15,7 @@ from dist_adv.attacks.threat import build
 from dist_adv.config import load_config
 from dist_adv.data import load_dataset
 from dist_adv.distributed import start
-from dist_adv.guard import on_sample
+from dist_adv.training.collapse import on_sample
 
 pytestmark = pytest.mark.slow
 
@@ -127,7 +127,8 @@ from dist_adv.distributed.network import settle
 from dist_adv.distributed.start import start_accelerator
 from dist_adv.config import parse_config
 from dist_adv.plan.measure import Images, gradient_buckets
-from dist_adv.train import Meter, Trainer
+from dist_adv.training.meter import Meter
+from dist_adv.training.trainer import Trainer
 
 NOISE = Images(120, 3, 8, 3)
 

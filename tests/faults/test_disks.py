@@ -24,8 +24,8 @@ import dist_adv
 from dist_adv import cli
 from dist_adv.config import load_config
 from dist_adv.errors import UserError
-from dist_adv.runner import train_run
 from dist_adv.runs import checkpoint
+from dist_adv.training.run import train_run
 from launch import Job, checkpoints, status, weights_hash, write_config
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cases import CASES, config, make_images
 from dist_adv.config import parse_config
 from dist_adv.distributed import start
-from dist_adv.runner import train_run
+from dist_adv.training.run import train_run
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dist_adv.config import load_config
-from dist_adv.runner import train_run
+from dist_adv.training.run import train_run
 from launch import TINY
 from slurm_cluster import DIGITS, SCRIPTS, SITE
 

@@ -17,7 +17,7 @@ import pytest
 
 import dist_adv
 from dist_adv.config import load_config
-from dist_adv.runner import train_run
+from dist_adv.training.run import train_run
 from launch import TINY, free_port
 
 pytestmark = pytest.mark.slow

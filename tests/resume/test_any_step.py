@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from cases import CASES, config
 from dist_adv import load_model
 from dist_adv.config import parse_config
-from dist_adv.runner import train_run
+from dist_adv.training.run import train_run
 
 TRAIN_ALL = str(Path(__file__).parents[1] / "support" / "train_all.py")
 

@@ -16,8 +16,8 @@ from cases import config
 from dist_adv import cli, load_model
 from dist_adv.config import parse_config
 from dist_adv.errors import UserError
-from dist_adv.runner import train_run
 from dist_adv.runs import checkpoint
+from dist_adv.training.run import train_run
 
 
 class Payload:

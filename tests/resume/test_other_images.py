@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from cases import config
-from dist_adv import runner
 from dist_adv.config import Config, parse_config
 from dist_adv.errors import UserError
-from dist_adv.runner import evaluate_run, train_run
 from dist_adv.runs import checkpoint
+from dist_adv.training import run
+from dist_adv.training.run import evaluate_run, train_run
 from launch import checkpoints
 
 
@@ -139,7 +139,7 @@ def test_an_interrupted_evaluation_goes_on_with_its_own_images_only(
         said.clear()
         with monkeypatch.context() as patch:
             for name, value in patched.items():
-                patch.setattr(runner, name, value)
+                patch.setattr(run, name, value)
             evaluate_run(run_dir, ["natural"], None, [f"data.root={where}"])
         return said.text
 

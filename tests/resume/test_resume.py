@@ -11,10 +11,10 @@ from cases import CASES, config
 from dist_adv import load_model
 from dist_adv.config import Config, parse_config
 from dist_adv.errors import UserError
-from dist_adv.guard import Measured
-from dist_adv.runner import train_run
 from dist_adv.runs import checkpoint
-from dist_adv.train import Trainer
+from dist_adv.training.collapse import Measured
+from dist_adv.training.run import train_run
+from dist_adv.training.trainer import Trainer
 
 
 class Killed(BaseException):
@@ -134,7 +134,7 @@ class Collapsing:
 
 @pytest.mark.parametrize(("mode", "passes"), [("none", 4), ("warn", 4), ("stop", 2)])
 def test_the_guard_stops_with_the_last_good_weights(mode, passes, images, tmp_path, monkeypatch):
-    monkeypatch.setattr("dist_adv.guard.on_sample", Collapsing())
+    monkeypatch.setattr("dist_adv.training.collapse.on_sample", Collapsing())
     tree = settings("fast-random", images, epochs=4).model_dump()
     tree["method"]["guard"] = mode
     kept: dict[float, dict[str, torch.Tensor]] = {}

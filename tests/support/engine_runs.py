@@ -19,14 +19,18 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from cases import CASES, config
-from dist_adv import runner, train
 from dist_adv.config import parse_config
 from dist_adv.distributed import deepspeed, fsdp2
 from dist_adv.errors import RunFailure
-from dist_adv.runner import train_run
+from dist_adv.training import run, trainer
+from dist_adv.training.run import train_run
 from faulty import Faulty
 
-build_method, build_model, check = train.build_method, train.build_model, deepspeed.check_deepspeed
+build_method, build_model, check = (
+    trainer.build_method,
+    trainer.build_model,
+    deepspeed.check_deepspeed,
+)
 
 
 def channels_not_last(*arguments: object) -> torch.nn.Module:
@@ -61,7 +65,7 @@ def allow_double_precision() -> None:
     InsertPostInitMethodToModuleSubClasses._set_dtype = set_another
 
 
-class Checked(train.Trainer):
+class Checked(trainer.Trainer):
     """Sees that no rank holds whole weights where the engine says so."""
 
     def __init__(self, *arguments: object) -> None:
@@ -79,10 +83,10 @@ class Checked(train.Trainer):
 def once(run: dict, out: Path, images: Path) -> None:
     numbers = run.get("numbers", "fp64")
     torch.set_default_dtype(torch.float64 if numbers == "fp64" else torch.float32)
-    train.build_method = build_method
+    trainer.build_method = build_method
     if "fault" in run:
         os.environ["FAULT"] = run["fault"]
-        train.build_method = Faulty
+        trainer.build_method = Faulty
     precision = "bf16" if numbers == "bf16" else "fp32"
     tree = config(run["case"], run.get("norm", "group"), images, precision)
     every = 3 * CASES[run["case"]][0].get("replays", 1)  # the first: in the middle of a pass
@@ -99,8 +103,8 @@ def once(run: dict, out: Path, images: Path) -> None:
 
 
 if __name__ == "__main__":
-    train.build_model, deepspeed.check_deepspeed = channels_not_last, share_out_everything
-    runner.Trainer = Checked
+    trainer.build_model, deepspeed.check_deepspeed = channels_not_last, share_out_everything
+    run.Trainer = Checked
     for run in json.loads(sys.argv[3]):
         once(run, Path(sys.argv[1]), Path(sys.argv[2]))
     sys.stdout.flush()

@@ -18,8 +18,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from dist_adv import cli, train
+from dist_adv import cli
 from dist_adv.methods import Step, build_method
+from dist_adv.training import trainer
 
 
 class Faulty:
@@ -74,5 +75,5 @@ def fault(kind: str, out: Step) -> Step:
 
 
 if __name__ == "__main__":
-    train.build_method = Faulty
+    trainer.build_method = Faulty
     cli.main()

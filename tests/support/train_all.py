@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 
 from cases import CASES, config
 from dist_adv.config import parse_config
-from dist_adv.runner import train_run
+from dist_adv.training.run import train_run
 
 if __name__ == "__main__":
     out, norm, images = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])

@@ -14,12 +14,12 @@ import cases
 from dist_adv import cli
 from dist_adv.config import Config, parse_config
 from dist_adv.errors import UserError
-from dist_adv.runner import train_run
 from dist_adv.runs import checkpoint
 from dist_adv.tracking import wandb_env, wandb_run
 from dist_adv.tracking.sync import sync_runs
 from dist_adv.tracking.tracker import check_tracking
 from dist_adv.tracking.wandb_run import identity
+from dist_adv.training.run import train_run
 from permissions import no_override
 from wandb_file import pieces
 from wandb_file import settings as wandb_settings

@@ -11,9 +11,9 @@ from click.testing import CliRunner
 import cases
 from dist_adv import cli
 from dist_adv.config import parse_config
-from dist_adv.runner import train_run
 from dist_adv.runs.run import read_runs
 from dist_adv.tracking.wandb_run import place
+from dist_adv.training.run import train_run
 from wandb_server import Server, wandb_server
 
 pytestmark = pytest.mark.slow

@@ -9,9 +9,9 @@ import pytest
 import cases
 from dist_adv.config import Config, parse_config
 from dist_adv.errors import RunFailure, UserError
-from dist_adv.runner import train_run
 from dist_adv.tracking.tracker import Tracker, check_tracking
 from dist_adv.tracking.wandb_run import identity
+from dist_adv.training.run import train_run
 from wandb_file import history, pieces, records, settings, summary
 
 
@@ -147,7 +147,7 @@ def alerts(run_dir: Path) -> list[tuple[str, str]]:
 def test_alerts(images, tmp_path, monkeypatch):
     """Of a collapse, of updates that were skipped, and of a run that fails."""
     # What the guard sees is always a collapse.
-    monkeypatch.setattr("dist_adv.guard.Measured.collapsed", lambda now, before: True)
+    monkeypatch.setattr("dist_adv.training.collapse.Measured.collapsed", lambda now, before: True)
     config, run_dir = tracked(images, wandb={"mode": "offline"}), tmp_path / "collapse"
     train_run(config, run_dir, "none")
     ((title, text),) = alerts(run_dir)
@@ -156,7 +156,7 @@ def test_alerts(images, tmp_path, monkeypatch):
 
     monkeypatch.setenv("FAULT", "nan:0:2")
     faulty = importlib.import_module("faulty")
-    monkeypatch.setattr("dist_adv.train.build_method", faulty.Faulty)
+    monkeypatch.setattr("dist_adv.training.trainer.build_method", faulty.Faulty)
     tree = {**config.model_dump(), "method": {"name": "natural", "guard": "none"}}
     skip = {**tree, "train": {**tree["train"], "on_nan": "skip"}}
     train_run(parse_config(skip, "skip"), tmp_path / "skip", "none")

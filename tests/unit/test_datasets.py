@@ -22,7 +22,7 @@ from dist_adv.config import parse_config
 from dist_adv.data import DataOptions, Dataset, load_dataset
 from dist_adv.data.files import Files
 from dist_adv.errors import UserError
-from dist_adv.train import Trainer
+from dist_adv.training.trainer import Trainer
 
 # --- digits --------------------------------------------------------------------------------------
 

@@ -16,9 +16,9 @@ from dist_adv.config import load_config, parse_config
 from dist_adv.data import DataOptions, load_dataset
 from dist_adv.data.datasets import Files
 from dist_adv.evaluation.images import subset
-from dist_adv.guard import SAMPLE, Measured, on_sample
 from dist_adv.models import build_model
-from dist_adv.runner import train_run
+from dist_adv.training.collapse import SAMPLE, Measured, on_sample
+from dist_adv.training.run import train_run
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"

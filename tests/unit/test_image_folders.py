@@ -21,7 +21,8 @@ from dist_adv.data import DataOptions, Dataset, load_dataset, what_changed
 from dist_adv.data.files import Files, list_images
 from dist_adv.distributed.failures import plain_failures
 from dist_adv.errors import RankFailure, UserError
-from dist_adv.train import Trainer, check_splits
+from dist_adv.training.checks import check_splits
+from dist_adv.training.trainer import Trainer
 
 
 def picture(path: Path, shade: int = 0, size: tuple[int, int] = (8, 8)) -> None:

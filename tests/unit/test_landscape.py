@@ -22,8 +22,8 @@ from dist_adv.report import write_report
 from dist_adv.report.figures import networks as figures
 from dist_adv.report.landscape import LargeAttack, loss_surface, other_classes
 from dist_adv.report.networks import Comparison, comparable, compare
-from dist_adv.runner import train_run
 from dist_adv.runs.run import read_runs
+from dist_adv.training.run import train_run
 from made_up_runs import write_lines
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dist_adv.config import OptimOptions
 from dist_adv.distributed.ddp import fused_sgd, gradient_norm
-from dist_adv.nonfinite import NonFinite, Trouble
+from dist_adv.training.nonfinite import NonFinite, Trouble
 
 OPTIM = OptimOptions(lr=0.1, momentum=0.9, weight_decay=5e-4)
 KINDS = ["loss nan", "loss inf", "loss -inf", "gradient nan", "gradient inf", "input nan"]

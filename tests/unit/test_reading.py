@@ -14,11 +14,11 @@ from dist_adv.config import load_config
 from dist_adv.errors import UserError
 from dist_adv.report import write_report
 from dist_adv.report.text import notices
-from dist_adv.runner import evaluate_run, train_run
 from dist_adv.runs import reading, status
 from dist_adv.runs.export import export_run
 from dist_adv.runs.run import read_runs
 from dist_adv.tracking.wandb_run import final
+from dist_adv.training.run import evaluate_run, train_run
 from made_up_runs import epoch, evaluation, make_run, write_lines
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits" / "fast.yaml"

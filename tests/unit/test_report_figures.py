@@ -15,7 +15,7 @@ from PIL import Image
 from dist_adv.config import parse_config
 from dist_adv.report import write_report
 from dist_adv.report.figures import album
-from dist_adv.runner import train_run
+from dist_adv.training.run import train_run
 from made_up_runs import add_examples, epoch, evaluation, make_run
 
 RUNS: dict[str, tuple[dict[str, Any], int]] = {  # method, passes

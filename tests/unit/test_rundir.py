@@ -23,10 +23,10 @@ from dist_adv.config import Config, differences, longer, parse_config, training_
 from dist_adv.data import Dataset
 from dist_adv.errors import RunFailure, UserError
 from dist_adv.evaluation.evaluate import evaluate
-from dist_adv.runner import train_run
 from dist_adv.runs import checkpoint
 from dist_adv.runs.folder import Lock, check, mark
-from dist_adv.train import Trainer
+from dist_adv.training.run import train_run
+from dist_adv.training.trainer import Trainer
 
 # --- one writer ----------------------------------------------------------------------------------
 
@@ -178,7 +178,7 @@ def states(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(state)
         mark(run_dir, state, **about)
 
-    monkeypatch.setattr("dist_adv.runner.mark", note)
+    monkeypatch.setattr("dist_adv.training.run.mark", note)
     return seen
 
 
@@ -463,8 +463,8 @@ def steps(run_dir: Path) -> list[int]:
 
 def test_checkpoint_of_the_best_pass_stays(images, tmp_path, monkeypatch):
     """Whatever `keep` is, through being killed, and of two equal ones the first."""
-    monkeypatch.setattr("dist_adv.runner.Trainer", Scripted)
-    monkeypatch.setattr("dist_adv.train.evaluate", scripted)
+    monkeypatch.setattr("dist_adv.training.run.Trainer", Scripted)
+    monkeypatch.setattr("dist_adv.training.trainer.evaluate", scripted)
     run_dir = tmp_path / "run"
     train_run(best_run(images), run_dir, "none")
     assert steps(run_dir) == [4, 10]  # 90 images in batches of 45: two steps a pass

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dist_adv.config import load_config
-from dist_adv.runner import train_run
+from dist_adv.training.run import train_run
 from launch import TINY
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits" / "fast.yaml"
@@ -20,7 +20,7 @@ def test_a_failure_that_nobody_foresaw(
     def fail(*_: object) -> None:
         raise ValueError("unforeseen")
 
-    monkeypatch.setattr("dist_adv.train.Trainer.fit", fail)
+    monkeypatch.setattr("dist_adv.training.trainer.Trainer.fit", fail)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match="unforeseen"):
         train_run(load_config(DIGITS, TINY), tmp_path / "run", "auto")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from dist_adv.schedule import lr_at, momentum_at
+from dist_adv.training.schedule import lr_at, momentum_at
 
 PEAK = 0.2
 

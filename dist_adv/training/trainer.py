@@ -6,9 +6,8 @@ ranks, a line of metrics, a checkpoint; and at the end of each pass the curve an
 
 import logging
 import math
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from accelerate import Accelerator
 from rich.progress import Progress
 from torch import Tensor
 
-from dist_adv import guard, state
 from dist_adv.attacks.threat import build as build_threat
 from dist_adv.config import Config
 from dist_adv.data import Batch, Dataset, Loader, load_dataset
@@ -26,104 +24,23 @@ from dist_adv.distributed import engines
 from dist_adv.distributed.collectives import check_same_images, main_process_first, on_every
 from dist_adv.distributed.network import compile_network, settle, snapshot, synchronised
 from dist_adv.distributed.session import Session
-from dist_adv.errors import Preempted, RunFailure, UserError
+from dist_adv.errors import Preempted, RunFailure
 from dist_adv.evaluation.evaluate import evaluate
 from dist_adv.evaluation.results import Examples
-from dist_adv.guard import Measured
-from dist_adv.methods import Step, build_method
+from dist_adv.methods import build_method
 from dist_adv.models import build_model
-from dist_adv.nonfinite import NonFinite
 from dist_adv.runs import checkpoint
-from dist_adv.schedule import lr_at, momentum_at
-from dist_adv.terminal import TrainingDisplay
-from dist_adv.text import few
 from dist_adv.tracking.tracker import Tracker
+from dist_adv.training import collapse, state
+from dist_adv.training.checks import check_splits, check_statistics
+from dist_adv.training.collapse import Measured
+from dist_adv.training.display import TrainingDisplay
+from dist_adv.training.meter import Meter
+from dist_adv.training.nonfinite import NonFinite
+from dist_adv.training.schedule import lr_at, momentum_at
+from dist_adv.training.state import Best, Clock
 
 log = logging.getLogger("dist_adv")
-
-
-@dataclass
-class Clock:
-    """How far a run is: passes done, batches done of the next pass, optimiser steps, seconds.
-
-    `seconds` is wall time of training alone: no evaluation, no checkpoint, no set-up.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Best:
-    """The pass with the highest robust accuracy on held-out images."""
-
-    step: int
-    epoch: float
-    accuracy: float
-
-
-class Meter:
-    """Loss, correct answers and samples of this rank, summed on the device; and wall time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
-        self.start()
-
-    def start(self) -> None:
-        """Count time from now."""
-        self.began = time.perf_counter()
-
-    def add(self, out: Step, y: Tensor) -> None:
-        """Count one step, unless its loss is not finite; waits for nothing."""
-        n = len(y)
-        correct = (out.logits.detach().argmax(1) == y).sum()
-        loss = out.loss.detach().double() * n
-        step = torch.stack([loss, correct, torch.full_like(correct, n)])
-        self.sums += torch.where(loss.isfinite(), step, 0)
-
-    def take(self, accelerator: Accelerator) -> Tensor:
-        """[loss, correct, samples] of all ranks and seconds since the last call; waits for them.
-
-        `rates` then has each rank's samples a second, until its own device was through.
-        """
-        mine = self.sums.cpu()
-        seconds = torch.tensor([time.perf_counter() - self.began], dtype=mine.dtype)
-        mine = torch.cat([mine, seconds]).to(self.sums.device)
-        everyone = accelerator.gather(mine[None]).cpu()
-        self.rates = everyone[:, 2] / everyone[:, 3]
-        seconds[0] = time.perf_counter() - self.began
-        self.sums.zero_()
-        self.start()
-        return torch.cat([everyone[:, :3].sum(0), seconds])
-
-
-def check_statistics(config: Config, smallest_share: int) -> None:
-    """Raises UserError where BatchNorm would have a single image to take statistics of."""
-    if config.model.norm == "batch" and smallest_share == 1:
-        raise UserError(
-            "train.batch_size: leaves a rank 1 image in some batch, of which BatchNorm has no "
-            "statistics; set data.drop_last=true, another batch size or model.norm=group"
-        )
-
-
-def check_splits(train: Dataset, test: Dataset) -> None:
-    """Raises UserError where the splits have other classes, or images of other sizes."""
-    for one, name, other in ((train, "train", test), (test, "test", train)):
-        missing = [each for each in one.classes if each not in set(other.classes)]
-        if missing:
-            raise UserError(
-                f"data.root: the train split has {len(train.classes)} classes and the test split "
-                f"{len(test.classes)}; {len(missing)} are in the {name} split alone "
-                f"({few(missing)}); they must be the same"
-            )
-    (height, width), (h, w) = train.images.shape[2:], test.images.shape[2:]
-    if (height, width) != (h, w):
-        raise UserError(
-            f"data.size: the images for training are {width}x{height} and those for testing "
-            f"{w}x{h} pixels; set data.size, for example data.size={min(height, width)}"
-        )
 
 
 class Trainer:
@@ -429,8 +346,8 @@ class Trainer:
         """What the guard's rule looks at, of the weights in `copy`."""
         if self.config.method.guard_rule == "wong":
             first = next(self.loader.epoch(max(0, math.ceil(self.passes) - 1)))
-            return guard.on_batch(self.copy, first, self.threat, self.accelerator)
-        return guard.on_sample(
+            return collapse.on_batch(self.copy, first, self.threat, self.accelerator)
+        return collapse.on_sample(
             self.copy,
             self.train_data,
             self.threat,

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,14 +13,36 @@ from torch import Tensor
 from dist_adv.data import what_changed
 from dist_adv.distributed.network import snapshot
 from dist_adv.errors import UserError
-from dist_adv.guard import Measured
 from dist_adv.runs.checkpoint import Checkpoint
+from dist_adv.training.collapse import Measured
 
 if TYPE_CHECKING:
     from dist_adv.distributed.session import Session
-    from dist_adv.train import Trainer
+    from dist_adv.training.trainer import Trainer
 
 log = logging.getLogger("dist_adv")
+
+
+@dataclass
+class Clock:
+    """How far a run is: passes done, batches done of the next pass, optimiser steps, seconds.
+
+    `seconds` is wall time of training alone: no evaluation, no checkpoint, no set-up.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Best:
+    """The pass with the highest robust accuracy on held-out images."""
+
+    step: int
+    epoch: float
+    accuracy: float
 
 
 def collect(trainer: "Trainer", session: "Session", wandb_id: str | None) -> Checkpoint | None:
@@ -107,7 +129,7 @@ def restore(trainer: "Trainer", saved: Checkpoint, path: Path) -> None:
 
     Raises UserError for a checkpoint of another model or precision.
     """
-    from dist_adv.train import Best, Clock
+    from dist_adv.training.state import Best, Clock
 
     accelerator, state = trainer.accelerator, saved.state
     rank, ranks = accelerator.process_index, accelerator.num_processes

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dist_adv import packages, state
+from dist_adv import packages
 from dist_adv.attacks.threat import build as build_threat
 from dist_adv.config import Config, differences, flatten, load_config, longer, parse_config
 from dist_adv.data import Dataset, load_dataset
@@ -46,7 +46,8 @@ from dist_adv.runs.folder import (
 )
 from dist_adv.terminal import bar, log_file, start_logging
 from dist_adv.tracking.tracker import Tracker, check_tracking, write_results
-from dist_adv.train import Trainer
+from dist_adv.training import state
+from dist_adv.training.trainer import Trainer
 
 log = logging.getLogger("dist_adv")
 
