@@ -101,16 +101,16 @@ def steps(options: argparse.Namespace) -> list[dict[str, Any]]:
             continue
         torch.compiler.reset()
         bench = Bench(accelerator, 4 if options.toy else 64, batch)
-        trainer, meter = bench.trainer(method, compile=compile_), Meter(bench.device)
-        learnt = next(trainer.loader.epoch(0))
-        per_batch = trainer.method.steps_per_batch
+        learner, meter = bench.learner(method, compile=compile_), Meter(bench.device)
+        learnt = next(learner.loader.epoch(0))
+        per_batch = learner.method.steps_per_batch
         flop = None
         if compile_ == "none":
             with FlopCounterMode(display=False) as counter:
-                trainer.learn(learnt, meter)
+                learner.learn(learnt, meter)
             flop = counter.get_total_flops() / per_batch
         memory = PeakMemory(bench.device)
-        sides = {"step": lambda t=trainer, b=learnt, m=meter: t.learn(b, m)}
+        sides = {"step": lambda t=learner, b=learnt, m=meter: t.learn(b, m)}
         timings = alternate(sides, bench.device, 2 if options.toy else 30, warm_up=3)
         seconds = timings.median("step") / per_batch
         rows.append(

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from cases import CASES, config, make_images
 from dist_adv.config import parse_config
 from dist_adv.models import build_model
-from dist_adv.training import trainer
+from dist_adv.training import learner
 from dist_adv.training.run import train_run
 
 RANKS = (2, 3, 4)
@@ -49,7 +49,7 @@ def worker(out: Path, images: Path, numbers: str, seeds: int, control: bool) -> 
     if numbers == "fp64":
         torch.set_default_dtype(torch.float64)
     if control:
-        trainer.build_model = off_by_an_ulp
+        learner.build_model = off_by_an_ulp
     for seed in range(seeds):
         for case in CASES:
             tree = config(case, "group", images)

@@ -36,8 +36,8 @@ def main() -> None:
     model = load_model(options.run_dir).to(accelerator.device)
     data = load_dataset(config.data, "test")
     threat = build(config.threat.norm, config.threat.eps)
-    names = ["natural", f"pgd-{options.steps}"]
-    ours, _ = evaluate(model, data, threat, config.eval, accelerator, names, options.limit)
+    asked = {"attacks": ["natural", f"pgd-{options.steps}"], "limit": options.limit}
+    ours, _ = evaluate(model, data, threat, config.eval.model_copy(update=asked), accelerator)
 
     # The same images as `evaluate` takes for a limit.
     chosen = rng.permutation(rng.stream_key("subset"), len(data))[: options.limit]

@@ -32,9 +32,12 @@ from dist_adv.config import parse_config
 from dist_adv.distributed import start
 from dist_adv.distributed.session import Session
 from dist_adv.runs import checkpoint
+from dist_adv.runs.folder import RunFolder
 from dist_adv.terminal import bar
+from dist_adv.training.display import TrainingDisplay
+from dist_adv.training.meter import Meter
 from dist_adv.training.nonfinite import NonFinite
-from dist_adv.training.trainer import Trainer
+from dist_adv.training.trainer import Surroundings, Trainer
 
 STRETCH = 20
 
@@ -83,21 +86,23 @@ def main() -> None:
     written = Timed(checkpoint.save)
     checkpoint.save = written
     blocked, stretches = Timed(Trainer.save), []
-    between = Trainer._between_batches
+    between = Trainer.between_batches
 
-    def measure(self: Trainer, run_dir: Path, session: Session, *others: Any) -> None:
-        between(self, run_dir, session, *others)
-        if self.clock.step % STRETCH == 0:
+    def measure(self: Trainer, around: Surroundings, meter: Meter) -> None:
+        between(self, around, meter)
+        step = self.learner.clock.step
+        if step % STRETCH == 0:
             stretches.append(time.perf_counter())
-            if self.clock.step // STRETCH % 2 and self.clock.step < steps:
-                blocked(self, run_dir, session, None)
+            if step // STRETCH % 2 and step < steps:
+                blocked(self, around)
 
-    Trainer._between_batches = measure
+    Trainer.between_batches = measure
     accelerator = start.start_accelerator("auto")
     with tempfile.TemporaryDirectory() as folder, bar(False) as progress:
         session = Session(accelerator, Path(folder), settings.train)
         trainer = Trainer(settings, accelerator, (noise(12800), noise(100)))
-        trainer.fit(Path(folder), session, None, progress)
+        display = TrainingDisplay(progress, trainer.learner.total_steps, 0)
+        trainer.fit(Surroundings(RunFolder(Path(folder)), session, None, display))
         session.close()
     if not accelerator.is_main_process:
         os._exit(0)
@@ -107,7 +112,7 @@ def main() -> None:
     total, plain = sum(seconds), statistics.median(seconds[1::2])
     ratio, low, high = statistics.median(ratios) - 1, min(ratios) - 1, max(ratios) - 1
     stall = statistics.median(blocked.seconds)
-    megabytes = 2 * sum(p.numel() for p in trainer.copy.parameters()) * 4 / 1e6
+    megabytes = 2 * sum(p.numel() for p in trainer.learner.copy.parameters()) * 4 / 1e6
     git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout
     text = "\n".join(

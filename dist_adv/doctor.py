@@ -271,7 +271,8 @@ def _run_folder(config: Config | None, folder: Path) -> Findings:
 
 
 def _state_of(config: Config | None, folder: Path) -> Finding:
-    from dist_adv.runs.folder import holds, state_of
+    from dist_adv.runs import claim
+    from dist_adv.runs.folder import RunFolder
 
     if held(folder):
         remedy = "wait for it, or choose another --run-dir"
@@ -279,11 +280,11 @@ def _state_of(config: Config | None, folder: Path) -> Finding:
     if config is None:
         return Finding("run folder", f"{folder}: writable")
     try:
-        if not holds(folder, config):
+        if not claim.holds(RunFolder(folder), config):
             return Finding("run folder", f"{folder}: would be made")
     except UserError as error:
         return Finding("run folder", str(error), "problem", "choose another --run-dir")
-    state = state_of(folder) or "of unknown state"
+    state = RunFolder(folder).state or "of unknown state"
     return Finding("run folder", f"{folder}: holds this run ({state}), which would go on")
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class Attack:
+class AttackSpec:
     """A parsed name. `steps` counts for FGSM and PGD alone."""
 
     name: str
@@ -16,17 +16,17 @@ class Attack:
     restarts: int
 
 
-def parse_attack(name: str) -> Attack:
+def parse_attack(name: str) -> AttackSpec:
     """`pgd-20` is 20 steps from one random start, `pgd-50-10` 50 steps from each of 10.
 
     Raises ValueError for anything else, saying what was meant.
     """
     if name == "natural":
-        return Attack(name, "natural", 0, 1)
+        return AttackSpec(name, "natural", 0, 1)
     if name == "fgsm":
-        return Attack(name, "fgsm", 1, 1)
+        return AttackSpec(name, "fgsm", 1, 1)
     if name == "autoattack":
-        return Attack(name, "autoattack", 0, 1)
+        return AttackSpec(name, "autoattack", 0, 1)
     match = re.fullmatch(r"pgd-([0-9]{1,6})(?:-([0-9]{1,6}))?", name)
     if match is None:
         known = ["natural", "fgsm", "pgd-10", "pgd-20", "pgd-50", "pgd-50-10", "autoattack"]
@@ -36,4 +36,4 @@ def parse_attack(name: str) -> Attack:
     steps, restarts = int(match[1]), int(match[2] or 1)
     if steps == 0 or restarts == 0:
         raise ValueError(f"{name!r} needs at least 1 step and 1 restart, for example 'pgd-10'")
-    return Attack(name, "pgd", steps, restarts)
+    return AttackSpec(name, "pgd", steps, restarts)

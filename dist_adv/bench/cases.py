@@ -26,17 +26,18 @@ from dist_adv.bench import published
 from dist_adv.bench.timing import PeakMemory, alternate, copy_rate, launched, matmul_rate, noise
 from dist_adv.config import Config, load_config, parse_config
 from dist_adv.data import Batch, Loader, load_dataset
-from dist_adv.distributed.network import snapshot
 from dist_adv.distributed.session import Session
 from dist_adv.evaluation.evaluate import evaluate
 from dist_adv.evaluation.images import subset
 from dist_adv.models import Classifier, build_model, load_model
+from dist_adv.runs.folder import RunFolder
 from dist_adv.runs.run import read_runs
 from dist_adv.terminal import bar
 from dist_adv.tracking.tracker import Tracker
 from dist_adv.training.display import TrainingDisplay
+from dist_adv.training.learner import Learner
 from dist_adv.training.meter import Meter
-from dist_adv.training.trainer import Trainer
+from dist_adv.training.trainer import Surroundings, Trainer
 
 EPS, ALPHA, PGD_STEPS, PGD_ALPHA, REPLAYS = 8 / 255, 10 / 255, 7, 2 / 255, 2
 
@@ -102,6 +103,10 @@ class Bench:
         images = noise(60 * self.batch_size), noise(100)
         return Trainer(self.config(method, width, **train), self.accelerator, images)
 
+    def learner(self, method: dict[str, Any], width: int | None = None, **train: Any) -> Learner:
+        images = noise(60 * self.batch_size)
+        return Learner(self.config(method, width, **train), self.accelerator, images)
+
     def network(self, width: int | None = None) -> Classifier:
         """A network as `trainer` has it, on the device."""
         config = self.config({"name": "natural"}, width)
@@ -137,22 +142,22 @@ def steps(bench: Bench) -> Iterator[Row]:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(bench.precision, torch.float32)
     peak = matmul_rate(bench.device, dtype)
     for what, method, loop, per_call, bar_, rounds in cases:
-        trainer, meter = bench.trainer(method), Meter(bench.device)
-        batch = next(trainer.loader.epoch(0))
+        learner, meter = bench.learner(method), Meter(bench.device)
+        batch = next(learner.loader.epoch(0))
         theirs = published.Published(bench.network(), EPS, 0.1)
         with FlopCounterMode(display=False) as flops:
-            trainer.learn(batch, meter)
+            learner.learn(batch, meter)
         timings = alternate(
             {
                 "published": partial(loop, theirs, batch.x.contiguous(), batch.y),
-                "ours": partial(trainer.learn, batch, meter),
+                "ours": partial(learner.learn, batch, meter),
             },
             bench.device,
             bench.rounds(rounds),
             tick=bench.tick,
         )
         memory = PeakMemory(bench.device)
-        trainer.learn(batch, meter)
+        learner.learn(batch, meter)
         ratio, low, high = timings.ratio("published", "ours")
         seconds = timings.median("ours") / per_call
         rate = flops.get_total_flops() / per_call / seconds
@@ -181,12 +186,12 @@ def compiled(bench: Bench) -> Iterator[Row]:
     """train.compile against none. Compiling comes first and counts for itself."""
     sides, first = {}, 0.0
     for choice in ("none", "default"):
-        trainer, meter = (
-            bench.trainer({"name": "fast"}, bench.small, compile=choice),
+        learner, meter = (
+            bench.learner({"name": "fast"}, bench.small, compile=choice),
             Meter(bench.device),
         )
-        batch = next(trainer.loader.epoch(0))
-        sides[choice] = partial(trainer.learn, batch, meter)
+        batch = next(learner.loader.epoch(0))
+        sides[choice] = partial(learner.learn, batch, meter)
         began = time.perf_counter()
         try:
             sides[choice]()
@@ -218,7 +223,8 @@ def evaluation(bench: Bench) -> Iterator[Row]:
     data = load_dataset(config.data, "test")
     n = min(len(data), 100 if bench.quick else 1000)
     threat = build_threat(config.threat.norm, config.threat.eps)
-    options = config.eval.model_copy(update={"step_size": config.threat.eps / 4})
+    settings = {"attacks": ["pgd-20"], "limit": n, "step_size": config.threat.eps / 4}
+    options = config.eval.model_copy(update=settings)
     samples = subset(len(data), n)
     images, labels = data.images[samples].float().div_(255), data.labels[samples]
     found: dict[str, list[float]] = {"theirs": [], "ours": []}
@@ -233,7 +239,7 @@ def evaluation(bench: Bench) -> Iterator[Row]:
         found["theirs"].append(right / n)
 
     def ours() -> None:
-        (result,), _ = evaluate(model, data, threat, options, bench.accelerator, ["pgd-20"], n)
+        (result,), _ = evaluate(model, data, threat, options, bench.accelerator)
         found["ours"].append(result.accuracy)
 
     sides = {"theirs": theirs, "ours": ours}
@@ -274,14 +280,14 @@ def _robust_model(bench: Bench) -> tuple[Config, Classifier]:
         "track": {"wandb": {"mode": "disabled"}},
     }
     config = parse_config(tree, "bench")
-    trainer = Trainer(config, bench.accelerator)
+    learner = Learner(config, bench.accelerator, load_dataset(config.data, "train"))
     meter = Meter(bench.device)
     for epoch in range(config.train.epochs):
-        for batch in trainer.loader.epoch(epoch):
-            trainer.learn(batch, meter)
+        for batch in learner.loader.epoch(epoch):
+            learner.learn(batch, meter)
         bench.tick()
-    snapshot(bench.accelerator, trainer.net, trainer.copy)
-    return config, trainer.copy.eval()
+    learner.update_copy()
+    return config, learner.copy.eval()
 
 
 def data(bench: Bench) -> Iterator[Row]:
@@ -347,14 +353,14 @@ class _Bare:
 def engine(bench: Bench) -> Iterator[Row]:
     """A batch as `fit` takes it (rates, checks, agreement, metrics) against a loop by hand."""
     trainer, meter = bench.trainer({"name": "fast"}, bench.small, epochs=10**6), Meter(bench.device)
-    bare = _Bare(bench)
-    endless = (batch for epoch in range(10**6) for batch in trainer.loader.epoch(epoch))
-    with _run_of(trainer) as (run_dir, session, tracker, display):
+    learner, bare = trainer.learner, _Bare(bench)
+    endless = (batch for epoch in range(10**6) for batch in learner.loader.epoch(epoch))
+    with _run_of(trainer) as around:
 
         def ours() -> None:
-            trainer.learn(next(endless), meter)
-            trainer.clock.batch = 1 + trainer.clock.step % 50  # no pass ends here
-            trainer._between_batches(run_dir, session, tracker, meter, display)
+            learner.learn(next(endless), meter)
+            learner.clock.batch = 1 + learner.clock.step % 50  # no pass ends here
+            trainer.between_batches(around, meter)
 
         sides = {"engine": ours, "bare": lambda: bare.step(next(endless))}
         timings = alternate(sides, bench.device, bench.rounds(120), 5, bench.tick)
@@ -371,13 +377,15 @@ def engine(bench: Bench) -> Iterator[Row]:
 
 
 @contextmanager
-def _run_of(trainer: Trainer) -> Iterator[tuple[Path, Session, Tracker, TrainingDisplay]]:
+def _run_of(trainer: Trainer) -> Iterator[Surroundings]:
     """What `Trainer.fit` is given: a run folder, a session, records, a display that is silent."""
     with tempfile.TemporaryDirectory() as folder, bar(False) as progress:
         session = Session(trainer.accelerator, Path(folder), trainer.config.train)
-        tracker = Tracker(Path(folder), trainer.config)
+        run = RunFolder(Path(folder))
+        tracker = Tracker(run, trainer.config)
         try:
-            yield Path(folder), session, tracker, TrainingDisplay(progress, trainer.total_steps, 0)
+            display = TrainingDisplay(progress, trainer.learner.total_steps, 0)
+            yield Surroundings(run, session, tracker, display)
         finally:
             session.close()
 
@@ -385,22 +393,23 @@ def _run_of(trainer: Trainer) -> Iterator[tuple[Path, Session, Tracker, Training
 def overhead(bench: Bench) -> Iterator[Row]:
     """What a pass of 391 Fast steps spends on lines of metrics, a checkpoint and the curve."""
     trainer, meter = bench.trainer({"name": "fast"}), Meter(bench.device)
-    batch = next(trainer.loader.epoch(0))
-    with _run_of(trainer) as (run_dir, session, tracker, display):
+    learner = trainer.learner
+    batch = next(learner.loader.epoch(0))
+    with _run_of(trainer) as around:
 
         def line() -> None:
-            trainer.clock.batch = trainer.config.train.log_every
-            trainer._between_batches(run_dir, session, tracker, meter, display)
+            learner.clock.batch = trainer.config.train.log_every
+            trainer.between_batches(around, meter)
 
         def step() -> None:
-            trainer.learn(batch, meter)
+            learner.learn(batch, meter)
 
         def save() -> None:
-            trainer.save(run_dir, session, tracker)
+            trainer.save(around)
 
         def curve() -> None:
-            trainer.clock.epoch = 1
-            trainer._curve(session)
+            learner.clock.epoch = 1
+            trainer.point(around.session)
 
         step()
         sides = {"step": step, "line": line, "save": save}
@@ -482,12 +491,12 @@ def startup(bench: Bench) -> Iterator[Row]:
 
 
 def art(bench: Bench) -> Iterator[Row]:
-    """Fast against ART's trainer of the same name."""
+    """Fast against ART's learner of the same name."""
     what = "Fast, against ART's AdversarialTrainerFBFPyTorch"
     if importlib.util.find_spec("art") is None:
         yield Row("art", what, "not measured: pip install 'dist-adv[bench]'")
         return
-    from art.defences.trainer import AdversarialTrainerFBFPyTorch
+    from art.defences.learner import AdversarialTrainerFBFPyTorch
     from art.estimators.classification import PyTorchClassifier
 
     batches = 2
@@ -505,13 +514,13 @@ def art(bench: Bench) -> Iterator[Row]:
         device_type="gpu" if bench.device.type == "cuda" else "cpu",
     )
     theirs = AdversarialTrainerFBFPyTorch(classifier, eps=EPS)
-    trainer, meter = bench.trainer({"name": "fast"}), Meter(bench.device)
+    learner, meter = bench.learner({"name": "fast"}), Meter(bench.device)
 
     def ours() -> None:
-        for number, batch in enumerate(trainer.loader.epoch(0)):
+        for number, batch in enumerate(learner.loader.epoch(0)):
             if number == batches:
                 return
-            trainer.learn(batch, meter)
+            learner.learn(batch, meter)
 
     def art_() -> None:
         with redirect_stderr(io.StringIO()):  # its progress bar

@@ -14,10 +14,9 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from dist_adv.bench.cases import Bench
 from dist_adv.bench.timing import alternate
-from dist_adv.distributed.network import settle
 from dist_adv.distributed.start import start_accelerator
+from dist_adv.training.learner import Learner
 from dist_adv.training.meter import Meter
-from dist_adv.training.trainer import Trainer
 
 METHODS: dict[str, dict[str, Any]] = {
     "natural": {"name": "natural"},
@@ -27,7 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def communicated(trainer: Trainer) -> list[int]:
+def communicated(learner: Learner) -> list[int]:
     """Elements of each gradient bucket that DDP reduces while one batch is learnt."""
     sizes: list[int] = []
 
@@ -35,10 +34,10 @@ def communicated(trainer: Trainer) -> list[int]:
         sizes.append(bucket.buffer().numel())
         return allreduce_hook(state, bucket)  # type: ignore[arg-type]
 
-    trainer.net.prepared.register_comm_hook(None, count)
-    settle(trainer.accelerator, trainer.net, trainer.train_data)
+    learner.net.prepared.register_comm_hook(None, count)
+    learner.settle()
     sizes.clear()
-    trainer.learn(next(trainer.loader.epoch(0)), Meter(trainer.accelerator.device))
+    learner.learn(next(learner.loader.epoch(0)), Meter(learner.accelerator.device))
     return sizes
 
 
@@ -48,15 +47,15 @@ def main() -> None:
     bench = Bench(accelerator, width, batch_size)
     found: dict[str, Any] = {"reduced_times": {}, "bytes": {}, "buckets": {}}
     for name, method in METHODS.items() if accelerator.num_processes > 1 else ():
-        trainer = bench.trainer(method)
-        sizes, steps = communicated(trainer), trainer.clock.step
-        parameters = sum(parameter.numel() for parameter in trainer.net.bare.parameters())
+        learner = bench.learner(method)
+        sizes, steps = communicated(learner), learner.clock.step
+        parameters = sum(parameter.numel() for parameter in learner.net.bare.parameters())
         found["reduced_times"][name] = sum(sizes) / steps / parameters
         found["bytes"][name] = 4 * sum(sizes) / steps
         found["buckets"][name] = len(sizes) / steps
-    trainer, meter = bench.trainer({"name": "fast"}), Meter(bench.device)
-    batch = next(trainer.loader.epoch(0))
-    sides = {"fast": lambda: trainer.learn(batch, meter)}
+    learner, meter = bench.learner({"name": "fast"}), Meter(bench.device)
+    batch = next(learner.loader.epoch(0))
+    sides = {"fast": lambda: learner.learn(batch, meter)}
     timings = alternate(sides, bench.device, rounds, warm_up=3)
     if accelerator.is_main_process:
         print(json.dumps(found | {"step_s": timings.median("fast")}), flush=True)

@@ -28,7 +28,7 @@ class TrainNet:
         self.sgd = fused_sgd(model, options)
         self.prepared, self.optimizer = accelerator.prepare(model, self.sgd)
         # Whom to tell of updates that are not to be taken.
-        self.guarded: torch.optim.Optimizer | None = self.sgd
+        self.skippable: torch.optim.Optimizer | None = self.sgd
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.prepared(x)

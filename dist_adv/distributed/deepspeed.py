@@ -91,7 +91,7 @@ class ZeroNet(TrainNet):
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, options: OptimOptions) -> None:
         super().__init__(accelerator, autocast(accelerator, model), options)
-        self.guarded = None
+        self.skippable = None
         self.parameters = dict(model.named_parameters())
         self.shared_out = accelerator.state.deepspeed_plugin.zero_stage == 3
         zero = self.prepared.optimizer

@@ -20,27 +20,26 @@ def subset(n: int, limit: int | None) -> Tensor:
 class Images:
     """This rank's share of the images to measure on, in chunks on the device.
 
-    The first `limit` images of a fixed random order, so that a folder sorted by class gives a
-    balanced set, whatever the ranks. Rank r takes r, r + W, r + 2 W, ...: each image once, and
-    after each round of chunks a beginning of that order is done.
+    The first `options.limit` images of a fixed random order, so that a folder sorted by class
+    gives a balanced set, whatever the ranks. Rank r takes r, r + W, r + 2 W, ...: each image once,
+    and after each round of chunks a beginning of that order is done.
     """
 
     def __init__(
         self,
         dataset: Dataset,
         options: EvalOptions,
-        limit: int | None,
         accelerator: Accelerator,
         between: Callable[[], None],
     ) -> None:
-        self.order = subset(len(dataset), limit)
+        self.order = subset(len(dataset), options.limit)
         self.n = len(self.order)
         self.dataset, self.device = dataset, accelerator.device
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         self.between, self.round = between, options.batch_size * self.ranks
         self.key = rng.stream_key(options.seed, "attack")
 
-    def chunks(self, tally: "Tally") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def chunks(self, tally: Tally) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """x (n, C, H, W) in [0, 1], y (n,), keys (n,) of each chunk that `tally` does not have."""
         for start in range(tally.done, self.n, self.round):
             self.between()

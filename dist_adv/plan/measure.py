@@ -17,14 +17,13 @@ from dist_adv.config import Config
 from dist_adv.data import Batch, DataOptions
 from dist_adv.data.loader import split
 from dist_adv.distributed.failures import plain_failures
-from dist_adv.distributed.network import settle
 from dist_adv.errors import UserError
 from dist_adv.methods import build_method
 from dist_adv.models import build_model
 from dist_adv.plan.model import Link, StepTime, Work, buckets, sent
 from dist_adv.training.checks import check_statistics
+from dist_adv.training.learner import Learner
 from dist_adv.training.meter import Meter
-from dist_adv.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -140,22 +139,19 @@ def measure_steps(
         for size in sizes:
             batch_size = size * accelerator.num_processes
             train = config.train.model_copy(update={"batch_size": batch_size})
-            data = config.data.model_copy(update={"validation": 0})
             some = noise(batch_size, images.size, images.classes, images.channels)
-            trainer = Trainer(
-                config.model_copy(update={"train": train, "data": data}), accelerator, (some, some)
-            )
-            settle(accelerator, trainer.net, some)
-            batch = next(trainer.loader.epoch(0))
-            learn = partial(trainer.learn, batch, Meter(accelerator.device))
-            sides[str(size)] = learn if communicate else partial(_alone, trainer, learn)
+            learner = Learner(config.model_copy(update={"train": train}), accelerator, some)
+            learner.settle()
+            batch = next(learner.loader.epoch(0))
+            learn = partial(learner.learn, batch, Meter(accelerator.device))
+            sides[str(size)] = learn if communicate else partial(_alone, learner, learn)
         timings = alternate(sides, accelerator.device, rounds, tick=tick)
     per_batch = count_passes(config)[0]
     return {size: timings.median(str(size)) / per_batch for size in sizes}
 
 
-def _alone(trainer: Trainer, learn: Callable[[], None]) -> None:
-    with trainer.accelerator.no_sync(trainer.net.prepared):
+def _alone(learner: Learner, learn: Callable[[], None]) -> None:
+    with learner.accelerator.no_sync(learner.net.prepared):
         learn()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from dist_adv.errors import unwritable
 from dist_adv.models import read_final
 from dist_adv.runs import reading
+from dist_adv.runs.folder import RunFolder
 from dist_adv.runs.reading import Evaluation
 
 # How an attack was run: keys of results.jsonl and titles in the card.
@@ -30,7 +31,7 @@ def export_run(run_dir: Path, out: Path) -> None:
     Raises UserError where the run has no final weights, or `out` exists; RunFailure where the disk
     refuses.
     """
-    weights = run_dir / "model.safetensors"
+    weights = RunFolder(run_dir).weights
     architecture = read_final(weights)
     card = _card(architecture, run_dir)
     partial = out.with_name(f".partial-{out.name}") if out.name else out

@@ -29,10 +29,9 @@ from dist_adv import files
 from dist_adv.errors import UserError
 from dist_adv.files import Record
 from dist_adv.options import Real
+from dist_adv.runs.folder import RunFolder
 from dist_adv.text import few, one_line
 
-METRICS = "metrics.jsonl"
-RESULTS = "results.jsonl"
 SWEEP = "sweep.yaml"
 
 
@@ -180,7 +179,7 @@ def kind_of(folder: Path) -> Literal["run", "sweep", ""]:
     Raises UserError where there is nothing of that name, or it cannot be looked into.
     """
     try:
-        if (folder / "config.yaml").is_file():
+        if RunFolder(folder).config.is_file():
             return "run"
         if (folder / SWEEP).is_file():
             return "sweep"
@@ -234,7 +233,7 @@ def names_in_sweep(folder: Path) -> list[str]:
 
 def read_config(run_dir: Path) -> Mapping[str, Any]:
     """Return the sections of config.yaml. Raises UserError where one that is needed is missing."""
-    path = run_dir / "config.yaml"
+    path = RunFolder(run_dir).config
     try:
         tree = yaml.safe_load(_text(path))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -246,7 +245,7 @@ def read_config(run_dir: Path) -> Mapping[str, Any]:
 
 def read_environment(run_dir: Path) -> Mapping[str, Any]:
     """Return env.json: versions, hardware, data. Raises UserError where it is no such file."""
-    path = run_dir / "env.json"
+    path = RunFolder(run_dir).environment
     try:
         tree = json.loads(_text(path))
     except (ValueError, RecursionError) as error:
@@ -282,7 +281,7 @@ def read_metrics(run_dir: Path, kinds: Collection[str] = tuple(_KINDS)) -> Metri
 
     Raises UserError naming the first line that is none of training's.
     """
-    path = run_dir / METRICS
+    path = RunFolder(run_dir).metrics
     latest: dict[tuple[str, int], Record] = {}
     last = None
     for number, record in files.read(path):
@@ -303,7 +302,7 @@ def read_metrics(run_dir: Path, kinds: Collection[str] = tuple(_KINDS)) -> Metri
 def last_metrics(run_dir: Path, holding: str) -> Record | None:
     """Return the last whole line of metrics with the key `holding`, read from the end."""
     with suppress(OSError):
-        for line in files.backwards(run_dir / METRICS):
+        for line in files.backwards(RunFolder(run_dir).metrics):
             if holding.encode() not in line:
                 continue
             with suppress(
@@ -321,13 +320,13 @@ def read_results(run_dir: Path, threat: Mapping[str, Any], dataset: str) -> Resu
 
     Raises UserError naming the first line that is no evaluation.
     """
-    path = run_dir / RESULTS
+    path = RunFolder(run_dir).results
     lines: list[Record] = []
     for number, record in files.read(path):
         files.check(record, _LINE, path, number)
         lines.append(record)
     furthest = max((line.get("step", 0) for line in lines), default=0)
-    if weights_of_shorter_run(run_dir, furthest).exists():
+    if RunFolder(run_dir).weights_of_shorter_run(furthest).exists():
         return Results({}, 0)  # the run was made longer, and is not evaluated yet
     figures: dict[str, Evaluation] = {}
     elsewhere = 0
@@ -347,11 +346,6 @@ def strongest(figures: Mapping[str, Evaluation]) -> Evaluation | None:
     """Return the figure of the lowest robust accuracy; None where no attack was run."""
     attacked = [figure for figure in figures.values() if figure.attack != "natural"]
     return min(attacked, key=lambda figure: figure.accuracy, default=None)
-
-
-def weights_of_shorter_run(run_dir: Path, step: int) -> Path:
-    """Return where the final weights of a run of `step` steps are kept when it is made longer."""
-    return run_dir / f"model-step-{step:09d}.safetensors"
 
 
 def _at_home(line: Mapping[str, Any], threat: Mapping[str, Any], dataset: str) -> bool:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from dist_adv import text
 from dist_adv.errors import UserError
 from dist_adv.runs import reading
+from dist_adv.runs.folder import RunFolder
 from dist_adv.runs.reading import Evaluation, Record
 from dist_adv.text import shown
 
@@ -144,8 +145,8 @@ def _read_run(folder: Path, label: str) -> Run:
         last=metrics.last,
         evaluations=results.figures,
         elsewhere=results.elsewhere,
-        examples=_read_examples(folder / "examples.safetensors"),
-        finished=(folder / "model.safetensors").exists(),
+        examples=_read_examples(RunFolder(folder).examples),
+        finished=RunFolder(folder).weights.exists(),
     )
 
 

@@ -21,6 +21,7 @@ from rich.text import Text
 from dist_adv import streams
 from dist_adv.errors import UserError
 from dist_adv.runs import reading
+from dist_adv.runs.folder import RunFolder
 from dist_adv.runs.lock import held
 from dist_adv.terminal import interactive
 from dist_adv.text import duration, shown
@@ -144,7 +145,7 @@ def read(run_dir: Path, name: str, task: tuple[str, str] | None = None) -> Statu
     env: Mapping[str, Any] = {}
     robust = None
     try:
-        if (run_dir / "env.json").exists():
+        if RunFolder(run_dir).environment.exists():
             env = reading.read_environment(run_dir)
         robust = _robust(run_dir)
     except UserError as error:  # of this run alone: the others have their rows
@@ -163,7 +164,7 @@ def read(run_dir: Path, name: str, task: tuple[str, str] | None = None) -> Statu
 
 
 def _state(run_dir: Path, task: tuple[str, str] | None) -> tuple[str, str]:
-    said = _object(run_dir / "status.json")
+    said = _object(RunFolder(run_dir).status)
     state, reason = str(said.get("state", "not started")), str(said.get("reason", ""))
     if state == "running" and held(run_dir) is False:
         state = "killed"
@@ -175,7 +176,7 @@ def _state(run_dir: Path, task: tuple[str, str] | None) -> tuple[str, str]:
 
 def _robust(run_dir: Path) -> tuple[str, float] | None:
     """Under the strongest attack on the final weights, or at the last point of the curve."""
-    if (run_dir / reading.RESULTS).exists():
+    if RunFolder(run_dir).results.exists():
         config = reading.read_config(run_dir)
         results = reading.read_results(run_dir, config["threat"], config["data"]["name"])
         if strongest := reading.strongest(results.figures):

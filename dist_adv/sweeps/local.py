@@ -14,13 +14,14 @@ import torch
 from rich.live import Live
 
 from dist_adv import packages
+from dist_adv.config import load_config
 from dist_adv.distributed import launched
 from dist_adv.distributed.start import threads_per_rank
 from dist_adv.distributed.stopping import REASONS, STARTED_BY_SWEEP, Stopping
 from dist_adv.errors import STOPPED, Preempted, RunFailure, UserError
 from dist_adv.report import write_report
 from dist_adv.runs import status
-from dist_adv.runs.folder import config_of, state_of
+from dist_adv.runs.folder import RunFolder
 from dist_adv.runs.lock import Lock, held
 from dist_adv.sweeps.sweep import REPORT, SAVED, Sweep, SweepRun, claim
 from dist_adv.terminal import console, interactive, start_logging
@@ -161,9 +162,9 @@ class _Runs:
 
 def _is_done(run: SweepRun, out: Path) -> bool:
     """As it is wanted now; whatever is not clear is for the run itself to say."""
-    folder = out / run.name
+    folder = RunFolder(out / run.name)
     with suppress(UserError):
-        return state_of(folder) == "done" and config_of(folder) == run.config
+        return folder.state == "done" and load_config(folder.config) == run.config
     return False
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from dist_adv import packages
 from dist_adv.config import load_config
 from dist_adv.errors import RunFailure, UserError
-from dist_adv.runs.folder import state_of
+from dist_adv.runs.folder import RunFolder
 from dist_adv.runs.run import Record, Run, read_runs
 from dist_adv.tracking import wandb_env
 from dist_adv.tracking.wandb_run import WandbRun, identity, logged_in, place, reason, saved_identity
@@ -36,7 +36,7 @@ def sync_runs(run_dirs: Sequence[Path], offline: Path | None) -> Iterator[tuple[
 
     runs = read_runs(run_dirs)
     for run in runs:
-        saved_identity(run.folder)
+        saved_identity(RunFolder(run.folder))
     if offline is None and not logged_in():
         raise UserError(
             "sync: nobody is logged in to W&B; run `wandb login`, set WANDB_API_KEY, or see what "
@@ -61,10 +61,11 @@ def _push(run: Run, offline: Path | None) -> str:
             raise UserError(
                 f"--offline: {folder} cannot be made ({error.strerror}); name another folder"
             ) from None
-    config = load_config(run.folder / "config.yaml")
-    about = identity(run.folder, config, keep=True)
+    source = RunFolder(run.folder)
+    config = load_config(source.config)
+    about = identity(source, config, keep=True)
     view = WandbRun(
-        run.folder,
+        source,
         config,
         about,
         "offline" if offline else "online",
@@ -78,7 +79,7 @@ def _push(run: Run, offline: Path | None) -> str:
     if run.finished:
         view.artifacts(run)
     where = view.run.dir if offline else view.run.url
-    view.finish(_STATUS.get(state_of(run.folder) or "", 143))
+    view.finish(_STATUS.get(source.state or "", 143))
     return str(where)
 
 

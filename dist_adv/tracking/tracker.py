@@ -8,7 +8,6 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from safetensors.torch import save
 from dist_adv import files, packages
 from dist_adv.config import Config
 from dist_adv.evaluation.results import Examples, Result
+from dist_adv.runs.folder import RunFolder
 from dist_adv.tracking import wandb_env, wandb_run
 from dist_adv.tracking.wandb_run import caption, final, named, picture
 
@@ -47,18 +47,18 @@ class Tracker:
 
     def __init__(
         self,
-        run_dir: Path,
+        run: RunFolder,
         config: Config,
         wandb_id: str | None = None,
         step: int = 0,
         started_from: str | None = None,
     ) -> None:
-        self.run_dir, self.skipped = run_dir, 0
-        files.drop_torn_line(run_dir / "metrics.jsonl")
-        self.wandb = wandb_run.start(run_dir, config, wandb_id, started_from)
+        self.run, self.skipped = run, 0
+        files.drop_torn_line(run.metrics)
+        self.wandb = wandb_run.start(run, config, wandb_id, started_from)
         self.wandb_id: str | None = self.wandb.id if self.wandb else wandb_id
         self.tensorboard: Any = (
-            _start_tensorboard(run_dir, config, step) if config.track.tensorboard else None
+            _start_tensorboard(run, config, step) if config.track.tensorboard else None
         )
 
     def metrics(self, record: Mapping[str, Any], examples: Examples | None = None) -> None:
@@ -66,7 +66,7 @@ class Tracker:
 
         examples: of the evaluation whose figures the line has.
         """
-        files.append(self.run_dir / "metrics.jsonl", record)
+        files.append(self.run.metrics, record)
         with self._views():
             image = picture(examples) if examples else None
             if self.wandb:
@@ -112,7 +112,7 @@ class Tracker:
     def _alert(self, record: Mapping[str, Any]) -> None:
         if self.wandb is None:
             return
-        where = f"{self.run_dir}, pass {record['epoch']:g}"
+        where = f"{self.run}, pass {record['epoch']:g}"
         skipped = record.get("skipped_updates", 0)
         if skipped > self.skipped:
             self.wandb.alert("Not finite", f"{where}: {skipped} updates skipped since this start")
@@ -125,7 +125,7 @@ class Tracker:
     def _read(self) -> "Run":
         from dist_adv.runs.run import read_runs
 
-        return read_runs([self.run_dir])[0]
+        return read_runs([self.run.path])[0]
 
     def _tensorboard_image(self, name: str, image: np.ndarray, step: int) -> None:
         self.tensorboard.add_image(name, image, step, dataformats="HWC")
@@ -141,25 +141,25 @@ class Tracker:
 
 
 def write_results(
-    run_dir: Path, results: Sequence[Result], examples: Examples | None, about: Mapping[str, Any]
+    run: RunFolder, results: Sequence[Result], examples: Examples | None, about: Mapping[str, Any]
 ) -> None:
     """The pictures in examples.safetensors, then lines of results.jsonl: what is there is done."""
     if examples:
         names = ("clean", "adversarial", "label", "clean_prediction", "adversarial_prediction")
         tensors = {name: getattr(examples, name).contiguous() for name in names}
         metadata = {"attack": examples.attack, "classes": json.dumps(examples.classes)}
-        files.replace(run_dir / "examples.safetensors", save(tensors, metadata))
-    files.drop_torn_line(run_dir / "results.jsonl")
+        files.replace(run.examples, save(tensors, metadata))
+    files.drop_torn_line(run.results)
     for result in results:
-        files.append(run_dir / "results.jsonl", {**result.record(), **about})
+        files.append(run.results, {**result.record(), **about})
 
 
-def _start_tensorboard(run_dir: Path, config: Config, step: int) -> Any:
+def _start_tensorboard(run: RunFolder, config: Config, step: int) -> Any:
     """Return a writer; None, aloud, where it cannot be had: packages that do not fit, a disk."""
     try:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1 if step else None)
+        writer = SummaryWriter(run.path / "tensorboard", purge_step=step + 1 if step else None)
         writer.add_text("config", f"```yaml\n{config.dump()}```")
         return writer
     except Exception as error:

@@ -20,6 +20,7 @@ from dist_adv import files
 from dist_adv.config import Config
 from dist_adv.errors import STOPPED, UserError
 from dist_adv.runs import environment
+from dist_adv.runs.folder import RunFolder
 from dist_adv.text import shown
 from dist_adv.tracking import wandb_env
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:  # the report imports matplotlib, for which no start of a run 
 
 log = logging.getLogger("dist_adv")
 
-_IDENTITY = Path("wandb", "run.json")
 _KINDS = ("train", "epoch", "final")  # of lines, in their order at one optimiser step
 
 
@@ -77,7 +77,7 @@ def caption(examples: "Examples") -> str:
 
 
 def start(
-    run_dir: Path, config: Config, saved_id: str | None = None, started_from: str | None = None
+    run: RunFolder, config: Config, saved_id: str | None = None, started_from: str | None = None
 ) -> "WandbRun | None":
     """Return the W&B run, offline where nobody is logged in or the server is out of reach.
 
@@ -89,15 +89,15 @@ def start(
     try:
         import wandb
 
-        about = identity(run_dir, config, saved_id, started_from)
+        about = identity(run, config, saved_id, started_from)
         try:
             if mode == "auto":
                 mode = "online" if logged_in() else "offline"
-            return WandbRun(run_dir, config, about, mode)
+            return WandbRun(run, config, about, mode)
         except (wandb.Error, OSError) as error:
-            log.warning("W&B is out of reach (%s): recording offline in %s/wandb", error, run_dir)
+            log.warning("W&B is out of reach (%s): recording offline in %s/wandb", error, run)
             wandb.teardown()  # or the id counts as in use
-            return WandbRun(run_dir, config, about, "offline")
+            return WandbRun(run, config, about, "offline")
     # Whatever it comes up with: it is not installed or does not fit its own dependencies, a name
     # that it does not like, a disk.
     except Exception as error:
@@ -122,7 +122,7 @@ def reason(error: Exception) -> str:
 
 
 def identity(
-    run_dir: Path,
+    run: RunFolder,
     config: Config,
     saved_id: str | None = None,
     started_from: str | None = None,
@@ -136,16 +136,16 @@ def identity(
 
     started_from: the id of another run, from a checkpoint of which this one starts.
     """
-    known = saved_identity(run_dir)
-    if not keep and _is_copy(run_dir, known):
-        log.info("%s: is a copy of %s, so it is another run on W&B", run_dir, known["folder"])
+    known = saved_identity(run)
+    if not keep and _is_copy(run, known):
+        log.info("%s: is a copy of %s, so it is another run on W&B", run, known["folder"])
         saved_id, started_from, known = None, known["id"], {}
     options = config.track.wandb
     about = {
         **options.model_dump(exclude={"mode"}),
-        "name": options.name or run_dir.resolve().name,
+        "name": options.name or run.path.resolve().name,
         "tags": options.tags or [config.method.name, config.data.name, config.model.name],
-        "folder": str(run_dir.resolve()),
+        "folder": str(run.path.resolve()),
         **(known if keep else {}),
     }
     first = wandb_env.run_id() or saved_id or secrets.token_hex(8)
@@ -155,15 +155,14 @@ def identity(
         "started_from": started_from or known.get("started_from"),
     }
     if about != known:
-        path = run_dir / _IDENTITY
-        path.parent.mkdir(exist_ok=True)
-        files.replace(path, json.dumps(about, indent=1).encode())
+        run.identity.parent.mkdir(exist_ok=True)
+        files.replace(run.identity, json.dumps(about, indent=1).encode())
     return about
 
 
-def saved_identity(run_dir: Path) -> dict[str, Any]:
+def saved_identity(run: RunFolder) -> dict[str, Any]:
     """Return what an earlier start wrote. Raises UserError for a file that is damaged."""
-    path = run_dir / _IDENTITY
+    path = run.identity
     try:
         known = json.loads(path.read_text())
     except FileNotFoundError:
@@ -175,14 +174,15 @@ def saved_identity(run_dir: Path) -> dict[str, Any]:
     return known
 
 
-def _is_copy(run_dir: Path, known: Mapping[str, Any]) -> bool:
+def _is_copy(run: RunFolder, known: Mapping[str, Any]) -> bool:
     """Is the folder that this was written for still there, and has the same id?
 
     A folder that was moved, or is mounted elsewhere, is no copy.
     """
-    original = Path(known.get("folder", run_dir))
+    original = RunFolder(Path(known.get("folder", run)))
     with suppress(OSError, UserError):
-        return not original.samefile(run_dir) and saved_identity(original).get("id") == known["id"]
+        elsewhere = not original.path.samefile(run)
+        return elsewhere and saved_identity(original).get("id") == known["id"]
     return False
 
 
@@ -195,7 +195,7 @@ class WandbRun:
 
     def __init__(
         self,
-        run_dir: Path,
+        run: RunFolder,
         config: Config,
         about: Mapping[str, Any],
         mode: Any,
@@ -206,13 +206,13 @@ class WandbRun:
 
         self.id: str = about["id"]
         checkout = environment.checkout()
-        shown = {**config.model_dump(), "env": json.loads((run_dir / "env.json").read_text())}
+        shown = {**config.model_dump(), "env": json.loads(run.environment.read_text())}
         if about["started_from"]:
             shown["started_from"] = about["started_from"]
         with wandb_env.hidden():
             self.run = wandb.init(
                 **{key: about[key] for key in about if key not in ("started_from", "folder")},
-                dir=folder or os.environ.get("WANDB_DIR") or run_dir,
+                dir=folder or os.environ.get("WANDB_DIR") or run.path,
                 config=shown,
                 allow_val_change=True,  # `env` is of the last start
                 resume="allow",

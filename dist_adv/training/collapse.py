@@ -16,9 +16,10 @@ their difference has a standard deviation of up to 0.088. Wong et al. measure in
 Both measure in eval mode and fp32, so measuring moves no BatchNorm statistics.
 """
 
+import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -29,8 +30,12 @@ from dist_adv.attacks.threat import Threat
 from dist_adv.config import EvalOptions
 from dist_adv.data import Batch, Dataset
 from dist_adv.distributed.collectives import sum_over_ranks
-from dist_adv.evaluation.evaluate import evaluate
+from dist_adv.evaluation.evaluate import Supervision, evaluate
 from dist_adv.evaluation.images import subset
+from dist_adv.options import MethodOptions
+from dist_adv.training.clock import Clock
+
+log = logging.getLogger("dist_adv")
 
 SAMPLE = 512
 """Training images that `gap` measures, or all where there are fewer."""
@@ -85,6 +90,43 @@ class Measured:
         return {"guard_accuracy": self.pgd, **fgsm}
 
 
+class Guard:
+    """What a run does about collapse, and what it remembers: `warn` of it, or `stop` before it.
+
+    reference: the pass that the next is compared with. good: with `stop`, when and with which
+    weights the last good pass ended. stopped: collapse has ended the run.
+    """
+
+    def __init__(self, options: MethodOptions) -> None:
+        self.mode, self.rule = options.guard, options.guard_rule
+        self.reference: Measured | None = None
+        self.good: tuple[Clock, dict[str, Tensor]] | None = None
+        self.stopped = False
+
+    def look(
+        self, now: Measured, clock: Clock, batches: int, model: nn.Module
+    ) -> dict[str, float | bool]:
+        """Compare a pass that has ended with its reference, and return its part of metrics.jsonl.
+
+        `stop` puts the weights of the last good pass into `model`, which has those of this one.
+        """
+        before = self.reference
+        tripped = before is not None and now.collapsed(before)
+        self.reference = now.reference(before)
+        if before and tripped:
+            epoch = clock.passes(batches)
+            log.warning("catastrophic overfitting in pass %g: %s", epoch, now.since(before))
+        if self.mode == "stop" and not tripped:
+            weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            self.good = replace(clock), weights
+        elif self.mode == "stop" and self.good:
+            kept, weights = self.good
+            model.load_state_dict(weights)
+            self.stopped = True
+            log.warning("stopped; the weights of pass %g are kept", kept.passes(batches))
+        return now.record() | {"guard_tripped": tripped}
+
+
 def on_sample(
     model: nn.Module,
     data: Dataset,
@@ -97,10 +139,9 @@ def on_sample(
 
     Args as of `evaluate`, whose chunks have `batch_size` images a rank.
     """
-    attacks = ["pgd-5", "fgsm"]
-    options = EvalOptions(attacks=attacks, batch_size=batch_size)
+    options = EvalOptions(attacks=["pgd-5", "fgsm"], limit=SAMPLE, batch_size=batch_size)
     (pgd, fgsm), _ = evaluate(
-        model, data, threat, options, accelerator, attacks, SAMPLE, between=between
+        model, data, threat, options, accelerator, Supervision(between=between)
     )
     counts = data.labels[subset(len(data), SAMPLE)].bincount()
     return Measured(pgd.n, pgd.accuracy, fgsm.accuracy, counts.max().item() / pgd.n)

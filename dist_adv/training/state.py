@@ -5,68 +5,59 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dist_adv.data import what_changed
-from dist_adv.distributed.network import snapshot
+from dist_adv.data import Fingerprints, what_changed
+from dist_adv.distributed.session import Session
 from dist_adv.errors import UserError
 from dist_adv.runs.checkpoint import Checkpoint
-from dist_adv.training.collapse import Measured
-
-if TYPE_CHECKING:
-    from dist_adv.distributed.session import Session
-    from dist_adv.training.trainer import Trainer
+from dist_adv.training.clock import Best, Clock
+from dist_adv.training.collapse import Guard, Measured
+from dist_adv.training.curve import Curve
+from dist_adv.training.learner import Learner
 
 log = logging.getLogger("dist_adv")
 
 
 @dataclass
-class Clock:
-    """How far a run is: passes done, batches done of the next pass, optimiser steps, seconds.
+class Kept:
+    """What a run keeps from epoch to epoch besides its learner.
 
-    `seconds` is wall time of training alone: no evaluation, no checkpoint, no set-up.
+    images: what the data sets are recognised by. sums: of the meter, over the pass so far.
     """
 
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    seconds: float = 0.0
+    images: Fingerprints
+    guard: Guard
+    curve: Curve
+    sums: Tensor
 
 
-@dataclass(frozen=True)
-class Best:
-    """The pass with the highest robust accuracy on held-out images."""
-
-    step: int
-    epoch: float
-    accuracy: float
-
-
-def collect(trainer: "Trainer", session: "Session", wandb_id: str | None) -> Checkpoint | None:
+def collect(
+    learner: Learner, kept: Kept, session: Session, wandb_id: str | None
+) -> Checkpoint | None:
     """Everything from which training goes on bit for bit, copied; None but on the main process.
 
     Weights (BatchNorm's statistics averaged over ranks, and each rank's own besides), momentum,
     what the method carries from batch to batch (as one tensor in the order of the global batch),
     the clock, the guard, the scaler, the configuration. Every rank calls this.
     """
-    accelerator = trainer.accelerator
-    snapshot(accelerator, trainer.net, trainer.copy)
-    momentum = trainer.net.momentum()
-    buffers = dict(trainer.net.bare.named_buffers())
+    accelerator = learner.accelerator
+    learner.update_copy()
+    momentum = learner.net.momentum()
+    buffers = dict(learner.net.bare.named_buffers())
     ranks = session.gather(
         {
-            "method": _copied(trainer.method.state_dict()),
+            "method": _copied(learner.method.state_dict()),
             "buffers": _copied({name: buffers[name] for name in buffers if "running_" in name}),
         }
     )
     if not accelerator.is_main_process:
         return None
-    good = trainer.good if trainer.config.method.guard == "stop" else None
+    reference, good = kept.guard.reference, kept.guard.good
     groups = {
-        "model": _copied(trainer.copy.state_dict()),
+        "model": _copied(learner.copy.state_dict()),
         "optimizer": _copied(
             {f"{index}.momentum_buffer": tensor for index, tensor in enumerate(momentum)}
         ),
@@ -82,33 +73,33 @@ def collect(trainer: "Trainer", session: "Session", wandb_id: str | None) -> Che
     }
     scaler = accelerator.scaler
     state = {
-        "clock": asdict(trainer.clock),
-        "pass_sums": trainer.pass_sums.tolist(),
-        "guard": asdict(trainer.guarded) if trainer.guarded else None,
+        "clock": asdict(learner.clock),
+        "pass_sums": kept.sums.tolist(),
+        "guard": asdict(reference) if reference else None,
         "good_clock": asdict(good[0]) if good else None,
-        "best": asdict(trainer.best) if trainer.best else None,
+        "best": asdict(kept.curve.best) if kept.curve.best else None,
         "scaler": scaler.state_dict() if scaler else None,
         "world_size": accelerator.num_processes,
         "precision": accelerator.mixed_precision,
         "wandb_id": wandb_id,
-        "images": trainer.fingerprints,
-        "config": trainer.config.model_dump(),
+        "images": kept.images,
+        "config": learner.config.model_dump(),
     }
-    return Checkpoint(groups, state, {"architecture": json.dumps(trainer.copy.architecture)})
+    return Checkpoint(groups, state, {"architecture": json.dumps(learner.copy.architecture)})
 
 
-def check_images(trainer: "Trainer", saved: Checkpoint, path: Path, insist: bool) -> None:
+def check_images(learner: Learner, kept: Kept, saved: Checkpoint, path: Path, insist: bool) -> None:
     """Compare the images with those that a checkpoint was trained on.
 
     insist: go on with others, aloud, as far as they make as many batches.
 
     Raises UserError.
     """
-    clock, batches = saved.state["clock"], trainer.loader.batches
+    clock, batches = saved.state["clock"], learner.loader.batches
     done = clock["epoch"] * batches + clock["batch"]
-    fits = clock["step"] == done * trainer.method.steps_per_batch and clock["batch"] <= batches
+    fits = clock["step"] == done * learner.method.steps_per_batch and clock["batch"] <= batches
     before = saved.state.get("images", {})  # an older version's checkpoint has none
-    changed = what_changed(before, trainer.fingerprints)
+    changed = what_changed(before, kept.images)
     what = f" ({'; '.join(changed)})" if changed else ""
     if not fits:
         raise UserError(
@@ -124,14 +115,12 @@ def check_images(trainer: "Trainer", saved: Checkpoint, path: Path, insist: bool
         log.warning("going on with other images than before%s", what)
 
 
-def restore(trainer: "Trainer", saved: Checkpoint, path: Path) -> None:
+def restore(learner: Learner, kept: Kept, saved: Checkpoint, path: Path) -> None:
     """Go on from a checkpoint, at this or another world size.
 
     Raises UserError for a checkpoint of another model or precision.
     """
-    from dist_adv.training.state import Best, Clock
-
-    accelerator, state = trainer.accelerator, saved.state
+    accelerator, state = learner.accelerator, saved.state
     rank, ranks = accelerator.process_index, accelerator.num_processes
     if state["precision"] != accelerator.mixed_precision:
         before, now = (
@@ -143,20 +132,20 @@ def restore(trainer: "Trainer", saved: Checkpoint, path: Path) -> None:
         )
     weights = dict(saved.groups["model"])
     try:
-        trainer.copy.load_state_dict(weights)
+        learner.copy.load_state_dict(weights)
         if state["world_size"] == ranks:
             weights |= {
                 name.split(".", 1)[1]: tensor
                 for name, tensor in saved.groups["ranks"].items()
                 if name.startswith(f"{rank}.")
             }
-        trainer.net.load_state_dict(weights)
+        learner.net.load_state_dict(weights)
     except RuntimeError as error:
         problem = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
         raise UserError(f"{path}: is of another model ({problem}); check 'model'") from None
     momentum = saved.groups["optimizer"]
-    trainer.net.load_momentum([momentum[f"{i}.momentum_buffer"] for i in range(len(momentum))])
-    trainer.method.load_state_dict(
+    learner.net.load_momentum([momentum[f"{i}.momentum_buffer"] for i in range(len(momentum))])
+    learner.method.load_state_dict(
         {
             key: tensor[rank::ranks]
             .to(accelerator.device)
@@ -166,17 +155,17 @@ def restore(trainer: "Trainer", saved: Checkpoint, path: Path) -> None:
     )
     if accelerator.scaler and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
-    trainer.nonfinite.restart()
-    trainer.clock = Clock(**state["clock"])
-    trainer.pass_sums = torch.tensor(state["pass_sums"], dtype=torch.float64)
+    learner.nonfinite.restart()
+    learner.clock = Clock(**state["clock"])
+    kept.sums = torch.tensor(state["pass_sums"], dtype=torch.float64)
     # Earlier versions saved the accuracy on one batch, which no accuracy on the sample is like.
-    trainer.guarded = Measured(**state["guard"]) if state.get("guard") else None
-    trainer.best = Best(**state["best"]) if state["best"] else None
+    kept.guard.reference = Measured(**state["guard"]) if state.get("guard") else None
+    kept.curve.best = Best(**state["best"]) if state["best"] else None
     if state["good_clock"]:
         good = {
             name: tensor.to(accelerator.device) for name, tensor in saved.groups["good"].items()
         }
-        trainer.good = Clock(**state["good_clock"]), good
+        kept.guard.good = Clock(**state["good_clock"]), good
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -221,7 +221,7 @@ def test_what_would_stop_training(
 def test_steps_are_those_of_training(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = load_config(FREE, [*overrides, "model.width=4"])
-    steps = Trainer(config, start_accelerator(threads=1)).total_steps
+    steps = Trainer(config, start_accelerator(threads=1)).learner.total_steps
     assert look("steps", FREE, *overrides).found.startswith(f"{steps}: ")
 
 

@@ -123,7 +123,6 @@ from pathlib import Path
 import torch, torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from cases import CASES, config
-from dist_adv.distributed.network import settle
 from dist_adv.distributed.start import start_accelerator
 from dist_adv.config import parse_config
 from dist_adv.plan.measure import Images, gradient_buckets
@@ -134,23 +133,23 @@ NOISE = Images(120, 3, 8, 3)
 
 for case in CASES:
     settings = parse_config(config(case, "batch", Path(sys.argv[1])), case)
-    trainer = Trainer(settings, start_accelerator("fp32", 1))
+    learner = Trainer(settings, start_accelerator("fp32", 1)).learner
     reduced = []
     def hook(state, bucket):
         reduced.append(bucket.buffer().numel())
         return allreduce_hook(state, bucket)
-    trainer.net.prepared.register_comm_hook(None, hook)
+    learner.net.prepared.register_comm_hook(None, hook)
     wanting = []  # forwards that would give weight gradients: one a step, none in attacks
-    trainer.net.bare.register_forward_pre_hook(
+    learner.net.bare.register_forward_pre_hook(
         lambda module, inputs: wanting.append(next(module.parameters()).requires_grad)
     )
-    parameters = sum(p.numel() for p in trainer.net.bare.parameters())
+    parameters = sum(p.numel() for p in learner.net.bare.parameters())
     steps = 0
-    for batch in trainer.loader.epoch(0):
-        for out in trainer.method.steps(trainer.net, batch):
-            trainer.accelerator.backward(out.loss * batch.weight)
-            trainer.optimizer.step()
-            trainer.optimizer.zero_grad()
+    for batch in learner.loader.epoch(0):
+        for out in learner.method.steps(learner.net, batch):
+            learner.accelerator.backward(out.loss * batch.weight)
+            learner.net.optimizer.step()
+            learner.net.optimizer.zero_grad()
             steps += 1
     assert sum(reduced) == steps * parameters, (case, sum(reduced), steps, parameters)
     assert sum(wanting) == steps, (case, sum(wanting), steps)
@@ -161,15 +160,15 @@ for case in CASES:
 tree = config("natural", "batch", Path(sys.argv[1]))
 tree["model"]["width"] = 16  # gradients of more than a bucket
 settings = parse_config(tree, "buckets")
-trainer = Trainer(settings, start_accelerator("fp32", 1))
+learner = Trainer(settings, start_accelerator("fp32", 1)).learner
 reduced = []
 def hook(state, bucket):
     reduced.append(4 * bucket.buffer().numel())
     return allreduce_hook(state, bucket)
-trainer.net.prepared.register_comm_hook(None, hook)
-settle(trainer.accelerator, trainer.net, trainer.train_data)
+learner.net.prepared.register_comm_hook(None, hook)
+learner.settle()
 reduced.clear()
-trainer.learn(next(trainer.loader.epoch(0)), Meter(trainer.accelerator.device))
+learner.learn(next(learner.loader.epoch(0)), Meter(learner.accelerator.device))
 planned = gradient_buckets(settings, NOISE)
 assert reduced == planned and len(planned) == 2, (reduced, planned)
 if dist.get_rank() == 0:

@@ -15,8 +15,9 @@ from cases import config
 from dist_adv.config import Config, parse_config
 from dist_adv.errors import UserError
 from dist_adv.runs import checkpoint
-from dist_adv.training import run
-from dist_adv.training.run import evaluate_run, train_run
+from dist_adv.training import measure
+from dist_adv.training.measure import evaluate_run
+from dist_adv.training.run import train_run
 from launch import checkpoints
 
 
@@ -139,7 +140,7 @@ def test_an_interrupted_evaluation_goes_on_with_its_own_images_only(
         said.clear()
         with monkeypatch.context() as patch:
             for name, value in patched.items():
-                patch.setattr(run, name, value)
+                patch.setattr(measure, name, value)
             evaluate_run(run_dir, ["natural"], None, [f"data.root={where}"])
         return said.text
 

@@ -123,7 +123,7 @@ def test_no_good_checkpoint_is_an_error_and_not_a_fresh_start(images, tmp_path, 
 
 
 class Collapsing:
-    """Stands in for `guard.on_sample`: PGD-5 rises, then falls while FGSM accuracy stays."""
+    """Stands in for `collapse.on_sample`: PGD-5 rises, then falls while FGSM accuracy stays."""
 
     def __init__(self) -> None:
         self.values = iter([(0.4, 0.5), (0.5, 0.5), (0.2, 0.5), (0.9, 0.9)])
@@ -138,14 +138,14 @@ def test_the_guard_stops_with_the_last_good_weights(mode, passes, images, tmp_pa
     tree = settings("fast-random", images, epochs=4).model_dump()
     tree["method"]["guard"] = mode
     kept: dict[float, dict[str, torch.Tensor]] = {}
-    curve = Trainer._curve
+    point = Trainer.point
 
     def remember(self: Trainer, session: object) -> dict:
-        record = curve(self, session)
-        kept[self.passes] = {k: v.clone() for k, v in self.copy.state_dict().items()}
+        record, learner = point(self, session), self.learner
+        kept[learner.passes] = {k: v.clone() for k, v in learner.copy.state_dict().items()}
         return record
 
-    monkeypatch.setattr(Trainer, "_curve", remember)
+    monkeypatch.setattr(Trainer, "point", remember)
     train_run(parse_config(tree, mode), tmp_path / "run", "none")
     model = load_model(tmp_path / "run")
     assert model.architecture["trained"]["epoch"] == passes
@@ -164,7 +164,7 @@ def test_a_resumed_run_compares_with_the_most_robust_pass_before(
     slow = {1.0: (0.5, 0.55), 2.0: (0.44, 0.56), 3.0: (0.35, 0.57)}
 
     def measured(self: Trainer, session: object) -> Measured:
-        return Measured(512, *slow[self.passes], chance=0.1)
+        return Measured(512, *slow[self.learner.passes], chance=0.1)
 
     monkeypatch.setattr(Trainer, "_measured", measured)
     tree = settings("fast-random", images).model_dump()

@@ -22,15 +22,12 @@ from cases import CASES, config
 from dist_adv.config import parse_config
 from dist_adv.distributed import deepspeed, fsdp2
 from dist_adv.errors import RunFailure
-from dist_adv.training import run, trainer
+from dist_adv.training import learner, trainer
 from dist_adv.training.run import train_run
 from faulty import Faulty
 
-build_method, build_model, check = (
-    trainer.build_method,
-    trainer.build_model,
-    deepspeed.check_deepspeed,
-)
+build_method, build_model = learner.build_method, learner.build_model
+check = deepspeed.check_deepspeed
 
 
 def channels_not_last(*arguments: object) -> torch.nn.Module:
@@ -65,7 +62,7 @@ def allow_double_precision() -> None:
     InsertPostInitMethodToModuleSubClasses._set_dtype = set_another
 
 
-class Checked(trainer.Trainer):
+class Checked(learner.Learner):
     """Sees that no rank holds whole weights where the engine says so."""
 
     def __init__(self, *arguments: object) -> None:
@@ -83,10 +80,10 @@ class Checked(trainer.Trainer):
 def once(run: dict, out: Path, images: Path) -> None:
     numbers = run.get("numbers", "fp64")
     torch.set_default_dtype(torch.float64 if numbers == "fp64" else torch.float32)
-    trainer.build_method = build_method
+    learner.build_method = build_method
     if "fault" in run:
         os.environ["FAULT"] = run["fault"]
-        trainer.build_method = Faulty
+        learner.build_method = Faulty
     precision = "bf16" if numbers == "bf16" else "fp32"
     tree = config(run["case"], run.get("norm", "group"), images, precision)
     every = 3 * CASES[run["case"]][0].get("replays", 1)  # the first: in the middle of a pass
@@ -103,8 +100,8 @@ def once(run: dict, out: Path, images: Path) -> None:
 
 
 if __name__ == "__main__":
-    trainer.build_model, deepspeed.check_deepspeed = channels_not_last, share_out_everything
-    run.Trainer = Checked
+    learner.build_model, deepspeed.check_deepspeed = channels_not_last, share_out_everything
+    trainer.Learner = Checked
     for run in json.loads(sys.argv[3]):
         once(run, Path(sys.argv[1]), Path(sys.argv[2]))
     sys.stdout.flush()

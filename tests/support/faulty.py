@@ -20,7 +20,7 @@ from torch import nn
 
 from dist_adv import cli
 from dist_adv.methods import Step, build_method
-from dist_adv.training import trainer
+from dist_adv.training import learner
 
 
 class Faulty:
@@ -75,5 +75,5 @@ def fault(kind: str, out: Step) -> Step:
 
 
 if __name__ == "__main__":
-    trainer.build_method = Faulty
+    learner.build_method = Faulty
     cli.main()

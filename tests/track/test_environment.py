@@ -15,6 +15,7 @@ from dist_adv import cli
 from dist_adv.config import Config, parse_config
 from dist_adv.errors import UserError
 from dist_adv.runs import checkpoint
+from dist_adv.runs.folder import RunFolder
 from dist_adv.tracking import wandb_env, wandb_run
 from dist_adv.tracking.sync import sync_runs
 from dist_adv.tracking.tracker import check_tracking
@@ -78,7 +79,7 @@ def test_mode(said: dict[str, str], means: str, monkeypatch: pytest.MonkeyPatch)
 )
 def test_tags(said: str, found: list[str], images, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("WANDB_TAGS", said)
-    assert identity(tmp_path, config(images))["tags"] == found
+    assert identity(RunFolder(tmp_path), config(images))["tags"] == found
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def test_variables_that_wandb_itself_would_refuse(images, tmp_path, monkeypatch)
     }.items():
         monkeypatch.setenv(name, value)
     settings = config(images, mode="disabled")
-    run = wandb_run.start(folder(tmp_path / "run", settings), settings)
+    run = wandb_run.start(RunFolder(folder(tmp_path / "run", settings)), settings)
     assert run is not None
     assert run.run.settings.mode == "offline"
     assert run.run.tags == ("a", "b")
@@ -126,7 +127,7 @@ def test_variable_that_is_garbage_to_wandb(images, tmp_path, monkeypatch, capsys
         "dist_adv.tracking.wandb_run.log.warning", lambda text, *args: print(text % args)
     )
     settings = config(images, mode="offline")
-    assert wandb_run.start(folder(tmp_path / "run", settings), settings) is None
+    assert wandb_run.start(RunFolder(folder(tmp_path / "run", settings)), settings) is None
     said = capsys.readouterr().out
     assert said.startswith("no W&B (WANDB_CONSOLE: Input should be ")
     assert said.count("\n") == 1
@@ -145,7 +146,9 @@ def test_wandb_that_cannot_be_imported(images, tmp_path, monkeypatch, capsys) ->
     monkeypatch.setattr(
         "dist_adv.tracking.wandb_run.log.warning", lambda text, *args: print(text % args)
     )
-    assert wandb_run.start(folder(tmp_path / "run", config(images)), config(images)) is None
+    assert (
+        wandb_run.start(RunFolder(folder(tmp_path / "run", config(images))), config(images)) is None
+    )
     assert "no W&B (import of wandb halted" in capsys.readouterr().out
     assert cli._run(["sync", str(tmp_path / "run")]) == 2
     assert "sync: wandb is not installed; pip install wandb" in capsys.readouterr().err
@@ -175,16 +178,16 @@ def test_home_that_cannot_be_written(tmp_path, monkeypatch) -> None:
 def test_copy_of_a_folder_is_another_run(images, tmp_path) -> None:
     """A folder that was moved is not; and a copy that is pushed is still the run that it was."""
     settings = config(images)
-    first = identity(folder(tmp_path / "a", settings), settings)
+    first = identity(RunFolder(folder(tmp_path / "a", settings)), settings)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    assert identity(tmp_path / "b", settings, keep=True) == first
-    copied = identity(tmp_path / "b", settings)
+    assert identity(RunFolder(tmp_path / "b"), settings, keep=True) == first
+    copied = identity(RunFolder(tmp_path / "b"), settings)
     assert copied["id"] != first["id"]
     assert copied["started_from"] == first["id"]
-    assert identity(tmp_path / "b", settings) == copied
-    assert identity(tmp_path / "a", settings) == first
+    assert identity(RunFolder(tmp_path / "b"), settings) == copied
+    assert identity(RunFolder(tmp_path / "a"), settings) == first
     (tmp_path / "a").rename(tmp_path / "c")
-    moved = identity(tmp_path / "c", settings)
+    moved = identity(RunFolder(tmp_path / "c"), settings)
     assert moved == {**first, "name": "c", "folder": str(tmp_path / "c")}
     (tmp_path / "link").symlink_to(tmp_path / "c")
     assert identity(tmp_path / "link", settings)["id"] == first["id"]

@@ -9,6 +9,7 @@ import pytest
 import cases
 from dist_adv.config import Config, parse_config
 from dist_adv.errors import RunFailure, UserError
+from dist_adv.runs.folder import RunFolder
 from dist_adv.tracking.tracker import Tracker, check_tracking
 from dist_adv.tracking.wandb_run import identity
 from dist_adv.training.run import train_run
@@ -103,14 +104,14 @@ def test_environment_goes_before_the_configuration(images, tmp_path, monkeypatch
         "started_from": None,
         "folder": str(run_dir),
     }
-    assert identity(run_dir, config) == expected
+    assert identity(RunFolder(run_dir), config) == expected
     for name in VARIABLES:
         monkeypatch.delenv(name)
-    assert identity(run_dir, config, keep=True) == expected
+    assert identity(RunFolder(run_dir), config, keep=True) == expected
     monkeypatch.setenv("WANDB_RUN_ID", "another")
     monkeypatch.setenv("WANDB_RUN_GROUP", "later")
-    assert identity(run_dir, config, keep=True) == {**expected, "group": "later"}
-    assert identity(run_dir, config, "of a checkpoint") == {
+    assert identity(RunFolder(run_dir), config, keep=True) == {**expected, "group": "later"}
+    assert identity(RunFolder(run_dir), config, "of a checkpoint") == {
         **said,
         "job_type": "train",
         "notes": None,
@@ -125,10 +126,10 @@ def test_id_of_a_checkpoint_is_gone_on_with(images, tmp_path):
     config = tracked(images, wandb={})
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-    assert identity(tmp_path / "a", config, "of a checkpoint")["id"] == "of a checkpoint"
-    fresh = identity(tmp_path / "b", config)["id"]
+    assert identity(RunFolder(tmp_path / "a"), config, "of a checkpoint")["id"] == "of a checkpoint"
+    fresh = identity(RunFolder(tmp_path / "b"), config)["id"]
     assert fresh
-    assert identity(tmp_path / "b", config, "of a checkpoint")["id"] == fresh
+    assert identity(RunFolder(tmp_path / "b"), config, "of a checkpoint")["id"] == fresh
 
 
 def test_disabled_by_the_environment(images, tmp_path, monkeypatch):
@@ -156,7 +157,7 @@ def test_alerts(images, tmp_path, monkeypatch):
 
     monkeypatch.setenv("FAULT", "nan:0:2")
     faulty = importlib.import_module("faulty")
-    monkeypatch.setattr("dist_adv.training.trainer.build_method", faulty.Faulty)
+    monkeypatch.setattr("dist_adv.training.learner.build_method", faulty.Faulty)
     tree = {**config.model_dump(), "method": {"name": "natural", "guard": "none"}}
     skip = {**tree, "train": {**tree["train"], "on_nan": "skip"}}
     train_run(parse_config(skip, "skip"), tmp_path / "skip", "none")
@@ -190,7 +191,7 @@ def test_name_that_wandb_does_not_take(images, tmp_path, monkeypatch, said):
     """Tracking is given up aloud, training is not."""
     monkeypatch.setenv("WANDB_PROJECT", "a/b")
     config = tracked(images, wandb={"mode": "offline"})
-    tracker = Tracker(run_folder(tmp_path, config), config)
+    tracker = Tracker(RunFolder(run_folder(tmp_path, config)), config)
     assert tracker.wandb is None
     assert "no W&B (Invalid project name" in said.text
 

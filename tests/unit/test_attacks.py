@@ -398,10 +398,8 @@ def by_foolbox(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int) -
 def test_others_find_the_same_accuracy(judge, steps, subject, accelerator):
     """Same radius, steps and step size: within the interval that is reported with ours."""
     x, y, net, eps = subject.x, subject.y, subject.net, subject.eps
-    options = EvalOptions(step_size=eps / 4)
-    results, _ = evaluate(
-        net, subject.data, Linf(eps), options, accelerator, ["natural", f"pgd-{steps}"]
-    )
+    options = EvalOptions(attacks=["natural", f"pgd-{steps}"], step_size=eps / 4)
+    results, _ = evaluate(net, subject.data, Linf(eps), options, accelerator)
     natural, ours = results
     assert ours.accuracy < natural.accuracy - 0.05, "or this test shows nothing"
     torch.manual_seed(0)

@@ -61,7 +61,7 @@ def test_the_rule_of_wong_et_al():
 
 
 def alarms(curve: list[Measured]) -> list[int]:
-    """In which passes (from 1) the guard trips, as `Trainer._guard` asks it."""
+    """In which passes (from 1) the guard trips, as `Guard.look` asks it."""
     before, found = None, []
     for number, now in enumerate(curve, 1):
         if before and now.collapsed(before):

@@ -302,13 +302,13 @@ def test_autoattack_has_the_attacks_that_there_are(
     accelerator: Accelerator,
 ) -> None:
     """Nothing falls within so small a ball, so every attack gets images."""
-    monkeypatch.setattr("dist_adv.evaluation.evaluate.AutoAttack", Brief)
+    monkeypatch.setattr("dist_adv.evaluation.attacks.AutoAttack", Brief)
     data = colours(2, classes)
     net = build_model(PreActResNet18Options(width=2), [0.5] * 3, [0.25] * 3, data.classes, 0).eval()
     with torch.no_grad():  # whatever it says is right
         data = replace(data, labels=net(data.images.float() / 255).argmax(1))
     (result,), examples = evaluate(
-        net, data, build(norm, 1e-4), EvalOptions(), accelerator, ["autoattack"]
+        net, data, build(norm, 1e-4), EvalOptions(attacks=["autoattack"]), accelerator
     )
     assert (result.correct, result.n) == (2, 2)
     wanted = {"version": version, "attacks": attacks, "target_classes": targets}

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from dist_adv import terminal
-from dist_adv.terminal import interactive, log_file, start_logging
+from dist_adv.terminal import bar, interactive, log_file, start_logging
 
 
 @pytest.mark.parametrize(
@@ -39,10 +39,10 @@ def test_bars_are_for_terminals(
     with os.fdopen(inside, "w") as tty, (tmp_path / "log").open("w") as log, os.fdopen(outside):
         shown_on = Console(file=tty if terminal else log, _environ=variables)
         assert interactive(shown_on) == drawn
-        monkeypatch.setattr(terminal, "console", shown_on)
+        monkeypatch.setattr("dist_adv.terminal.console", shown_on)
         monkeypatch.setattr(interactive, "__defaults__", (shown_on,))
-        with terminal.bar(True) as bar:
-            assert bar.disable != drawn
+        with bar(True) as shown:
+            assert shown.disable != drawn
     assert (tmp_path / "log").read_text() == ""
 
 

@@ -16,9 +16,11 @@ from dist_adv.report import write_report
 from dist_adv.report.text import notices
 from dist_adv.runs import reading, status
 from dist_adv.runs.export import export_run
+from dist_adv.runs.folder import RunFolder
 from dist_adv.runs.run import read_runs
 from dist_adv.tracking.wandb_run import final
-from dist_adv.training.run import evaluate_run, train_run
+from dist_adv.training.measure import evaluate_run
+from dist_adv.training.run import train_run
 from made_up_runs import epoch, evaluation, make_run, write_lines
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits" / "fast.yaml"
@@ -142,7 +144,7 @@ def test_figures_of_weights_that_were_set_aside_are_none_of_the_longer_run(tmp_p
     """A run that was made longer, and has not been evaluated again yet."""
     results = [evaluation("pgd-10", 0.3, step=40)]
     assert figures(tmp_path / "a", *results) == {"pgd-10": (0.3, 1000)}
-    reading.weights_of_shorter_run(make_run(tmp_path / "b"), 40).touch()
+    RunFolder(make_run(tmp_path / "b")).weights_of_shorter_run(40).touch()
     write_lines(tmp_path / "b/results.jsonl", results)
     assert reading.read_results(tmp_path / "b", {"norm": "linf", "eps": 8 / 255}, "digits") == (
         reading.Results({}, 0)

@@ -23,10 +23,11 @@ from dist_adv.config import Config, differences, longer, parse_config, training_
 from dist_adv.data import Dataset
 from dist_adv.errors import RunFailure, UserError
 from dist_adv.evaluation.evaluate import evaluate
-from dist_adv.runs import checkpoint
-from dist_adv.runs.folder import Lock, check, mark
+from dist_adv.runs import checkpoint, claim
+from dist_adv.runs.folder import RunFolder
+from dist_adv.runs.lock import Lock
 from dist_adv.training.run import train_run
-from dist_adv.training.trainer import Trainer
+from dist_adv.training.trainer import Surroundings, Trainer
 
 # --- one writer ----------------------------------------------------------------------------------
 
@@ -123,12 +124,12 @@ def test_lock_is_held_while_training_and_let_go_after(images, tmp_path, monkeypa
     held = []
     fit = Trainer.fit
 
-    def watch(self: Trainer, run_dir: Path, *rest: Any) -> None:
-        held.append(in_use(run_dir))
-        fit(self, run_dir, *rest)
+    def watch(self: Trainer, around: Surroundings) -> None:
+        held.append(in_use(around.run.path))
+        fit(self, around)
 
-    def fail(self: Trainer, run_dir: Path, *rest: Any) -> None:
-        held.append(in_use(run_dir))
+    def fail(self: Trainer, around: Surroundings) -> None:
+        held.append(in_use(around.run.path))
         raise RunFailure("made up")
 
     config = parse_config(case("natural", "batch", images), "case")
@@ -147,8 +148,8 @@ def test_lock_is_held_while_training_and_let_go_after(images, tmp_path, monkeypa
 
 def test_mark(tmp_path):
     """The latest word alone, with the time and whatever else is known."""
-    mark(tmp_path, "running")
-    mark(tmp_path, "preempted", reason="SIGTERM", step=7, epoch=1.5)
+    RunFolder(tmp_path).mark("running")
+    RunFolder(tmp_path).mark("preempted", reason="SIGTERM", step=7, epoch=1.5)
     found = json.loads((tmp_path / "status.json").read_text())
     written = datetime.fromisoformat(found.pop("time"))
     assert abs(datetime.now(UTC) - written) < timedelta(minutes=1)
@@ -158,7 +159,7 @@ def test_mark(tmp_path):
 
 def test_mark_that_cannot_be_written(tmp_path, monkeypatch):
     """The word before it stays, whole. A stand-in for a disk that fails when it is synced."""
-    mark(tmp_path, "running")
+    RunFolder(tmp_path).mark("running")
     before = (tmp_path / "status.json").read_bytes()
 
     def full(descriptor: int) -> None:
@@ -166,19 +167,20 @@ def test_mark_that_cannot_be_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(RunFailure, match=r"status\.json: could not be written \(No space left"):
-        mark(tmp_path, "done")
+        RunFolder(tmp_path).mark("done")
     assert (tmp_path / "status.json").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
 def states(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
+    mark = RunFolder.mark
 
-    def note(run_dir: Path, state: Any, **about: Any) -> None:
+    def note(run: RunFolder, state: Any, **about: Any) -> None:
         seen.append(state)
-        mark(run_dir, state, **about)
+        mark(run, state, **about)
 
-    monkeypatch.setattr("dist_adv.training.run.mark", note)
+    monkeypatch.setattr(RunFolder, "mark", note)
     return seen
 
 
@@ -384,9 +386,9 @@ def test_longer_is_allowed_and_shorter_is_not(old, new, grown, refused):
 def test_another_experiment_is_refused_and_its_folder_let_alone(tmp_path):
     (tmp_path / "config.yaml").write_text(build(train__epochs=5).dump())
     with pytest.raises(UserError, match=r"train\.epochs: 5 -> 4; train\.seed: 0 -> 1"):
-        check(tmp_path, build(train__epochs=4, train__seed=1), resume=True)
+        claim.take(RunFolder(tmp_path), build(train__epochs=4, train__seed=1), resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
-    lock = check(tmp_path, build(train__epochs=6, train__keep=9), resume=True)
+    lock = claim.take(RunFolder(tmp_path), build(train__epochs=6, train__keep=9), resume=True)
     assert lock is not None
     lock.release()
 
@@ -437,9 +439,9 @@ class Scripted(Trainer):
 
     script = [1, 7, 3, 7, 2]
 
-    def _curve(self, session: Any) -> dict[str, Any]:
-        measured = super()._curve  # which calls evaluate below
-        Scripted.now = self.script[self.clock.epoch - 1]
+    def point(self, session: Any) -> dict[str, Any]:
+        measured = super().point  # which calls evaluate below
+        Scripted.now = self.script[self.learner.clock.epoch - 1]
         return measured(session)
 
 
@@ -464,7 +466,7 @@ def steps(run_dir: Path) -> list[int]:
 def test_checkpoint_of_the_best_pass_stays(images, tmp_path, monkeypatch):
     """Whatever `keep` is, through being killed, and of two equal ones the first."""
     monkeypatch.setattr("dist_adv.training.run.Trainer", Scripted)
-    monkeypatch.setattr("dist_adv.training.trainer.evaluate", scripted)
+    monkeypatch.setattr("dist_adv.training.curve.evaluate", scripted)
     run_dir = tmp_path / "run"
     train_run(best_run(images), run_dir, "none")
     assert steps(run_dir) == [4, 10]  # 90 images in batches of 45: two steps a pass

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from dist_adv import cli
 from dist_adv.runs import status
-from dist_adv.runs.folder import mark
+from dist_adv.runs.folder import RunFolder
 from dist_adv.runs.lock import Lock, held
 from dist_adv.sweeps.sweep import claim, load_sweep
 from made_up_runs import epoch, evaluation, write_lines
@@ -53,7 +53,7 @@ def write(folder: Path, state: str, **about: Any) -> Path:
     train = {"kind": "train", "step": 50, "epoch": 5.0, "seconds": 42.0, "images_per_s": 500.0}
     lines = [json.dumps(record) for record in (curve, train)]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "tr')  # just being written
-    mark(folder, state, **about)  # type: ignore[arg-type]
+    RunFolder(folder).mark(state, **about)  # type: ignore[arg-type]
     return folder
 
 
@@ -224,7 +224,7 @@ def test_watching_shows_what_changes(tmp_path: Path) -> None:
 
     try:
         wait_for(b"killed")
-        mark(run, "failed", reason="out of memory")
+        RunFolder(run).mark("failed", reason="out of memory")
         wait_for(b"run: out of memory")
         watch.send_signal(signal.SIGINT)
         assert watch.wait(60) == 0, os.read(terminal, 4096)
@@ -242,9 +242,9 @@ def test_watching_in_a_pipe_ends_with_its_reader(tmp_path: Path) -> None:
         assert watch.stdout
         for word in ("killed", "out of memory"):
             assert any(word in line for line in watch.stdout)
-            mark(run, "failed", reason="out of memory")
+            RunFolder(run).mark("failed", reason="out of memory")
         watch.stdout.close()
-        mark(run, "done")
+        RunFolder(run).mark("done")
         assert watch.wait(60) == 0
     finally:
         watch.kill()

@@ -57,7 +57,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def orphaned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its parent dies."""
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(os, "getppid", lambda: -1)
 
 
 def test_nothing_asks(tmp_path):

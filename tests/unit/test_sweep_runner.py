@@ -8,7 +8,7 @@ import pytest
 from dist_adv import cli
 from dist_adv.distributed.stopping import STARTED_BY_SWEEP
 from dist_adv.errors import RunFailure
-from dist_adv.runs.folder import mark
+from dist_adv.runs.folder import RunFolder
 from dist_adv.sweeps import local
 from dist_adv.sweeps.sweep import SweepRun, load_sweep
 
@@ -56,7 +56,7 @@ def test_a_run_that_has_stopped_is_no_failure(
 
     def start(run: SweepRun, out: Path, share: dict[str, str]) -> local._Job:
         (out / run.name).mkdir()
-        mark(out / run.name, "preempted", reason="train.max_minutes")
+        RunFolder(out / run.name).mark("preempted", reason="train.max_minutes")
         process = subprocess.Popen(["sh", "-c", "exit 143"])
         return local._Job(run, process, share, out / "log", 0)
 

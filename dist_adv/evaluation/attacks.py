@@ -1,0 +1,214 @@
+"""Attacks as `evaluate` runs them, and which others can be read off each.
+
+One run of PGD-50 from a start has done PGD-10 after ten steps: what falls by then falls in both.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from dist_adv.attacks import PGD, AttackSpec, correct, parse_attack
+from dist_adv.attacks.autoattack import AutoAttack
+from dist_adv.attacks.threat import Threat
+from dist_adv.config import EvalOptions
+from dist_adv.evaluation.images import Images
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What became of n images.
+
+    images: (n, C, H, W) in [0, 1], what fooled the network, else the last that was tried; logits:
+    (n, classes), of these. survivors: for each member of the attack, bool (n,), still right.
+    attacked, zero_gradients: how many images took a first step, and how many of them had an input
+    gradient of exactly 0 there.
+    """
+
+    images: Tensor
+    logits: Tensor
+    survivors: Sequence[Tensor]
+    attacked: int = 0
+    zero_gradients: int = 0
+
+
+class Attack(Protocol):
+    """An attack on one network. members: the names of the attacks that it gives the figures of."""
+
+    messages: list[str]
+    """Warnings so far, of this process: kept with the sums where an evaluation is interrupted."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def members(self) -> Sequence[str]: ...
+
+    def __call__(self, x: Tensor, y: Tensor, keys: Tensor) -> Attacked:
+        """Attack x (n, C, H, W) in [0, 1] with labels y (n,); keys (n,) make the random starts."""
+
+    def settings(self, member: str) -> dict[str, Any]:
+        """Return what a figure must be read with, for results.jsonl."""
+
+    def flags(self, attacked: float, zero_gradients: float) -> list[str]:
+        """Return what looks wrong about the figures, from sums over all images and ranks."""
+
+
+class Natural:
+    """The attack that changes nothing."""
+
+    name, members = "natural", ("natural",)
+
+    def __init__(self, model: nn.Module, images: Images) -> None:
+        self.model, self.images = model, images
+        self.messages: list[str] = []
+
+    def __call__(self, x: Tensor, y: Tensor, keys: Tensor) -> Attacked:
+        with torch.inference_mode():
+            logits = self.model(x)
+        return Attacked(x, logits, [correct(logits, y)])
+
+    def settings(self, member: str) -> dict[str, Any]:
+        return {}
+
+    def flags(self, attacked: float, zero_gradients: float) -> list[str]:
+        x, _, _ = self.images.load(self.images.order[:100])
+        with torch.inference_mode():
+            jitter = (self.model(x) - self.model(x)).abs().max().item()
+        if jitter <= 1e-3:
+            return []
+        return [
+            f"the output is not deterministic (two passes differ by {jitter:.2g}): "
+            f"gradient attacks underestimate its weakness"
+        ]
+
+
+class Gradient:
+    """FGSM, or a run of PGD and all shorter ones from the same starts."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Images,
+        threat: Threat,
+        options: EvalOptions,
+        members: Sequence[AttackSpec],
+    ) -> None:
+        """members: the strongest first, which is run."""
+        self.model, self.images, self.threat, self.seed = model, images, threat, options.seed
+        self.specs = {member.name: member for member in members}
+        self.members = list(self.specs)
+        self.messages: list[str] = []
+        strongest = members[0]
+        self.name = strongest.name
+        if strongest.kind == "fgsm":
+            self.attack = PGD(1, threat.eps, init="zero", loss=options.loss)
+        else:
+            step_size = options.step_size or threat.eps / 4
+            self.attack = PGD(strongest.steps, step_size, strongest.restarts, loss=options.loss)
+
+    def __call__(self, x: Tensor, y: Tensor, keys: Tensor) -> Attacked:
+        outcome = self.attack(self.model, x, y, self.threat, keys)
+        survivors = [outcome.survives(each.steps, each.restarts) for each in self.specs.values()]
+        images = x + outcome.delta
+        with torch.inference_mode():
+            logits = self.model(images)
+        return Attacked(images, logits, survivors, outcome.attacked, outcome.zero_gradients)
+
+    def settings(self, member: str) -> dict[str, Any]:
+        return {
+            "norm": self.threat.norm,
+            "eps": self.threat.eps,
+            "step_size": self.attack.step_size,
+            "init": self.attack.init,
+            "loss_fn": self.attack.loss,
+            "seed": self.seed,
+            "iterate": "first that fools, else the last",
+            "steps": self.specs[member].steps,
+            "restarts": self.specs[member].restarts,
+            **_precision(self.images.device),
+        }
+
+    def flags(self, attacked: float, zero_gradients: float) -> list[str]:
+        if not attacked or zero_gradients / attacked <= 0.05:
+            return []
+        return [
+            f"the input gradient is exactly 0 for {zero_gradients / attacked:.0%} of the images: "
+            f"the loss saturates and the attack is weak; try eval.loss=margin"
+        ]
+
+
+class Ensemble:
+    """AutoAttack on images that are right without it (it drops the others itself).
+
+    Raises UserError where pyautoattack is not installed.
+    """
+
+    name, members = "autoattack", ("autoattack",)
+
+    def __init__(self, model: nn.Module, images: Images, threat: Threat, seed: int) -> None:
+        self.model, self.images, self.threat, self.seed = model, images, threat, seed
+        self.attack = AutoAttack(model, threat, seed, images.device)
+        self.messages = self.attack.warnings.messages
+
+    def __call__(self, x: Tensor, y: Tensor, keys: Tensor) -> Attacked:
+        images = self.attack(x, y)
+        with torch.inference_mode():
+            logits = self.model(images)
+        return Attacked(images, logits, [correct(logits, y)])
+
+    def settings(self, member: str) -> dict[str, Any]:
+        return {
+            "norm": self.threat.norm,
+            "eps": self.threat.eps,
+            **self.attack.settings,
+            "seed": self.seed,
+            **_precision(self.images.device),
+        }
+
+    def flags(self, attacked: float, zero_gradients: float) -> list[str]:
+        said = [*self.attack.left_out, *gather_object(self.messages)]
+        return sorted({f"AutoAttack: {message}" for message in said})
+
+
+def _precision(device: torch.device) -> dict[str, Any]:
+    """fp32, and whether the GPU rounded the factors of its products to TF32's 10 bits."""
+    switches = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+    return {"precision": "fp32", "tf32": device.type == "cuda" and any(switches)}
+
+
+def build_attacks(
+    model: nn.Module, images: Images, threat: Threat, options: EvalOptions
+) -> list[Attack]:
+    """Return as few attacks as give every figure of `options`, in the order in which they run.
+
+    Raises UserError where AutoAttack is wanted and not installed.
+    """
+    wanted = [parse_attack(name) for name in dict.fromkeys(options.attacks)]
+    attacks: list[Attack] = []
+    if any(spec.kind == "natural" for spec in wanted):
+        attacks.append(Natural(model, images))
+    attacks += [
+        Gradient(model, images, threat, options, members) for members in _shared_runs(wanted)
+    ]
+    if any(spec.kind == "autoattack" for spec in wanted):
+        attacks.append(Ensemble(model, images, threat, options.seed))
+    return attacks
+
+
+def _shared_runs(wanted: Sequence[AttackSpec]) -> list[list[AttackSpec]]:
+    """Groups of attacks that one run gives, the one to be run first; the weakest group first."""
+    groups: list[list[AttackSpec]] = []
+    strength = [spec for spec in wanted if spec.kind == "pgd"]
+    strength.sort(key=lambda spec: (spec.steps, spec.restarts), reverse=True)
+    for spec in strength:
+        for group in groups:
+            if spec.restarts == 1 or spec.steps == group[0].steps:
+                group.append(spec)
+                break
+        else:
+            groups.append([spec])
+    groups += [[spec] for spec in wanted if spec.kind == "fgsm"]
+    return groups[::-1]

@@ -1,0 +1,140 @@
+"""One batch learnt: a method, the network and its optimiser, its rates, its clock.
+
+`Learner.learn` is the whole of a training step. When to log, measure, save and stop is the
+`Trainer`'s; plans and benchmarks time a learner alone.
+"""
+
+import logging
+import math
+
+from accelerate import Accelerator
+
+from dist_adv.attacks.threat import build as build_threat
+from dist_adv.config import Config
+from dist_adv.data import Batch, Dataset, Loader
+from dist_adv.distributed import engines
+from dist_adv.distributed.network import compile_network, settle, snapshot, synchronised
+from dist_adv.errors import RunFailure
+from dist_adv.methods import build_method
+from dist_adv.models import Classifier, build_model
+from dist_adv.training.checks import check_statistics
+from dist_adv.training.clock import Clock
+from dist_adv.training.meter import Meter
+from dist_adv.training.nonfinite import NonFinite
+from dist_adv.training.schedule import lr_at, momentum_at
+
+log = logging.getLogger("dist_adv")
+
+
+class Learner:
+    """A network in training on this process, and what trains it.
+
+    data: the images to train on, all of them on every rank.
+
+    Raises UserError for what does not fit together: data, model, ranks, precision.
+    """
+
+    def __init__(self, config: Config, accelerator: Accelerator, data: Dataset) -> None:
+        self.config, self.accelerator, self.data = config, accelerator, data
+        train = config.train
+        self.loader = Loader(
+            data,
+            train.batch_size,
+            train.seed,
+            accelerator.device,
+            config.data.augment,
+            config.data.drop_last,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        check_statistics(config, self.loader.smallest_share)
+        self.threat = build_threat(config.threat.norm, config.threat.eps)
+        self.method = build_method(config.method, self.threat)
+        # One network trains; the other is its plain fp32 copy, which is evaluated and saved.
+        network, self.copy = self._build(), self._build()
+        trained = synchronised(accelerator, network) if train.sync_batchnorm else network
+        compile_network(trained, train.compile)
+        self.net = engines.prepare(accelerator, trained, config.optim, train)
+        self.nonfinite = NonFinite(
+            self.net.bare,
+            self.net.skippable,
+            self.net.gradient_norm,
+            train.on_nan,
+            scaled=accelerator.scaler is not None,
+        )
+        self.clock, self.skipped = Clock(), 0
+
+    def _build(self) -> Classifier:
+        mean, std = self.data.statistics()
+        model = build_model(self.config.model, mean, std, self.data.classes, self.config.train.seed)
+        return model.to(self.accelerator.device)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps that the schedule spans: passes x batches x replays, or max_steps."""
+        train, per_batch = self.config.train, self.method.steps_per_batch
+        planned = train.epochs * self.loader.batches * per_batch
+        if train.max_steps is None:
+            return planned
+        return min(planned, math.ceil(train.max_steps / per_batch) * per_batch)
+
+    @property
+    def passes(self) -> float:
+        """Passes over the data so far, replays not counted."""
+        return self.clock.passes(self.loader.batches)
+
+    def settle(self) -> None:
+        """Prepare for the first step of a start (`network.settle`). Every rank calls this."""
+        settle(self.accelerator, self.net, self.data)
+
+    def learn(self, batch: Batch, meter: Meter) -> None:
+        """Take one optimiser step for each loss that the method yields; wait for no device."""
+        for out in self.method.steps(self.net, batch):
+            self._set_lr_and_momentum()
+            weight = self.nonfinite.mark(out.loss, batch.weight)
+            self.accelerator.backward(out.loss * weight)
+            self.nonfinite.before_update(out.loss)
+            self.net.optimizer.step()
+            self.net.optimizer.zero_grad()
+            self.clock.step += 1
+            meter.add(out, batch.y)
+
+    def lr_and_momentum(self, step: int) -> tuple[float, float]:
+        """Return those of an optimiser step, counted from 0."""
+        optim, total = self.config.optim, self.total_steps
+        return (
+            lr_at(optim.schedule, optim.lr, step, total, optim.rise),
+            momentum_at(optim.momentum, optim.cycle_momentum, step, total, optim.rise),
+        )
+
+    def _set_lr_and_momentum(self) -> None:
+        """Before the backward pass: some engines take the step inside it."""
+        lr, momentum = self.lr_and_momentum(self.clock.step)
+        for group in self.net.optimizer.param_groups:
+            group["lr"], group["momentum"] = lr, momentum
+
+    def update_copy(self) -> None:
+        """Put the weights, BatchNorm's statistics averaged, into `copy`. Every rank calls this."""
+        snapshot(self.accelerator, self.net, self.copy)
+
+    def check_updates(self) -> None:
+        """Warn of skipped updates; raise RunFailure, on every rank, where they end the run."""
+        trouble = self.nonfinite.trouble(self.accelerator)
+        if trouble is None or trouble.count == self.skipped:
+            return
+        step = self.clock.step - self.nonfinite.seen + trouble.first
+        epoch, batch = divmod((step - 1) // self.method.steps_per_batch, self.loader.batches)
+        ranks = ", ".join(map(str, trouble.ranks))
+        what = f"the loss of rank {ranks}" if ranks else "a gradient"
+        where = f"at optimiser step {step} (pass {epoch + 1}, batch {batch + 1})"
+        train = self.config.train
+        if train.on_nan == "skip" and trouble.count <= train.skip_limit:
+            self.skipped = trouble.count
+            log.warning("%d updates skipped; %s was not finite %s", self.skipped, what, where)
+            return
+        many = f"; more than train.skip_limit={train.skip_limit} updates were skipped"
+        raise RunFailure(
+            f"{what} was not finite {where}{many if train.on_nan == 'skip' else ''}: no update "
+            f"was taken from it and checkpoints are older; try a smaller optim.lr or "
+            f"train.precision=fp32" + ("" if train.on_nan == "skip" else ", or train.on_nan=skip")
+        )
