@@ -70,7 +70,7 @@ def rank(options: argparse.Namespace) -> None:
         found |= {"link": [link.bandwidth, link.latency]}
         found["all_reduce_s"] = time_all_reduce(accelerator, size)
     if accelerator.is_main_process:
-        precision = accelerator.mixed_precision.replace("no", "fp32")
+        precision = start.precision_of(accelerator)
         print(json.dumps(found | {"about": about(accelerator.device, precision)}), flush=True)
     accelerator.wait_for_everyone()
     os._exit(0)  # see cli.main

@@ -7,22 +7,12 @@ from rich.table import Table
 
 from dist_adv import packages
 from dist_adv.config import load_config
-from dist_adv.errors import UserError
 from dist_adv.report import write_report
 from dist_adv.runs.run import read_runs
 from dist_adv.tracking import wandb_env
 from dist_adv.training.run import train_run
 
 METHODS = ("natural", "pgd", "free", "fast")
-
-
-def configs_folder() -> Path:
-    """`configs/` beside the package in a checkout, inside it where it was installed."""
-    package = Path(__file__).parent
-    for folder in (package.parent / "configs", package / "configs"):
-        if (folder / "digits").is_dir():
-            return folder
-    raise UserError(f"{package}: the folder configs/ is missing; install dist-adv again")
 
 
 def run_demo(out: Path) -> None:
@@ -32,7 +22,9 @@ def run_demo(out: Path) -> None:
     runs = []
     for method in METHODS:
         runs.append(out / method)
-        train_run(load_config(configs_folder() / "digits" / f"{method}.yaml"), runs[-1], "auto")
+        train_run(
+            load_config(packages.shipped("configs") / "digits" / f"{method}.yaml"), runs[-1], "auto"
+        )
     page = write_report(runs, out / "report")
     attacks = ("natural", "fgsm", "pgd-20", "pgd-50")
     table = Table("training", *attacks, title="accuracy on test images, L-inf 0.2")

@@ -1,7 +1,8 @@
-"""Packages that not every run uses: which are installed, and what to do about one that is not."""
+"""What is installed: packages that not every run uses, and folders that come with this one."""
 
 import importlib.metadata
 import importlib.util
+from pathlib import Path
 
 from dist_adv.errors import UserError
 
@@ -12,6 +13,18 @@ def version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def shipped(folder: str) -> Path:
+    """Return `configs/` or `launch/`: inside the package, or beside it in a checkout.
+
+    Raises UserError where neither is there.
+    """
+    package = Path(__file__).parent
+    for place in (package / folder, package.parent / folder):
+        if place.is_dir():
+            return place
+    raise UserError(f"{package}: the folder {folder}/ is missing; install dist-adv again")
 
 
 def need(module: str, asked: str, install: str) -> None:

@@ -50,6 +50,7 @@ def _escaped(letter: str) -> str:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
+    """Return the end of a complaint about an unknown word: the one that was meant, or all."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; choose from {', '.join(known)}"
 

@@ -1,9 +1,10 @@
 """Names of attacks: natural, fgsm, pgd-K, pgd-K-R, autoattack."""
 
-import difflib
 import re
 from dataclasses import dataclass
 from typing import Literal
+
+from dist_adv.text import nearest
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,8 @@ def parse_attack(name: str) -> AttackSpec:
     match = re.fullmatch(r"pgd-([0-9]{1,6})(?:-([0-9]{1,6}))?", name)
     if match is None:
         known = ["natural", "fgsm", "pgd-10", "pgd-20", "pgd-50", "pgd-50-10", "autoattack"]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
-        raise ValueError(f"{name!r} is no attack (pgd-STEPS or pgd-STEPS-RESTARTS); {hint}")
+        hint = nearest(name, known)
+        raise ValueError(f"{name!r} is no attack (pgd-STEPS or pgd-STEPS-RESTARTS){hint}")
     steps, restarts = int(match[1]), int(match[2] or 1)
     if steps == 0 or restarts == 0:
         raise ValueError(f"{name!r} needs at least 1 step and 1 restart, for example 'pgd-10'")

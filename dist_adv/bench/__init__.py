@@ -15,9 +15,9 @@ from rich.table import Table
 from dist_adv import files
 from dist_adv.bench.cases import CASES, Bench, Row
 from dist_adv.bench.timing import network
-from dist_adv.distributed.start import start_accelerator
+from dist_adv.distributed.start import precision_of, start_accelerator
 from dist_adv.errors import UserError, unwritable
-from dist_adv.runs.environment import git_commit
+from dist_adv.runs.environment import cpu_name, git_commit
 from dist_adv.terminal import bar, console, start_logging
 
 _OPT_IN = ("robust",)  # eight minutes of training on data that are not here
@@ -47,7 +47,7 @@ def run_bench(
     chosen = list(cases) or [case for case in CASES if case not in _OPT_IN]
     rows: list[Row] = []
     _make(out)
-    header = about(accelerator.device, accelerator.mixed_precision.replace("no", "fp32"))
+    header = about(accelerator.device, precision_of(accelerator))
     with bar(True) as progress:
         task = progress.add_task("bench", total=None)
         bench = Bench(
@@ -96,9 +96,9 @@ def _is_own(path: Path) -> bool:
 
 def about(device: torch.device, precision: str) -> dict[str, Any]:
     """Where and when a record was made."""
-    cuda = device.type == "cuda"
+    cpu = f"{os.cpu_count()} cores ({cpu_name()})"
     return {
-        "hardware": torch.cuda.get_device_name() if cuda else _cpu(),
+        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else cpu,
         "threads": torch.get_num_threads(),
         "precision": precision,
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
@@ -106,15 +106,6 @@ def about(device: torch.device, precision: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{os.cpu_count()} cores ({name})"
 
 
 _MET = {True: "met", False: "NOT met", None: ""}

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from dist_adv import packages
 from dist_adv.attacks import frozen
 from dist_adv.attacks.threat import build as build_threat
 from dist_adv.bench import published
@@ -27,6 +28,7 @@ from dist_adv.bench.timing import PeakMemory, alternate, copy_rate, launched, ma
 from dist_adv.config import Config, load_config, parse_config
 from dist_adv.data import Batch, Loader, load_dataset
 from dist_adv.distributed.session import Session
+from dist_adv.distributed.start import precision_of
 from dist_adv.evaluation.evaluate import evaluate
 from dist_adv.evaluation.images import subset
 from dist_adv.models import Classifier, build_model, load_model
@@ -73,7 +75,7 @@ class Bench:
 
     @property
     def precision(self) -> str:
-        return self.accelerator.mixed_precision.replace("no", "fp32")
+        return precision_of(self.accelerator)
 
     @property
     def standard(self) -> bool:
@@ -543,7 +545,7 @@ def robust(bench: Bench) -> Iterator[Row]:
     """A robust CIFAR-10 network from nothing: `configs/cifar10-small/fast.yaml`."""
     what = "configs/cifar10-small/fast.yaml: training time, PGD-10 accuracy on the test set"
     run_dir = bench.out / "robust"
-    config = Path(__file__).parents[2] / "configs/cifar10-small/fast.yaml"
+    config = packages.shipped("configs") / "cifar10-small/fast.yaml"
     data = ["data.name=imagefolder"] if bench.data and (Path(bench.data) / "train").is_dir() else []
     data += [f"data.root={bench.data}"] if bench.data else []
     settings = ["eval.attacks=[natural,pgd-10]", "eval.every=0", "track.wandb.mode=disabled"]

@@ -165,6 +165,11 @@ def resolve_precision(wanted: str, cpu: bool) -> str:
     return wanted
 
 
+def precision_of(accelerator: Accelerator) -> str:
+    """Return fp32, bf16 or fp16: Accelerate says `no` for the first."""
+    return accelerator.mixed_precision.replace("no", "fp32")
+
+
 def native_bf16() -> bool:
     """Has this CPU instructions for it?"""
     features = torch.cpu.get_capabilities()

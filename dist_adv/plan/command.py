@@ -15,7 +15,7 @@ from dist_adv import files
 from dist_adv.bench import about
 from dist_adv.config import Config
 from dist_adv.distributed import launched
-from dist_adv.distributed.start import start_accelerator
+from dist_adv.distributed.start import precision_of, start_accelerator
 from dist_adv.errors import UserError
 from dist_adv.plan.measure import (
     SETS,
@@ -92,7 +92,7 @@ def run_plan(config: Config, asked: Asked) -> None:
                 task = progress.add_task("measuring", total=len(sizes) * (_ROUNDS + 1), status="")
                 tick = partial(progress.advance, task)
                 points = measure_steps(config, images, sizes, accelerator, _ROUNDS, tick=tick)
-            precision = accelerator.mixed_precision.replace("no", "fp32")
+            precision = precision_of(accelerator)
             source = about(accelerator.device, precision)
         if not accelerator.is_main_process:
             return

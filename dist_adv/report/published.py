@@ -1,6 +1,5 @@
 """The figures of the papers that this project reproduces, from published.yaml."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import yaml
 
 from dist_adv.errors import UserError
 from dist_adv.options import parse_number
+from dist_adv.text import nearest
 
 Settings = Mapping[str, Any]
 
@@ -54,9 +54,8 @@ def load_published(names: Sequence[str]) -> dict[str, Source]:
         known = yaml.safe_load(file)
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
-            raise UserError(f"--against: nothing published is known as {name!r}; {hint}")
+            hint = nearest(name, list(known))
+            raise UserError(f"--against: nothing published is known as {name!r}{hint}")
     return {name: _source(known[name]) for name in names}
 
 

@@ -36,12 +36,13 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
+    """Return what the CPU calls itself, or else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
+        lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def code_version() -> str:

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from dist_adv import files
+from dist_adv import files, packages
 from dist_adv.errors import RunFailure, UserError
 from dist_adv.runs.lock import Lock
 from dist_adv.runs.status import SLURM_JOB, log_of
@@ -111,9 +111,4 @@ def _check_not_queued(out: Path) -> None:
 
 
 def _scripts() -> Path:
-    """`launch/slurm/` beside the package in a checkout, inside it where it was installed."""
-    package = Path(__file__).parents[1]
-    for folder in (package.parent / "launch", package / "launch"):
-        if (folder / "slurm").is_dir():
-            return folder / "slurm"
-    raise UserError(f"{package}: the folder launch/ is missing; install dist-adv again")
+    return packages.shipped("launch") / "slurm"

@@ -4,7 +4,6 @@ Those that a run is known by are read here and hidden from W&B (`hidden`), which
 WANDB_MODE=auto, tags such as `a,,b`, and any variable that is set to nothing (wandb 0.31).
 """
 
-import difflib
 import math
 import os
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from dist_adv.errors import UserError
+from dist_adv.text import nearest
 
 # Each goes before the key: it belongs to this launch, the configuration to all of them.
 _KEYS = {
@@ -41,9 +41,8 @@ def mode(otherwise: str = "auto") -> str:
         return "disabled" if _value("WANDB_DISABLED").lower() in _YES else otherwise
     found = _OLD_MODES.get(said, said)
     if found not in _MODES:
-        near = difflib.get_close_matches(said, _MODES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(_MODES)}"
-        raise UserError(f"WANDB_MODE: {said!r} in the environment is not known; {hint}")
+        hint = nearest(said, _MODES)
+        raise UserError(f"WANDB_MODE: {said!r} in the environment is not known{hint}")
     return found
 
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from dist_adv.config import Config, longer, parse_config
 from dist_adv.distributed.collectives import on_main
 from dist_adv.distributed.failures import plain_failures
-from dist_adv.distributed.start import start_accelerator, warn_of_unused_precision
+from dist_adv.distributed.start import precision_of, start_accelerator, warn_of_unused_precision
 from dist_adv.errors import Preempted, RunFailure, UserError
 from dist_adv.models import save_model
 from dist_adv.runs import checkpoint, claim
@@ -147,7 +147,7 @@ def _about(trainer: Trainer) -> dict[str, Any]:
     """What env.json says of a run besides what it ran on."""
     learner = trainer.learner
     return {
-        "precision": trainer.accelerator.mixed_precision.replace("no", "fp32"),
+        "precision": precision_of(trainer.accelerator),
         "total_steps": learner.total_steps,
         "dataset": {
             "name": trainer.config.data.name,
