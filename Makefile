@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # Small models: more threads than one a process only get in each other's way.
 RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: setup demo check test test-slurm bench faults lint schema lock clean
+.PHONY: setup demo check test test-slurm bench faults lint rooms schema lock clean
 
 setup: $(VENV)/.installed
 
@@ -32,6 +32,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python docs/rooms.py --check || { echo 'docs/design.md shows other rooms: make rooms'; exit 1; }
 
 check: lint
 	$(RUN_TESTS) -m "not slow"
@@ -52,6 +54,9 @@ bench: setup
 # Sixty runs killed at random moments (about half an hour); the seed is printed.
 faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kill_anywhere.py --draws 60
+
+rooms: setup
+	$(BIN)/python docs/rooms.py
 
 schema: setup
 	$(BIN)/python -m dist_adv.config > configs/schema.json

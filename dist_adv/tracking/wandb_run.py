@@ -1,6 +1,6 @@
 """A run on Weights & Biases: what is logged there, and under which names.
 
-The run folder is the record and this is a view of it, made while training (`track.py`) or from
+The run folder is the record and this is a view of it, made while training (`tracker.py`) or from
 the folder alone (`sync.py`).
 """
 

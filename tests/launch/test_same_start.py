@@ -100,7 +100,7 @@ def test_another_code(tmp_path: Path) -> None:
     """A copy of the package with one line more."""
     stale = tmp_path / "stale" / "dist_adv"
     shutil.copytree(Path(dist_adv.__file__).parent, stale)
-    with (stale / "threat.py").open("a") as source:
+    with (stale / "attacks" / "threat.py").open("a") as source:
         source.write("# an older version\n")
     path = os.pathsep.join(filter(None, [str(stale.parent), os.environ.get("PYTHONPATH")]))
     port = free_port()

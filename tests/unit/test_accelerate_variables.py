@@ -23,7 +23,7 @@ LAUNCHER = {  # `launched.check`, or of MPI, which it refuses
     *("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
     *("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
 }
-DEEPSPEED = {  # `engines._check_deepspeed` looks at what becomes of them; others name where or how
+DEEPSPEED = {  # `deepspeed.check_deepspeed` looks at what becomes of them; others name where or how
     *("ACCELERATE_GRADIENT_CLIPPING", "ACCELERATE_DEEPSPEED_ZERO_STAGE"),
     *("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"),
     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH",
@@ -55,7 +55,7 @@ HARMLESS = {
     "DEEPSPEED_USE_HPU": "Gaudi",
     "PYTORCH_ENABLE_MPS_FALLBACK": "Apple's GPUs",
     "FORK_LAUNCHED": "notebooks",
-    "OMP_NUM_THREADS": "`parallel.threads_per_rank` sets the number of threads",
+    "OMP_NUM_THREADS": "`start.threads_per_rank` sets the number of threads",
     "NCCL_P2P_DISABLE": "how bytes travel",
     "NCCL_IB_DISABLE": "how bytes travel",
     "systemdrive": "Windows",
