@@ -4,7 +4,7 @@ Run by `forked.py`, with the number of a socket. What comes out is a process lik
 a number, a folder, variables, signals and standard streams of its own, and dist_adv is imported
 in it from its files. Only what was imported from elsewhere is there already, which takes most of
 four seconds otherwise. Processes that such a process starts are forked as well: torchrun's ranks,
-and the runs of a sweep. torchrun itself is the real one.
+and the runs of a sweep. The code of torchrun and of `accelerate launch` is the real one.
 """
 
 import atexit
@@ -194,8 +194,9 @@ def run(what: tuple[str, list[str]]) -> int:
     subprocess.Popen = Forking  # type: ignore[misc]
     status = 0
     try:
+        fork_ranks()
         if module == TORCHRUN:
-            torchrun(arguments)
+            importlib.import_module(TORCHRUN).main(arguments)
         elif module:
             warnings.filterwarnings("ignore", "'.*' found in sys.modules after", RuntimeWarning)
             runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -234,13 +235,11 @@ def complain() -> None:
     sys.excepthook(kind, error.with_traceback(trace), trace)  # type: ignore[arg-type, union-attr]
 
 
-def torchrun(arguments: list[str]) -> None:
-    """The real one, whose ranks are forked."""
-    from torch.distributed import run
+def fork_ranks() -> None:
+    """Let torchrun, should this be it or call it, fork its ranks."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
     subprocess_handler.Popen = ForkingRanks  # type: ignore[misc]
-    run.main(arguments)
 
 
 class Forking(subprocess.Popen):
