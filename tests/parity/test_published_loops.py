@@ -1,12 +1,12 @@
 """The framework's updates are those of the published loops, on one rank and on two."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import forked
 from cases import CASES, ROOT_CONFIG, TRAIN, config
 from dist_adv import load_model, rng
 from dist_adv.config import parse_config
@@ -85,7 +85,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, images: Path):
                 launcher += ["-m", "torch.distributed.run", "--standalone"]
                 launcher += ["--nproc-per-node", str(ranks)]
             command = [*launcher, script, str(folder), norm, str(images), numbers]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            done = forked.run(command, capture_output=True, text=True, timeout=600)
             assert done.returncode == 0, done.stderr[-3000:]
             made[ranks, norm, numbers] = folder
         return made[ranks, norm, numbers]

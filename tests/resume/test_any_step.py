@@ -1,6 +1,5 @@
 """A run goes on from any batch, at the same or another number of ranks, to the same weights."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import forked
 from cases import CASES, config
 from dist_adv import load_model
 from dist_adv.config import parse_config
@@ -54,7 +54,7 @@ def all_cases(tmp_path_factory: pytest.TempPathFactory, images: Path):
             command += ["--nproc-per-node", str(ranks), TRAIN_ALL]
             command += [str(made[key]), norm, str(images), numbers]
             command += [str(start), str(at)] if start else []
-            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            done = forked.run(command, capture_output=True, text=True, timeout=600)
             assert done.returncode == 0, done.stderr[-3000:]
         return made[key]
 

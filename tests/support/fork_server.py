@@ -43,7 +43,7 @@ HEAVY = (
 TORCHRUN = "torch.distributed.run"
 MODULES = ("dist_adv", "faulty", TORCHRUN, "accelerate.commands.launch")
 # Read while Python starts or while something is imported: a forked process would not heed them.
-READ_EARLY = ("PYTHON", "LC_", "LANG", "OMP_", "MKL_", "KMP_", "LD_", "TORCH_LOGS", "MALLOC_", "HF_")
+READ_EARLY = ("PYTHON", "LC_", "LANG", "OMP_", "MKL_", "LD_", "TORCH_LOGS", "MALLOC_", "HF_")
 CHILDS_ENDS = ("p2cread", "c2pwrite", "errwrite")
 PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
 _SIGNATURE = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]
@@ -58,7 +58,7 @@ _kept: list[Any] = []  # streams that would close a descriptor if they were coll
 def program(
     asked: Mapping[str, Any], env: Mapping[str, str], started_with: Mapping[str, str]
 ) -> tuple[str, list[str]] | None:
-    """What Python would run, a module as `-m NAME`, with its arguments; None for another way.
+    """What Python would run (`-m NAME`, `-c TEXT` or a file), its arguments; None for another way.
 
     asked: the arguments of `Popen._execute_child`.
     """
@@ -72,6 +72,8 @@ def program(
     words = words[2:] if words[1:2] == ["-u"] else words[1:]
     if words[:1] == ["-m"] and len(words) > 1 and words[1] in MODULES:
         return f"-m {words[1]}", words[2:]
+    if words[:1] == ["-c"] and len(words) > 1:
+        return f"-c {words[1]}", words[2:]
     return (words[0], words[1:]) if words and words[0].endswith(".py") else None
 
 
@@ -186,11 +188,12 @@ def run(what: tuple[str, list[str]]) -> int:
     """Run a module or a script and return what the interpreter's exit status would be."""
     name, arguments = what
     module = name.removeprefix("-m ") if name.startswith("-m ") else None
-    first = os.getcwd() if module else str(Path(name).resolve().parent)
+    text = name.removeprefix("-c ") if name.startswith("-c ") else None
+    first = os.getcwd() if module else "" if text else str(Path(name).resolve().parent)
     path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:] = [first, *filter(None, path), *_base_path]
     importlib.invalidate_caches()
-    sys.argv = [name, *arguments]
+    sys.argv = [name[:2] if module or text else name, *arguments]
     subprocess.Popen = Forking  # type: ignore[misc]
     status = 0
     try:
@@ -200,6 +203,8 @@ def run(what: tuple[str, list[str]]) -> int:
         elif module:
             warnings.filterwarnings("ignore", "'.*' found in sys.modules after", RuntimeWarning)
             runpy.run_module(module, run_name="__main__", alter_sys=True)
+        elif text:
+            exec(compile(text, "<string>", "exec"), {"__name__": "__main__"})
         else:
             runpy.run_path(name, run_name="__main__")
     except SystemExit as stop:

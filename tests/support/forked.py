@@ -1,10 +1,12 @@
 """`subprocess.Popen` and `run` for tests: a forked process where the command can be forked.
 
 See `fork_server.py`, of which every worker of pytest's has one. What a forked process cannot show
-is left to a real one, without a word: other commands than Python's, a `sitecustomize`, variables
-that are read while Python or torch starts. Where a test is about that start, it says `subprocess`.
+is left to one that is started, without a word: other commands than Python's, a `sitecustomize`,
+variables that are read while Python or torch starts. Where a test is about that start, it says
+`subprocess`. With REAL_PROCESSES in the environment nothing is forked.
 """
 
+import atexit
 import functools
 import os
 import pickle
@@ -12,6 +14,7 @@ import select
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,12 @@ class _Server:
             start_new_session=True,
         )
         theirs.close()
+        atexit.register(self.end)
+
+    def end(self) -> None:
+        self.control.close()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(20)
 
 
 @functools.cache
@@ -54,15 +63,21 @@ class Popen(subprocess.Popen):
     def _execute_child(self, *given: Any) -> None:
         asked = dict(_SIGNATURE.bind(self, *given).arguments)
         env = dict(os.environ if asked["env"] is None else asked["env"])
-        what = program(asked, env, _server().started_with)
+        forking = not os.environ.get("REAL_PROCESSES")
+        what = program(asked, env, _server().started_with) if forking else None
         prepare = _pickled(asked["preexec_fn"])
         if what is None or prepare is None:
+                open(os.environ["DBG"], "a").write(
+                    f"{asked['args']} {asked['cwd']} { {k: (v, _server().started_with.get(k)) for k, v in early(env, asked['cwd']).items() if v != _server().started_with.get(k)} }\n"
+                )
             super()._execute_child(*given)
             return
         wanted = {name: asked[name] for name in ("start_new_session", "pass_fds")}
         wanted |= {"what": what, "env": env, "preexec_fn": prepare}
         wanted["cwd"] = os.path.abspath(asked["cwd"] or ".")
-        streams = [number if asked[name] < 0 else asked[name] for number, name in enumerate(CHILDS_ENDS)]
+        streams = [
+            number if asked[name] < 0 else asked[name] for number, name in enumerate(CHILDS_ENDS)
+        ]
         self._ask(wanted, [*streams, *asked["pass_fds"]])
         self._child_created = True
         self._close_pipe_fds(*(asked[name] for name in PIPES))  # type: ignore[attr-defined]
