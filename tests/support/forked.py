@@ -67,9 +67,6 @@ class Popen(subprocess.Popen):
         what = program(asked, env, _server().started_with) if forking else None
         prepare = _pickled(asked["preexec_fn"])
         if what is None or prepare is None:
-                open(os.environ["DBG"], "a").write(
-                    f"{asked['args']} {asked['cwd']} { {k: (v, _server().started_with.get(k)) for k, v in early(env, asked['cwd']).items() if v != _server().started_with.get(k)} }\n"
-                )
             super()._execute_child(*given)
             return
         wanted = {name: asked[name] for name in ("start_new_session", "pass_fds")}
