@@ -15,6 +15,7 @@ import importlib
 import inspect
 import io
 import logging
+import multiprocessing.util
 import os
 import pickle
 import pkgutil
@@ -28,6 +29,7 @@ import tempfile
 import threading
 import traceback
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -112,6 +114,7 @@ def become(
         show_rank()
         if asked["preexec_fn"]:
             asked["preexec_fn"]()
+        forget_exit()
         forget_ours()
         open_streams()
         status = run(what)
@@ -152,6 +155,15 @@ def forget_ours() -> None:
     logging.getLogger("dist_adv").handlers.clear()
     logging.getLogger("dist_adv").propagate = True
     tempfile.tempdir = None
+
+
+def forget_exit() -> None:
+    """What the other process would do at its end, such as removing folders that are in use."""
+    atexit._clear()
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
+    atexit.register(logging.shutdown)
+    atexit.register(multiprocessing.util._exit_function)
 
 
 def is_ours(name: str) -> bool:
