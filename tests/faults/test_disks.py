@@ -327,6 +327,7 @@ def test_server_out_of_reach(images, truth, tmp_path):
     job = Job(config, tmp_path / "run", env={**nobody_is_logged_in(tmp_path), **server, **key})
     job.finish()
     assert "W&B is out of reach" in job.output()
+    assert "W&B is out of reach" in (job.run_dir / "log.txt").read_text()
     assert "Traceback" not in job.output()
     (recorded,) = job.run_dir.glob("wandb/offline-run-*/run-*.wandb")
     assert recorded.stat().st_size > 10_000  # sixty lines of metrics

@@ -110,6 +110,8 @@ def test_mixed_precision_takes_the_published_updates_bit_for_bit(case, trained, 
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.shares("ranks")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_any_number_of_ranks_takes_the_published_updates(case, ranks, trained, images, double):
@@ -127,6 +129,8 @@ def test_any_number_of_ranks_takes_the_published_updates(case, ranks, trained, i
 
 
 @pytest.mark.slow
+@pytest.mark.compile
+@pytest.mark.shares("compile")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("compile", ["default", "max"])
 def test_compiled_network_takes_the_published_updates(case, compile, trained, images, double):
@@ -138,6 +142,8 @@ def test_compiled_network_takes_the_published_updates(case, compile, trained, im
 
 
 @pytest.mark.slow
+@pytest.mark.compile
+@pytest.mark.shares("compile")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("compile", ["default", "max"])
 def test_compiled_mixed_precision_is_as_exact_as_the_published_loop_in_it(

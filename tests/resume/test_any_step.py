@@ -62,6 +62,8 @@ def all_cases(tmp_path_factory: pytest.TempPathFactory, images: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.shares("ranks")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("ranks", "at"), [(2, 1), (2, 5), (3, 2)])
 def test_several_ranks_go_on_bit_for_bit_in_mid_pass(ranks, at, case, all_cases):
@@ -72,6 +74,7 @@ def test_several_ranks_go_on_bit_for_bit_in_mid_pass(ranks, at, case, all_cases)
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 @pytest.mark.parametrize("case", CASES)
 def test_another_number_of_ranks_goes_on_with_the_same_global_batches(case, all_cases):
     """2 -> 1 -> 2 ranks and 1 -> 3, in double precision: see tests/parity about single."""

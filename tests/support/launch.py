@@ -27,6 +27,8 @@ TINY = (
     *("model.width=4", "train.max_steps=1", "train.batch_size=512"),
     *("eval.attacks=[natural]", "eval.every=0", "track.wandb.mode=disabled"),
 )
+# Of images of noise: a fifth of the layers of the network of `cases.py`, for what takes many steps.
+SMALL = {"name": "wide_resnet", "depth": 8, "widen": 1, "width": 4}
 
 
 def write_config(
