@@ -7,12 +7,14 @@ import pytest
 import torch
 
 import forked
-from cases import CASES, ROOT_CONFIG, TRAIN, config
+from cases import AUTOTUNED, CASES, ROOT_CONFIG, TRAIN, config
 from dist_adv import load_model, rng
 from dist_adv.config import parse_config
 from dist_adv.data import Loader, load_dataset
 from dist_adv.models import build_model
 from published import Recipe
+
+COMPILED = [("default", case) for case in CASES] + [("max", case) for case in AUTOTUNED]
 
 
 @pytest.fixture
@@ -131,8 +133,7 @@ def test_any_number_of_ranks_takes_the_published_updates(case, ranks, trained, i
 @pytest.mark.slow
 @pytest.mark.compile
 @pytest.mark.shares("compile")
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("compile", ["default", "max"])
+@pytest.mark.parametrize(("compile", "case"), COMPILED)
 def test_compiled_network_takes_the_published_updates(case, compile, trained, images, double):
     """Up to summation order, in double precision; fp32 is the same code in other numbers."""
     ours = load_model(trained(1, "batch", f"fp64-{compile}") / case).state_dict()
@@ -144,8 +145,7 @@ def test_compiled_network_takes_the_published_updates(case, compile, trained, im
 @pytest.mark.slow
 @pytest.mark.compile
 @pytest.mark.shares("compile")
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("compile", ["default", "max"])
+@pytest.mark.parametrize(("compile", "case"), COMPILED)
 def test_compiled_mixed_precision_is_as_exact_as_the_published_loop_in_it(
     case, compile, trained, images, double
 ):
