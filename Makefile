@@ -35,13 +35,18 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/python docs/rooms.py --check || { echo 'docs/design.md shows other rooms: make rooms'; exit 1; }
 
-check: lint
-	$(RUN_TESTS) -m "not slow"
+# Two workers; which tests must be one's is said in tests/conftest.py, and what comes first.
+WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 
-# Two workers, as much of these tests is waiting; files in their order, as the long ones come first.
+check: lint
+	$(RUN_TESTS) $(WORKERS) -m "not slow"
+
+# The tests of Slurm wait more than they work: they run beside the others, and are shown at the end.
 test: lint
-	$(RUN_TESTS) -n 2 --dist loadfile --no-loadscope-reorder --durations=10 --ignore=tests/slurm
-	$(MAKE) test-slurm
+	@$(MAKE) --no-print-directory test-slurm > $(VENV)/slurm.log 2>&1 & slurm=$$!; \
+	$(RUN_TESTS) $(WORKERS) --durations=10 --ignore=tests/slurm; others=$$?; \
+	wait $$slurm; slurm=$$?; cat $(VENV)/slurm.log; \
+	exit $$((others || slurm))
 
 # Installs Debian's slurm-wlm where that is allowed. Where no cluster can be had it says why.
 test-slurm: setup

@@ -8,6 +8,38 @@ import pytest
 
 from cases import make_images
 
+TESTS = Path(__file__).parent
+# Folders whose tests start processes, the longest first; files of others are quick.
+LONG = ("parity", "resume", "distributed", "faults", "cli", "launch", "track", "slurm")
+KINDS = {
+    **dict.fromkeys(("cli", "faults", "launch", "track"), "process"),
+    **dict.fromkeys(("distributed",), "ranks"),
+    **{"slurm": "slurm", "gpu": "gpu"},
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say for each test of which kind it is, and which are for one worker: those that share runs.
+
+    Long ones come first, so that no worker is left alone with one in the end.
+    """
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        if (item.get_closest_marker("slow") and folder in KINDS) or folder == "gpu":
+            item.add_marker(KINDS[folder])
+        if folder in LONG:
+            shares = item.get_closest_marker("shares")
+            values = [str(item.callspec.params[name]) for name in (shares.args if shares else ())]
+            item.add_marker(pytest.mark.xdist_group("-".join([item.path.stem, *values])))
+    items.sort(key=rank)
+
+
+def rank(item: pytest.Item) -> int:
+    """Which comes first; the order within a folder stays."""
+    folder = item.path.relative_to(TESTS).parts[0]
+    return LONG.index(folder) if folder in LONG else len(LONG)
+
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:

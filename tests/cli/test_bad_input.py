@@ -22,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
+import forked
 from dist_adv import cli
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits"
@@ -736,7 +737,7 @@ def environment(more: Mapping[str, str]) -> dict[str, str]:
 
 def call(folder: Path, arguments: list[str], **more: str) -> subprocess.CompletedProcess[str]:
     """A command in `folder`, as a process of its own."""
-    return subprocess.run(
+    return forked.run(
         [sys.executable, "-m", *arguments],
         cwd=folder,
         env=environment(more),

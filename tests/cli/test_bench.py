@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import forked
 from dist_adv.config import parse_config
 from dist_adv.plan.measure import Images
 from dist_adv.plan.record import read_step_times
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dist_adv", "bench", "--quick", "--width", "4"]
-    return subprocess.run(
+    return forked.run(
         [*command, "--batch-size", "8", *arguments],
         capture_output=True,
         text=True,
@@ -73,7 +74,7 @@ def test_bad_arguments(arguments, said):
 def test_gpu_suite_at_toy_size(part, tmp_path_factory):
     out = tmp_path_factory.getbasetemp() / "gpu-suite"  # part e attacks the model of part c
     script = Path(__file__).parents[2] / "benchmarks" / "gpu_suite.py"
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, str(script), part, "--toy", "--out", str(out)],
         capture_output=True,
         text=True,

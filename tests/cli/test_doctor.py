@@ -6,7 +6,6 @@ are stand-ins, which say so.
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import forked
 from dist_adv import cli
 from dist_adv.config import load_config
 from dist_adv.distributed.start import start_accelerator
@@ -51,7 +51,7 @@ def program(path: Path, text: str) -> None:
 def test_a_machine_where_nobody_is_logged_in(tmp_path: Path) -> None:
     """As a process of its own, with an empty home."""
     environment = {k: v for k, v in os.environ.items() if k not in ("WANDB_API_KEY", "NETRC")}
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-m", "dist_adv", "doctor", str(CIFAR10), "--json"],
         env=environment | {"HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

@@ -5,8 +5,6 @@ A full disk is a limit on the size of files (RLIMIT_FSIZE) in a process of its o
 
 import json
 import os
-import resource
-import signal
 import stat
 import subprocess
 import sys
@@ -18,10 +16,12 @@ from typing import Any
 
 import pytest
 
+import forked
 from dist_adv import cli
 from dist_adv.bench import CASES, Row
 from dist_adv.config import parse_config
 from dist_adv.models import build_model, save_model
+from limits import limited
 from made_up_runs import evaluation, make_run
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits" / "fast.yaml"
@@ -163,12 +163,6 @@ def test_earlier_ones_are_replaced_and_other_files_stay(name: str, page: str, pl
 # --- full disks ----------------------------------------------------------------------------------
 
 
-def limited(most: int) -> None:
-    """No file may get larger than so many bytes."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-
-
 def tree(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*")}
 
@@ -178,19 +172,19 @@ def tree(folder: Path) -> dict[str, int]:
 def test_the_same_command_after_the_disk_has_room(name: str, place: Path) -> None:
     """One line, exit status 1; and then the command does what it would have done."""
 
-    def call(prepare: Callable[[], Any] = lambda: None) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+    def call(start: Callable[..., Any], **more: Any) -> subprocess.CompletedProcess[str]:
+        return start(
             [sys.executable, "-m", "dist_adv", *commands("new")[name]],
-            preexec_fn=prepare,
             # As a notebook's commands have it, whose module is not in this environment.
             env=os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"},
             capture_output=True,
             text=True,
+            **more,
         )
 
     before = tree(place)
     for most in (0, 400):
-        done = call(partial(limited, most))
+        done = call(forked.run, preexec_fn=partial(limited, most))
         assert done.returncode == 1, done.stderr
         (line,) = (line for line in done.stderr.splitlines() if line.startswith("dist-adv: "))
         assert "new" in line
@@ -198,7 +192,7 @@ def test_the_same_command_after_the_disk_has_room(name: str, place: Path) -> Non
         assert "Traceback" not in done.stderr
         if name != "report":
             assert tree(place) == before
-    done = call()
+    done = call(subprocess.run)  # not forked: matplotlib is imported
     assert done.returncode == 0, done.stderr
     files = {"report": "new/report.html", "export": "new/model.safetensors", "plan": "new"}
     assert (place / files[name]).stat().st_size > 400

@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import forked
 from dist_adv import cli
 
 pytestmark = pytest.mark.slow
@@ -19,7 +19,7 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-
 
 
 def call(*command: str) -> str:
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, *command],
         capture_output=True,
         text=True,

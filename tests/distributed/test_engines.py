@@ -17,7 +17,7 @@ from cases import CASES
 from dist_adv.runs.export import export_run
 from launch import train_under
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.shares("engine")]
 
 TOLERANCE = {
     "deepspeed-zero1.yaml": 2e-6,

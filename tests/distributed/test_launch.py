@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import forked
 from cases import config
 from dist_adv import load_model
 from dist_adv.attacks.threat import build
@@ -31,7 +32,7 @@ QUICK = ["model.width=4", "train.epochs=2", "eval.attacks=[natural,pgd-3]", "eva
 def launch(launcher: list[str], *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "0"}
     command = [*launcher, "-m", "dist_adv", *arguments]
-    return subprocess.run(
+    return forked.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
     )
 
@@ -101,7 +102,7 @@ def test_killed_on_two_ranks_and_resumed_bit_for_bit(method, tmp_path, images):
 
     def train(run_dir: str, script: list[str]) -> subprocess.CompletedProcess[str]:
         command = [*TORCHRUN, *script, "train", "config.yaml", "--run-dir", run_dir]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        return forked.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
     whole = train("whole", ["-m", "dist_adv"])
     assert whole.returncode == 0, whole.stderr[-3000:]
@@ -185,7 +186,7 @@ def test_gradients_are_communicated_once_a_step_and_nothing_by_attacks(tmp_path,
     (tmp_path / "count.py").write_text(COUNT)
     support = str(Path(__file__).parents[1] / "support")
     path = os.pathsep.join(filter(None, [support, os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
+    done = forked.run(
         [*TORCHRUN, "count.py", str(images)],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": path},

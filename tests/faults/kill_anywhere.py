@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from cases import CASES, make_images
-from launch import Job, weights_hash, write_config
+from launch import SMALL, Job, weights_hash, write_config
 
 # 120 images in batches of 33: a checkpoint every third step of 4 x replays a pass, in mid-pass.
 TRAIN = {"epochs": 8, "save_steps": 3, "save_minutes": None, "log_every": 3}
@@ -58,7 +58,8 @@ class Harness:
     def job(self, case: str, ranks: int, run_dir: Path) -> Job:
         config = self.folder / f"{case}.yaml"
         if not config.exists():
-            write_config(config, case, self.images, train=TRAIN, method={"guard": "warn"})
+            method = {"guard": "warn"}
+            write_config(config, case, self.images, train=TRAIN, method=method, model=SMALL)
         return Job(config, run_dir, ranks)
 
     def uninterrupted(self, case: str, ranks: int) -> str:
@@ -210,4 +211,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    os.environ["REAL_PROCESSES"] = "1"  # to be killed while they import torch, too
     sys.exit(main())

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from dist_adv.errors import UserError
 from dist_adv.runs import checkpoint
 from dist_adv.training.run import train_run
 from launch import Job, checkpoints, status, weights_hash, write_config
+from limits import limited
 
 pytestmark = pytest.mark.slow
 
@@ -233,11 +235,6 @@ def test_full_while_the_evaluation_is_written(file, images, truth, disk, tmp_pat
 # --- refusing ------------------------------------------------------------------------------------
 
 
-def limited(most: int) -> tuple[str, ...]:
-    """No file may get larger than so many bytes, as under a quota or `ulimit -f`."""
-    return "prlimit", f"--fsize={most}"
-
-
 def half_of(truth: Path, run_dir: Path) -> None:
     """What is there when the run is killed in its second pass."""
     shutil.copytree(truth, run_dir)
@@ -252,10 +249,10 @@ def test_limit_while_a_checkpoint_and_the_final_weights_are_written(images, trut
     assert size < (truth / "model.safetensors").stat().st_size
     config, run_dir = settings(tmp_path, images), tmp_path / "run"
     half_of(truth, run_dir)
-    job = Job(config, run_dir, wrapper=limited(size - 1))
+    job = Job(config, run_dir, prepare=partial(limited, size - 1))
     failed(job, f"checkpoints/step-{STEPS:09d}: could not be written", "File too large")
     intact(run_dir, BATCHES)
-    job = Job(config, run_dir, wrapper=limited(size))
+    job = Job(config, run_dir, prepare=partial(limited, size))
     failed(job, "run/model.safetensors: could not be written", "File too large")
     intact(run_dir, BATCHES, STEPS)
     assert not (run_dir / "model.safetensors").exists()
@@ -268,7 +265,7 @@ def test_limit_while_the_log_is_written(images, truth, tmp_path):
     half_of(truth, run_dir)
     with (run_dir / "log.txt").open("a") as log:
         log.write("\n" * 2_000_000)  # larger than any checkpoint
-    job = Job(config, run_dir, wrapper=limited(1_500_000))
+    job = Job(config, run_dir, prepare=partial(limited, 1_500_000))
     failed(job, "run/log.txt: could not be written", "File too large")
     (run_dir / "log.txt").unlink()
     goes_on(config, run_dir, truth)
@@ -331,6 +328,7 @@ def test_server_out_of_reach(images, truth, tmp_path):
     job = Job(config, tmp_path / "run", env={**nobody_is_logged_in(tmp_path), **server, **key})
     job.finish()
     assert "W&B is out of reach" in job.output()
+    assert "W&B is out of reach" in (job.run_dir / "log.txt").read_text()
     assert "Traceback" not in job.output()
     (recorded,) = job.run_dir.glob("wandb/offline-run-*/run-*.wandb")
     assert recorded.stat().st_size > 10_000  # sixty lines of metrics

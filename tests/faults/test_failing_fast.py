@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import dist_adv
 from dist_adv.runs import checkpoint
-from launch import Job, checkpoints, status, weights_hash, write_config
+from launch import SMALL, Job, checkpoints, status, weights_hash, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,9 @@ TRAIN = {"epochs": 6, "save_steps": 1, "keep": 1000}
 
 @pytest.fixture(scope="module")
 def config(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_config(tmp_path_factory.mktemp("c") / "free.yaml", "free", images, train=TRAIN)
+    return write_config(
+        tmp_path_factory.mktemp("c") / "free.yaml", "free", images, train=TRAIN, model=SMALL
+    )
 
 
 @pytest.fixture(scope="module")

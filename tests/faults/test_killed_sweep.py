@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import forked
 from dist_adv.runs.run import read_runs
 from launch import status, weights_hash
 
@@ -30,7 +31,7 @@ runs:
 
 def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "dist_adv", "sweep", "mine.yaml", *arguments]
-    return subprocess.Popen(
+    return forked.Popen(
         command,
         cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

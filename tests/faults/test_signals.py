@@ -16,7 +16,7 @@ from PIL import Image
 
 import dist_adv
 from dist_adv.runs import checkpoint
-from launch import Job, checkpoints, family, status, weights_hash, write_config
+from launch import SMALL, Job, checkpoints, family, status, weights_hash, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ PASS = BATCHES * REPLAYS  # optimiser steps
 def settings(path: Path, images: Path, **sections: dict) -> Path:
     """Free carries a perturbation from batch to batch and takes several steps for each of them."""
     train = {"epochs": PASSES, **sections.pop("train", {})}
-    return write_config(path / "run.yaml", "free", images, train=train, **sections)
+    return write_config(path / "run.yaml", "free", images, train=train, model=SMALL, **sections)
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,7 @@ def test_a_signal_during_the_evaluation_of_a_pass(many_test_images, truth, tmp_p
     config = settings(tmp_path, many_test_images, eval=curve)
     job = Job(config, tmp_path / "run", ranks=2)
     assert job.wait_for_checkpoint(8 * PASS)
-    time.sleep(0.3)  # natural accuracy alone takes longer
+    time.sleep(0.1)  # natural accuracy alone takes longer
     job.signal(signal.SIGTERM, 1)
     assert stopped(job, "SIGTERM", truth(2)) == 8 * PASS
     assert len(passes(job.run_dir)) == 7
@@ -247,7 +247,7 @@ def test_a_signal_during_the_final_evaluation(many_test_images, truth, tmp_path)
     config, run_dir = settings(tmp_path, many_test_images, eval=measured), tmp_path / "run"
     job = Job(config, run_dir)
     assert job.wait_until((run_dir / "model.safetensors").exists)
-    time.sleep(0.2)  # natural accuracy alone takes longer
+    time.sleep(0.05)  # natural accuracy alone takes longer
     job.signal(signal.SIGTERM)
     assert stopped(job, "SIGTERM", truth(1)) == PASSES * PASS
     assert weights_hash(run_dir) == weights_hash(truth(1))

@@ -5,15 +5,17 @@ through shared memory, sockets or files of their own.
 """
 
 import os
+import resource
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from launch import Job, checkpoints, family, status, weights_hash, write_config
+from launch import SMALL, Job, checkpoints, family, status, weights_hash, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -33,14 +35,14 @@ def odd_images(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(path: Path, images: Path, **train: object) -> Path:
-    return write_config(path / "run.yaml", "free", images, data=STREAMED, train=train)
+    return write_config(path / "run.yaml", "free", images, data=STREAMED, train=train, model=SMALL)
 
 
 @pytest.fixture(scope="module")
 def truth(odd_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing interrupts; its images are in memory."""
     path = tmp_path_factory.mktemp("truth")
-    config = write_config(path / "run.yaml", "free", odd_images, train={"epochs": 12})
+    config = write_config(path / "run.yaml", "free", odd_images, train={"epochs": 12}, model=SMALL)
     Job(config, path / "run").finish()
     return path / "run"
 
@@ -68,8 +70,8 @@ def test_few_open_files_and_a_long_temporary_folder(odd_images, truth, tmp_path)
     long = tmp_path / ("l" * 120)
     long.mkdir()
     config = settings(tmp_path, odd_images, epochs=12)
-    limit = ("prlimit", "--nofile=40")
-    job = Job(config, tmp_path / "run", wrapper=limit, env={"TMPDIR": str(long)})
+    limit = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (40, 40))
+    job = Job(config, tmp_path / "run", prepare=limit, env={"TMPDIR": str(long)})
     job.finish()
     assert weights_hash(tmp_path / "run") == weights_hash(truth)
 

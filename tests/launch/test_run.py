@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import Job, checkpoints, free_port, status, weights_hash, write_config
+from launch import SMALL, Job, checkpoints, free_port, status, weights_hash, write_config
 
 RUN = str(Path(__file__).parents[2] / "launch" / "run.sh")
 PASSES, PASS = 12, 12  # and optimiser steps of one
@@ -200,7 +200,9 @@ def test_one_process_two_processes_two_machines(images: Path, tmp_path: Path) ->
 
     The last part ends as torchrun's own c10d rendezvous of two machines ends it, bit for bit.
     """
-    config = write_config(tmp_path / "run.yaml", "free", images, train={"epochs": PASSES})
+    config = write_config(
+        tmp_path / "run.yaml", "free", images, train={"epochs": PASSES}, model=SMALL
+    )
     assert stop(start(config, tmp_path / "alone"), signal.SIGUSR1) == 143  # dist-adv's own
     assert stop(start(config, tmp_path / "run", 2, NPROC="2"), signal.SIGHUP) == 1  # torchrun's
     port = str(free_port())
@@ -218,7 +220,9 @@ def test_one_process_two_processes_two_machines(images: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_two_processes_under_nohup_outlive_the_terminal(images: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "run.yaml", "free", images, train={"epochs": PASSES})
+    config = write_config(
+        tmp_path / "run.yaml", "free", images, train={"epochs": PASSES}, model=SMALL
+    )
     job = start(config, tmp_path / "run", 2, NOHUP, NPROC="2")
     assert job.wait_for_checkpoint(PASS)
     os.kill(job.process.pid, signal.SIGHUP)

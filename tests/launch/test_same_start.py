@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import dist_adv
+import forked
 from dist_adv.config import load_config
 from dist_adv.training.run import train_run
 from launch import TINY, free_port
@@ -49,7 +50,7 @@ def rank(
         **{"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
     }
-    return subprocess.Popen(
+    return forked.Popen(
         [sys.executable, *program, *command],
         cwd=folder,
         env={**os.environ, **place, **variables},

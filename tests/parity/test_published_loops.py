@@ -1,18 +1,20 @@
 """The framework's updates are those of the published loops, on one rank and on two."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from cases import CASES, ROOT_CONFIG, TRAIN, config
+import forked
+from cases import AUTOTUNED, CASES, ROOT_CONFIG, TRAIN, config
 from dist_adv import load_model, rng
 from dist_adv.config import parse_config
 from dist_adv.data import Loader, load_dataset
 from dist_adv.models import build_model
 from published import Recipe
+
+COMPILED = [("default", case) for case in CASES] + [("max", case) for case in AUTOTUNED]
 
 
 @pytest.fixture
@@ -85,7 +87,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, images: Path):
                 launcher += ["-m", "torch.distributed.run", "--standalone"]
                 launcher += ["--nproc-per-node", str(ranks)]
             command = [*launcher, script, str(folder), norm, str(images), numbers]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            done = forked.run(command, capture_output=True, text=True, timeout=600)
             assert done.returncode == 0, done.stderr[-3000:]
             made[ranks, norm, numbers] = folder
         return made[ranks, norm, numbers]
@@ -110,6 +112,8 @@ def test_mixed_precision_takes_the_published_updates_bit_for_bit(case, trained, 
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.shares("ranks")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_any_number_of_ranks_takes_the_published_updates(case, ranks, trained, images, double):
@@ -127,8 +131,9 @@ def test_any_number_of_ranks_takes_the_published_updates(case, ranks, trained, i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("compile", ["default", "max"])
+@pytest.mark.compile
+@pytest.mark.shares("compile")
+@pytest.mark.parametrize(("compile", "case"), COMPILED)
 def test_compiled_network_takes_the_published_updates(case, compile, trained, images, double):
     """Up to summation order, in double precision; fp32 is the same code in other numbers."""
     ours = load_model(trained(1, "batch", f"fp64-{compile}") / case).state_dict()
@@ -138,8 +143,9 @@ def test_compiled_network_takes_the_published_updates(case, compile, trained, im
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("compile", ["default", "max"])
+@pytest.mark.compile
+@pytest.mark.shares("compile")
+@pytest.mark.parametrize(("compile", "case"), COMPILED)
 def test_compiled_mixed_precision_is_as_exact_as_the_published_loop_in_it(
     case, compile, trained, images, double
 ):

@@ -1,6 +1,5 @@
 """A run goes on from any batch, at the same or another number of ranks, to the same weights."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import forked
 from cases import CASES, config
 from dist_adv import load_model
 from dist_adv.config import parse_config
@@ -54,7 +54,7 @@ def all_cases(tmp_path_factory: pytest.TempPathFactory, images: Path):
             command += ["--nproc-per-node", str(ranks), TRAIN_ALL]
             command += [str(made[key]), norm, str(images), numbers]
             command += [str(start), str(at)] if start else []
-            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            done = forked.run(command, capture_output=True, text=True, timeout=600)
             assert done.returncode == 0, done.stderr[-3000:]
         return made[key]
 
@@ -62,6 +62,8 @@ def all_cases(tmp_path_factory: pytest.TempPathFactory, images: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.shares("ranks")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("ranks", "at"), [(2, 1), (2, 5), (3, 2)])
 def test_several_ranks_go_on_bit_for_bit_in_mid_pass(ranks, at, case, all_cases):
@@ -72,6 +74,7 @@ def test_several_ranks_go_on_bit_for_bit_in_mid_pass(ranks, at, case, all_cases)
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 @pytest.mark.parametrize("case", CASES)
 def test_another_number_of_ranks_goes_on_with_the_same_global_batches(case, all_cases):
     """2 -> 1 -> 2 ranks and 1 -> 3, in double precision: see tests/parity about single."""

@@ -47,6 +47,10 @@ CASES = {
     ),
 }
 
+# Those that are compiled with autotuning, too, which takes long: of the three graphs of a network
+# (trained, attacked, a short batch) Free has the first and the last, PGD all.
+AUTOTUNED = ("pgd-random", "free")
+
 
 def make_images(root: Path, train: int = 40, test: int = 2, size: int = 8) -> None:
     """So many images of each of three classes, square RGB noise."""

@@ -1,4 +1,7 @@
-"""Training as real processes, alone or under torchrun, to be signalled, killed and run again."""
+"""Training as real processes, alone or under torchrun, to be signalled, killed and run again.
+
+They are forked from one that has imported torch (see `forked.py`), torchrun and its ranks as well.
+"""
 
 import hashlib
 import json
@@ -15,6 +18,7 @@ from pathlib import Path
 
 import yaml
 
+import forked
 from cases import config
 
 SUPPORT = Path(__file__).parent
@@ -23,6 +27,8 @@ TINY = (
     *("model.width=4", "train.max_steps=1", "train.batch_size=512"),
     *("eval.attacks=[natural]", "eval.every=0", "track.wandb.mode=disabled"),
 )
+# Of images of noise: a fifth of the layers of the network of `cases.py`, for what takes many steps.
+SMALL = {"name": "wide_resnet", "depth": 8, "widen": 1, "width": 4}
 
 
 def write_config(
@@ -41,7 +47,7 @@ class Job:
 
     module: what runs instead of dist_adv, for faults that only a changed program has. wrapper: a
     command that runs the whole of it, such as `prlimit`. launcher: what comes before `train`,
-    where that is another program.
+    where that is another program. prepare: called in the process before the command begins.
     """
 
     def __init__(
@@ -54,6 +60,7 @@ class Job:
         env: Mapping[str, str] | None = None,
         wrapper: tuple[str, ...] = (),
         launcher: tuple[str, ...] = (),
+        prepare: Callable[[], object] | None = None,
     ) -> None:
         command = [*wrapper, *(launcher or own_launcher(ranks, module))]
         command += ["train", str(config), "--run-dir", str(run_dir)]
@@ -62,12 +69,13 @@ class Job:
         self.run_dir, self.count = run_dir, ranks
         self.log = run_dir.with_name(f"{run_dir.name}-{time.monotonic_ns()}.log")
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
+            self.process = forked.Popen(
                 [*command, *arguments],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | settings,
                 start_new_session=True,  # a group of its own, to be killed as a whole
+                preexec_fn=prepare,
             )
 
     def output(self) -> str:
@@ -82,7 +90,7 @@ class Job:
             return {0: self.process.pid} if self.process.poll() is None else {}
         found = {}
         for pid in _children(self.process.pid):
-            rank = _environment(pid).get("RANK")
+            rank = _rank(pid)
             if rank is not None:
                 found[int(rank)] = pid
         return found
@@ -183,6 +191,15 @@ def _children(pid: int) -> list[int]:
         return []
 
 
+def _rank(pid: int) -> str | None:
+    """Of a process that torchrun has started; a forked one says it where its name is."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        name = Path(f"/proc/{pid}/comm").read_text().strip()
+        if name.startswith("rank-"):
+            return name.removeprefix("rank-")
+    return _environment(pid).get("RANK")
+
+
 def _environment(pid: int) -> dict[str, str]:
     try:
         text = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
@@ -206,7 +223,7 @@ def train_under(
     if engine == "fsdp2.yaml":
         launcher += ["--fsdp_min_num_params", "5000"]  # or all of such a small network is one piece
     script = [str(SUPPORT / "engine_runs.py"), str(out), str(images), json.dumps(runs)]
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, *launcher, *script],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,

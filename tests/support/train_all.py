@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 
-from cases import CASES, config
+from cases import AUTOTUNED, CASES, config
 from dist_adv.config import parse_config
 from dist_adv.training.run import train_run
 
@@ -22,7 +22,7 @@ if __name__ == "__main__":
     if numbers == "fp64":
         torch.set_default_dtype(torch.float64)
     precision = "bf16" if numbers == "bf16" else "fp32"
-    for case in CASES:
+    for case in AUTOTUNED if compile == "max" else CASES:
         tree = config(case, norm, images, precision, compile or "none")
         tree["train"] |= {"save_steps": 1, "keep": 100}
         resume = "none"
