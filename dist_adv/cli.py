@@ -533,10 +533,10 @@ def _run(arguments: list[str]) -> int:
 
 
 def _let_rank_0_speak() -> None:
-    """One rank complains for all: its launcher ends the others as soon as it has left.
+    """Wait 20 s on every rank but 0, whose message stands for all of theirs.
 
-    They must not leave before it, or it is ended before it has spoken. One that is alone with its
-    trouble speaks in the end.
+    torchrun kills the other ranks as soon as one has exited: rank 0 too, before it has printed, if
+    another was faster. A rank that is alone with its trouble prints it after the wait.
     """
     if launched.rank() != 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the launcher ends this one

@@ -267,7 +267,9 @@ def _run_folder(config: Config | None, folder: Path) -> Findings:
     free = shutil.disk_usage(place).free
     few = free < 2 * GB
     remedy = "a run of width 64 takes about 0.3 GB; train.keep says how many checkpoints stay"
-    yield Finding("free disk", f"{free / GB:.1f} GB", "warning" if few else "ok", remedy * few)
+    yield Finding(
+        "free disk", f"{free / GB:.1f} GB", "warning" if few else "ok", remedy if few else ""
+    )
 
 
 def _state_of(config: Config | None, folder: Path) -> Finding:
@@ -295,11 +297,11 @@ def _limits() -> Findings:
         small = size < 1 * GB
         remedy = "docker run --shm-size=8g: NCCL needs it"
         found, level = f"{size / GB:.1f} GB", "warning" if small else "ok"
-        yield Finding("/dev/shm", found, level, remedy * small)  # type: ignore[arg-type]
+        yield Finding("/dev/shm", found, level, remedy if small else "")  # type: ignore[arg-type]
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = files < 1024
     remedy = "ulimit -n 4096: every rank needs some"
-    yield Finding("open files", f"up to {files}", "warning" if few else "ok", remedy * few)
+    yield Finding("open files", f"up to {files}", "warning" if few else "ok", remedy if few else "")
 
 
 def _use(config: Config | None) -> Findings:

@@ -52,7 +52,7 @@ def start_logging(main: bool) -> None:
 
 
 class _StderrHandler(logging.Handler):
-    """To what sys.stderr is now: who calls in-process may have put another in its place."""
+    """Write to what sys.stderr is now: a caller in-process may have replaced it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr, flush=True)

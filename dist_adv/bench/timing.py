@@ -129,7 +129,7 @@ class PeakMemory:
                 Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
 
     def megabytes(self) -> float | None:
-        """None where the system does not tell (no Linux)."""
+        """Return the largest memory; None where the system does not tell (no Linux)."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e6
         try:

@@ -121,7 +121,7 @@ class Loader:
             yield Batch(x, self.labels[samples], keys[mine], weight)
 
     def _read_ahead(self, shares: list[Tensor]) -> Iterable[Tensor]:
-        """For each batch the pixels that it is gathered from: all of them, or its own off disk."""
+        """Yield for each batch the pixels that it is gathered from: all, or its own off disk."""
         files = self.dataset.images
         if not isinstance(files, Files):
             assert self.pixels is not None

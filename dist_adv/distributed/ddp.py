@@ -12,7 +12,7 @@ from dist_adv.config import OptimOptions
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """Of all gradients together; not finite where one of them is not."""
+    """Return the norm of all gradients together; not finite where one of them is not."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients)
 
@@ -27,7 +27,8 @@ class TrainNet:
         self.accelerator, self.bare = accelerator, model
         self.sgd = fused_sgd(model, options)
         self.prepared, self.optimizer = accelerator.prepare(model, self.sgd)
-        # Whom to tell of updates that are not to be taken.
+        # The optimiser that can be told on the device to skip an update; None where the engine
+        # skips by itself.
         self.skippable: torch.optim.Optimizer | None = self.sgd
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -37,22 +38,22 @@ class TrainNet:
         return frozen(self.bare)
 
     def gradient_norm(self) -> Tensor:
-        """Of all gradients of this update, the same on every rank; NaN or inf where they are."""
+        """Return the norm of this update's gradients, the same on every rank."""
         return gradient_norm(self.bare)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Whole weights, and this rank's buffers. Every rank calls this."""
+        """Return whole weights, and this rank's buffers. Every rank calls this."""
         return self.bare.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take such a state. Every rank calls this.
+        """Take what `state_dict` gave. Every rank calls this.
 
         Raises RuntimeError for the state of another network.
         """
         self.bare.load_state_dict(state)
 
     def momentum(self) -> list[Tensor]:
-        """A whole tensor a parameter; none without momentum. Every rank calls this."""
+        """Return a whole tensor a parameter; none without momentum. Every rank calls this."""
         return self._own_momentum()
 
     def load_momentum(self, momentum: Sequence[Tensor]) -> None:

@@ -159,7 +159,7 @@ class ZeroNet(TrainNet):
         return nn.functional.pad(part, (0, size - len(part)))
 
     def _gathered(self, **arguments: Any) -> AbstractContextManager[None]:
-        """With stage 3 the weights are whole inside; with the others they always are."""
+        """Gather whole weights meanwhile, which only stage 3 has in parts."""
         import deepspeed
 
         return deepspeed.zero.GatheredParameters(list(self.parameters.values()), **arguments)

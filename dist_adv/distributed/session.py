@@ -49,7 +49,7 @@ class Session:
         return self._agree()
 
     def between_chunks(self) -> None:
-        """The same in an evaluation, where a rank may wait long for another's share.
+        """Stop in an evaluation, where a rank may wait long for another's share.
 
         Raises Preempted, on all ranks at the same chunk: there is nothing to save.
         """
@@ -67,13 +67,13 @@ class Session:
         return everyone or []  # type: ignore[return-value]
 
     def leave(self) -> None:
-        """Wait for every rank; from here on they go one by one."""
+        """Wait for every rank; from here on each may exit."""
         if self.group is not None:
             dist.barrier(self.group)
         self.close()
 
     def close(self) -> None:
-        """From here on nobody is watched."""
+        """End the watch over the ranks."""
         self.watchdog.close()
 
     def _others(self, rank: int) -> dict[int, int]:

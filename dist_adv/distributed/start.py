@@ -128,7 +128,7 @@ def _meeting() -> Iterator[None]:
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Return the number of cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
@@ -171,6 +171,6 @@ def precision_of(accelerator: Accelerator) -> str:
 
 
 def native_bf16() -> bool:
-    """Has this CPU instructions for it?"""
+    """Tell whether this CPU has instructions for bf16."""
     features = torch.cpu.get_capabilities()
     return any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

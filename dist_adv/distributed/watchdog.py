@@ -84,7 +84,7 @@ class Watchdog:
 
 
 def _write(text: str) -> None:
-    """To standard error at once, or the ranks' lines mix; whoever read it may have left."""
+    """Write to standard error at once, or the ranks' lines mix; its reader may be gone."""
     with suppress(OSError):
         os.write(2, text.encode(errors="backslashreplace"))
 

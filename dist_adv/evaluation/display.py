@@ -19,7 +19,7 @@ _SECONDS_BETWEEN_LINES = 60.0
 
 
 class EvaluationDisplay:
-    """The same for an evaluation."""
+    """Show an evaluation: a bar on a terminal, a line a minute elsewhere."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress

@@ -27,7 +27,7 @@ from dist_adv.text import shown
 
 @dataclass(frozen=True)
 class Supervision:
-    """Who looks on while `evaluate` measures.
+    """Callbacks of `evaluate`, and where it keeps what is done.
 
     progress: called with (attack, images done by all ranks, images) after every chunk. between:
     called before every chunk, on every rank as often; what it raises ends it all. unfinished:
@@ -124,7 +124,7 @@ def _measure(
 
 
 def _mean(loss_sum: float, n: int) -> float | None:
-    """None where a loss was not finite: JSON has no other word for it."""
+    """Return None where a loss was not finite: JSON has no other word for it."""
     return loss_sum / n if math.isfinite(loss_sum) else None
 
 

@@ -135,7 +135,7 @@ def _link(option: str, text: str) -> Link:
 
 
 def _cluster(asked: Asked) -> Cluster | None:
-    """None where the link is to be measured: under a launcher, without --bandwidth."""
+    """Return None where the link is to be measured: under a launcher, without --bandwidth."""
     if (asked.gpus_per_node is None) != (asked.node_bandwidth is None):
         raise UserError("--gpus-per-node and --node-bandwidth: give both, or none for one ring")
     if asked.bandwidth is None:

@@ -45,7 +45,7 @@ SETS = {
 
 
 def without_validation(data: DataOptions, images: Images) -> Images:
-    """Those that are trained on. Raises UserError where there are none."""
+    """Return the images that are trained on. Raises UserError where there are none."""
     if data.validation >= images.n:
         raise UserError(f"data.validation: {data.validation} images to hold out of {images.n}")
     return replace(images, n=images.n - data.validation)

@@ -91,7 +91,7 @@ class StepTime:
 
     @property
     def backward_share(self) -> float:
-        """Of the step: the training pass's backward, in which gradients can travel.
+        """Share of the step that is the training pass's backward, in which gradients can travel.
 
         A forward pass counts 1, a backward pass 1 for the images' gradients and 1 for the
         weights': the training step is 1 + 2, each pass of the attack 1 + 1.

@@ -40,7 +40,7 @@ def _cases(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str, i
 def read_step_times(
     path: Path, config: Config, images: Images
 ) -> tuple[dict[int, float], dict[str, Any]]:
-    """Of this configuration's method, precision and network, from `bench.json`, part b of
+    """Return step times of this method, precision and network, from `bench.json`, part b of
     `benchmarks/gpu_suite.py`, or `plan --json`; and what the record says of itself.
 
     Raises UserError for a file that is none of these, or lacks the case.

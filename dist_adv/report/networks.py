@@ -39,7 +39,7 @@ def compare(runs: Sequence[Run]) -> Comparison | None:
 
 
 def comparable(runs: Sequence[Run]) -> list[Run]:
-    """Of each method the finished run that withstands the strongest attack best.
+    """Return, of each method, the finished run that withstands the strongest attack best.
 
     Runs compare where their threat, their classes and the size of their images are the same; of
     several such groups the one of the most methods is taken.

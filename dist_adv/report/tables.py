@@ -106,7 +106,7 @@ def method_name(run: Run) -> str:
 
 
 def name_method(method: Mapping[str, Any]) -> str:
-    """The same from a configuration's section `method`, of which keys may be missing."""
+    """Return a method's name and options from its section, of which keys may be missing."""
     return ", ".join(filter(None, (_title(method), _options(method))))
 
 

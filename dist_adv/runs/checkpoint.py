@@ -93,7 +93,7 @@ class Writer:
             self.wait()
 
     def wait(self) -> None:
-        """Until the last checkpoint is complete."""
+        """Wait until the last checkpoint is complete."""
         if self.pending:
             pending, self.pending = self.pending, None
             pending.result()

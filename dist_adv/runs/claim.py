@@ -29,7 +29,7 @@ def take(run: RunFolder, config: Config, resume: bool) -> Lock | None:
 
 
 def holds(run: RunFolder, config: Config, resume: bool = True) -> bool:
-    """Is there a run of this experiment, rather than nothing? Raises UserError as `take` does."""
+    """Tell whether there is a run of this experiment. Raises UserError as `take` does."""
     try:
         content = list(run.path.iterdir()) if run.path.exists() else []
         is_run = run.config.is_file()
@@ -48,7 +48,7 @@ def holds(run: RunFolder, config: Config, resume: bool = True) -> bool:
 
 
 def trained(run: RunFolder, config: Config) -> bool:
-    """Has the run of this folder ended, and is no longer one wanted?"""
+    """Tell whether training is over and no longer run is wanted."""
     return run.weights.exists() and not longer(load_config(run.config), config)
 
 
@@ -83,7 +83,7 @@ def create(run: RunFolder, config: Config, accelerator: Accelerator, about: dict
 
 
 def go_on(run: RunFolder, config: Config, accelerator: Accelerator, about: dict[str, Any]) -> None:
-    """A run that goes on gets a new env.json, and its configuration what has changed, aloud."""
+    """Write a new env.json, and the configuration with what has changed, aloud."""
     if run.weights.exists():  # of the shorter run that this one was
         step = read_final(run.weights)["trained"]["step"]
         kept = run.weights.rename(run.weights_of_shorter_run(step))

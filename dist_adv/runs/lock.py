@@ -1,4 +1,4 @@
-"""Who has a folder: a lock that the kernel lets go of when its process ends, however."""
+"""A lock on a folder, which the kernel releases when its process ends, however."""
 
 import errno
 import fcntl

@@ -36,7 +36,7 @@ _ROUNDS = 3  # of timed steps
 
 @dataclass(frozen=True)
 class Estimate:
-    """By the name of a run: seconds of training, or why it has none. machine: one for each kind."""
+    """Seconds of training by the name of a run, or why it has none; machines that were timed."""
 
     seconds: dict[str, float]
     troubles: dict[str, str]
@@ -77,7 +77,7 @@ def show(sweep: Sweep, only: str | None) -> None:
 
 
 def estimate(sweep: Sweep) -> Estimate:
-    """Of each run with this machine to itself, training alone: no evaluation, no checkpoints."""
+    """Estimate each run with this machine to itself, without evaluation and checkpoints."""
     found = Estimate({}, {}, set())
     cases: dict[tuple[str, str, int | None], list[_Job]] = {}
     cpu = not torch.cuda.is_available()

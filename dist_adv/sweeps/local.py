@@ -97,7 +97,7 @@ class _Runs:
             self._know(run.name, "queued")
 
     def run(self) -> None:
-        """Until there is none left. Raises Preempted when all have stopped that were asked to."""
+        """Run all of them. Raises Preempted when all have stopped that were asked to."""
         stopping, stop = Stopping(self.out, None, main=True), ""
         try:
             live = Live(console=console, auto_refresh=False, transient=True)
@@ -147,7 +147,7 @@ class _Runs:
             log.info("%s: %s", name, self.known[name].state)
 
     def _ask_to_stop(self) -> None:
-        """They save and leave."""
+        """Ask each to save and exit."""
         for job in self.running:
             job.process.terminate()
 
@@ -161,7 +161,7 @@ class _Runs:
 
 
 def _is_done(run: SweepRun, out: Path) -> bool:
-    """As it is wanted now; whatever is not clear is for the run itself to say."""
+    """Tell whether a run is done as it is wanted now; what is not clear is the run's to say."""
     folder = RunFolder(out / run.name)
     with suppress(UserError):
         return folder.state == "done" and load_config(folder.config) == run.config

@@ -81,7 +81,7 @@ class Sweep:
         raise UserError(f"--only: the sweep {self.name} has no run {which!r}{hint}")
 
     def dump(self) -> str:
-        """The same runs as a sweep file that needs no other."""
+        """Return the runs as a sweep file that needs no other."""
         runs = [{"name": run.name, "set": run.config.model_dump()} for run in self.runs]
         return to_yaml({"runs": runs})
 
@@ -178,7 +178,7 @@ def claim(sweep: Sweep, out: Path) -> None:
 
 @contextmanager
 def _one_at_a_time(out: Path) -> Iterator[None]:
-    """In the folder of a sweep, which is made where there is none."""
+    """Lock the folder of a sweep, which is made where there is none."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         content = [name for name in os.listdir(out) if not name.startswith(".")]

@@ -74,6 +74,8 @@ class NonFinite:
         # them any that a NaN has reached. It decides update by update: `stop` takes hold where
         # trouble is read, before the next checkpoint.
         bad = mine if self.scaled else ~self.norm().isfinite()
+        # Views of the counts on the device, which the sums below change in place. `self.seen`
+        # is the first of them on the host, where reading it waits for nothing.
         seen, count, first, first_mine = self.counts.unbind()
         self.seen += 1
         seen += 1

@@ -108,7 +108,7 @@ def _take(run: RunFolder, config: Config, resume: str, stack: ExitStack) -> bool
 
 
 def _starting_point(run: RunFolder, config: Config, resume: str) -> tuple[Path, Checkpoint] | None:
-    """The checkpoint to go on from, or None for the beginning."""
+    """Return the checkpoint to go on from, or None for the beginning."""
     if resume not in ("auto", "none"):
         path = Path(resume)
         try:
@@ -144,7 +144,7 @@ def _go_on_from(trainer: Trainer, path: Path, saved: Checkpoint, insist: bool) -
 
 
 def _about(trainer: Trainer) -> dict[str, Any]:
-    """What env.json says of a run besides what it ran on."""
+    """Return what env.json says of a run besides what it ran on."""
     learner = trainer.learner
     return {
         "precision": precision_of(trainer.accelerator),
@@ -171,7 +171,7 @@ def _open(
 
 
 def _tracker(run: RunFolder, trainer: Trainer, start: tuple[Path, Checkpoint] | None) -> Tracker:
-    """The same run on W&B for a checkpoint of this folder, another one for any other."""
+    """Go on with the run on W&B of a checkpoint of this folder; start another for any other."""
     path, saved = start or (None, None)
     known = saved.state["wandb_id"] if saved else None
     config, step = trainer.config, trainer.learner.clock.step
@@ -199,7 +199,7 @@ def _announce(run: RunFolder, trainer: Trainer, precision: str) -> None:
 
 
 def _save_final(run: RunFolder, trainer: Trainer) -> None:
-    """The weights with how they came about, whole or not at all: the file marks the run's end."""
+    """Write the weights and how they came about: the file marks the end of training."""
     config, network = trainer.config, trainer.learner.copy
     architecture = {
         **network.architecture,

@@ -147,9 +147,7 @@ def restore(learner: Learner, kept: Kept, saved: Checkpoint, path: Path) -> None
     learner.net.load_momentum([momentum[f"{i}.momentum_buffer"] for i in range(len(momentum))])
     learner.method.load_state_dict(
         {
-            key: tensor[rank::ranks]
-            .to(accelerator.device)
-            .contiguous(memory_format=torch.channels_last)
+            key: _on_device(tensor[rank::ranks], accelerator.device)
             for key, tensor in saved.groups["method"].items()
         }
     )
@@ -168,13 +166,20 @@ def restore(learner: Learner, kept: Kept, saved: Checkpoint, path: Path) -> None
         kept.guard.good = Clock(**state["good_clock"]), good
 
 
+def _on_device(rows: Tensor, device: torch.device) -> Tensor:
+    """Move a method's rows to the device; images lie with their channels last, as batches do."""
+    images = rows.dim() == 4
+    layout = torch.channels_last if images else torch.contiguous_format
+    return rows.to(device).contiguous(memory_format=layout)
+
+
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """In host memory and nobody else's: training goes on while they are written."""
+    """Copy tensors to host memory: training goes on while they are written."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def _interleave(parts: list[Tensor]) -> Tensor:
-    """The global tensor of which rank r of W holds rows r, r + W, ..."""
+    """Return the global tensor of which rank r of W holds rows r, r + W, ..."""
     whole = parts[0].new_empty(sum(len(part) for part in parts), *parts[0].shape[1:])
     for rank, part in enumerate(parts):
         whole[rank :: len(parts)] = part

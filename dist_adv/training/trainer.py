@@ -104,7 +104,7 @@ class Trainer:
                 return
 
     def _rest_of_the_pass(self) -> Iterator[Batch]:
-        """Nothing where a run goes on from a checkpoint of a pass that was not closed yet."""
+        """Yield the batches that are left; none if the checkpoint was of a pass not closed yet."""
         if self.finished:
             return iter(())
         clock = self.learner.clock
@@ -137,7 +137,7 @@ class Trainer:
             raise Preempted(stop)
 
     def _close_pass(self, around: Surroundings) -> None:
-        """The curve, the guard and the line of a pass, all of which a resumed run can do again."""
+        """Measure the curve and the guard, log the pass: a resumed run can do all of it again."""
         clock = self.learner.clock
         if clock.batch == self.learner.loader.batches:
             clock.epoch, clock.batch = clock.epoch + 1, 0
@@ -149,7 +149,7 @@ class Trainer:
         self.kept.sums = torch.zeros_like(self.kept.sums)
 
     def _record(self, kind: str, sums: Tensor) -> dict[str, Any]:
-        """A line of metrics.jsonl."""
+        """Return a line of metrics.jsonl."""
         learner = self.learner
         loss, correct, n, seconds = sums.tolist()
         if n == 0:
@@ -171,7 +171,7 @@ class Trainer:
         }
 
     def _ranks(self, meter: Meter) -> dict[str, float]:
-        """The slowest and the fastest rank.
+        """Return the speed of the slowest and of the fastest rank.
 
         They wait for each other's gradients: what differs is their share of a batch, and what
         they do after the last exchange.
@@ -200,7 +200,7 @@ class Trainer:
         return guard.look(now, learner.clock, learner.loader.batches, learner.copy)
 
     def _measured(self, session: Session) -> Measured:
-        """What the guard's rule looks at, of the weights in the copy."""
+        """Measure what the guard's rule looks at, of the weights in the copy."""
         learner = self.learner
         if self.kept.guard.rule == "wong":
             first = next(learner.loader.epoch(max(0, math.ceil(learner.passes) - 1)))
@@ -215,7 +215,7 @@ class Trainer:
         )
 
     def trained(self) -> dict[str, float]:
-        """How many passes and optimiser steps made the weights in the copy."""
+        """Return how many passes and optimiser steps made the weights in the copy."""
         guard, clock = self.kept.guard, self.learner.clock
         kept = guard.good[0] if guard.stopped and guard.good else clock
         return {"epoch": kept.passes(self.learner.loader.batches), "step": kept.step}
