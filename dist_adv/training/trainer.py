@@ -12,18 +12,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from dist_adv.config import Config
 from dist_adv.data import Batch, Dataset, load_dataset
 from dist_adv.distributed.collectives import check_same_images, main_process_first, on_every
 from dist_adv.distributed.session import Session
-from dist_adv.errors import Preempted, RunFailure
+from dist_adv.errors import Preempted
 from dist_adv.evaluation.results import Examples
 from dist_adv.runs import checkpoint
 from dist_adv.runs.folder import RunFolder
 from dist_adv.tracking.tracker import Tracker
-from dist_adv.training import collapse, state
+from dist_adv.training import collapse, metrics, state
 from dist_adv.training.checks import check_splits
 from dist_adv.training.collapse import Guard, Measured
 from dist_adv.training.curve import Curve
@@ -125,7 +124,9 @@ class Trainer:
             self.kept.sums += latest
             clock.seconds += latest[3].item()
             if latest[2] > 0:  # else every update was skipped
-                record = self._record("train", latest) | self._ranks(meter)
+                record = metrics.line("train", self.learner, latest) | metrics.speeds(
+                    self.learner, meter
+                )
                 around.display.update(record)
                 if around.tracker:
                     around.tracker.metrics(record)
@@ -142,45 +143,12 @@ class Trainer:
         if clock.batch == self.learner.loader.batches:
             clock.epoch, clock.batch = clock.epoch + 1, 0
         curve, examples = self.point(around.session)
-        record = self._record("epoch", self.kept.sums) | curve | self._look_for_collapse(around)
+        record = metrics.line("epoch", self.learner, self.kept.sums)
+        record |= curve | self._look_for_collapse(around)
         around.display.passed(record, self.config.train.epochs)
         if around.tracker:
             around.tracker.metrics(record, examples)
         self.kept.sums = torch.zeros_like(self.kept.sums)
-
-    def _record(self, kind: str, sums: Tensor) -> dict[str, Any]:
-        """Return a line of metrics.jsonl."""
-        learner = self.learner
-        loss, correct, n, seconds = sums.tolist()
-        if n == 0:
-            raise RunFailure(f"no update of pass {learner.passes:g} was finite: nothing is learnt")
-        lr, momentum = learner.lr_and_momentum(learner.clock.step - 1)
-        prefix = "train_" if kind == "epoch" else ""
-        return {
-            "kind": kind,
-            "epoch": round(learner.passes, 4),
-            "step": learner.clock.step,
-            f"{prefix}loss": loss / n,
-            f"{prefix}accuracy": correct / n,
-            "lr": lr,
-            "momentum": momentum,
-            "images_per_s": n / learner.method.steps_per_batch / seconds,
-            "epoch_seconds" if kind == "epoch" else "lap_seconds": seconds,
-            "seconds": learner.clock.seconds,
-            **({"skipped_updates": learner.skipped} if learner.skipped else {}),
-        }
-
-    def _ranks(self, meter: Meter) -> dict[str, float]:
-        """Return the speed of the slowest and of the fastest rank.
-
-        They wait for each other's gradients: what differs is their share of a batch, and what
-        they do after the last exchange.
-        """
-        rates = meter.rates / self.learner.method.steps_per_batch
-        return {
-            "rank_images_per_s_min": rates.min().item(),
-            "rank_images_per_s_max": rates.max().item(),
-        }
 
     def point(self, session: Session) -> tuple[dict[str, Any], Examples | None]:
         """Copy the weights and, where it is time for a point of the curve, measure the copy."""

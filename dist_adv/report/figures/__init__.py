@@ -14,7 +14,8 @@ from dist_adv.report.figures import (
     trade_off,
     training,
 )
-from dist_adv.report.figures.album import STYLE, Album, Chapter, give_looks
+from dist_adv.report.figures.album import Album, Chapter
+from dist_adv.report.figures.colours import STYLE, give_looks
 from dist_adv.report.figures.lettering import Lettering
 from dist_adv.report.networks import Comparison
 from dist_adv.report.tables import method_name

@@ -1,44 +1,18 @@
-"""How figures look, and the album that keeps them with the sentences that explain them.
+"""The album that keeps figures with the sentences that explain them.
 
-A run has the same colour and marker wherever it appears, and nothing is told by colour alone.
-Every axis has a label with its unit.
+Every axis has a label with its unit, and nothing is told by colour alone.
 """
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dist_adv.runs.run import Run
-
 _DPI = 200
-STYLE: Any = {  # matplotlib versions differ in how they type the keys
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "legend.frameon": False,
-    "legend.handlelength": 3.2,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4.5,
-    "text.parse_math": False,  # a dollar sign in a run's name is one
-}
-# Okabe and Ito's palette for all kinds of colour vision, without its yellow (too pale on white).
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_METHOD_COLOURS = {"natural": "#000000", "pgd": "#CC79A7", "free": "#0072B2", "fast": "#D55E00"}
-_OTHER_METHOD = "#009E73"
-GREY = "#767676"
 
 
 @dataclass(frozen=True)
@@ -62,29 +36,6 @@ class Chapter:
     title: str
     illustrations: Sequence[Illustration]
     folded: bool = False
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A run and its looks."""
-
-    run: Run
-    colour: str
-    marker: str
-
-
-def give_looks(runs: Sequence[Run]) -> list[Drawn]:
-    """A colour of its own for each of a few runs; of many, one for each method, and own markers."""
-    if len(runs) <= len(COLOURS):
-        return [Drawn(*looks) for looks in zip(runs, COLOURS, MARKERS, strict=False)]
-    drawn = []
-    seen: Counter[str] = Counter()
-    for run in runs:
-        method = run.config["method"]["name"]
-        colour = _METHOD_COLOURS.get(method, _OTHER_METHOD)
-        drawn.append(Drawn(run, colour, MARKERS[seen[method] % len(MARKERS)]))
-        seen[method] += 1
-    return drawn
 
 
 def time_unit(longest: float) -> tuple[float, str]:

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from dist_adv.report.figures.album import GREY, Album
+from dist_adv.report.figures.album import Album
+from dist_adv.report.figures.colours import GREY
 from dist_adv.report.figures.examples import show
 from dist_adv.report.networks import Comparison, attack_of, grid_of
 from dist_adv.report.tables import method_name, method_title

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from dist_adv.report.figures.album import GREY, Album, Drawn
+from dist_adv.report.figures.album import Album
+from dist_adv.report.figures.colours import GREY, Drawn
 from dist_adv.report.figures.training import curve_attack, curve_split, marker_spacing
 from dist_adv.runs.run import Record, Run, best_of_each_method
 from dist_adv.text import percentage

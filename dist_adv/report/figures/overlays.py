@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dist_adv.report.figures.album import COLOURS, Album, Drawn, time_unit
+from dist_adv.report.figures.album import Album, time_unit
+from dist_adv.report.figures.colours import COLOURS, Drawn
 from dist_adv.report.figures.training import curve_attack, curve_split, marker_spacing
 from dist_adv.runs.run import best_of_each_method
 

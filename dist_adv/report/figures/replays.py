@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dist_adv.report.figures.album import MARKERS, Album, time_unit
+from dist_adv.report.figures.album import Album, time_unit
+from dist_adv.report.figures.colours import MARKERS
 from dist_adv.report.tables import attack_name, attack_order
 from dist_adv.runs.run import Run
 from dist_adv.text import percentage

@@ -11,7 +11,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from dist_adv.report.figures.album import GREY, Album, Drawn
+from dist_adv.report.figures.album import Album
+from dist_adv.report.figures.colours import GREY, Drawn
 from dist_adv.report.tables import attack_name
 from dist_adv.runs.run import strongest_attack
 from dist_adv.text import duration

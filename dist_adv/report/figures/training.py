@@ -7,7 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from dist_adv.report.figures.album import GREY, Album, Drawn
+from dist_adv.report.figures.album import Album
+from dist_adv.report.figures.colours import GREY, Drawn
 from dist_adv.report.tables import attack_name
 from dist_adv.runs.run import Record, Run
 
