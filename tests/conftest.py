@@ -18,11 +18,12 @@ KINDS = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     """Say for each test of which kind it is, and which are for one worker: those that share runs.
 
-    Long ones come first, so that no worker is left alone with one in the end.
+    Long ones come first, so that no worker is left alone with one in the end. A wrapper, as xdist
+    looks at the groups in its own hook, which comes before all that are none.
     """
     for item in items:
         folder = item.path.relative_to(TESTS).parts[0]
@@ -33,6 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             values = [str(item.callspec.params[name]) for name in (shares.args if shares else ())]
             item.add_marker(pytest.mark.xdist_group("-".join([item.path.stem, *values])))
     items.sort(key=rank)
+    yield
 
 
 def rank(item: pytest.Item) -> int:

@@ -5,6 +5,7 @@ the sweep's own, with the resolved sweep in it as `sweep.yaml`, a file of the sa
 has a folder in there, in the name of the run.
 """
 
+import difflib
 import fcntl
 import itertools
 import json
@@ -77,8 +78,9 @@ class Sweep:
         for number, run in enumerate(self.runs):
             if which in (run.name, str(number)):
                 return run
-        hint = nearest(which, [run.name for run in self.runs])
-        raise UserError(f"--only: the sweep {self.name} has no run {which!r}{hint}")
+        near = difflib.get_close_matches(which, [run.name for run in self.runs], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"0 to {len(self.runs) - 1}, or a name"
+        raise UserError(f"--only: the sweep {self.name} has no run {which!r}; {hint}")
 
     def dump(self) -> str:
         """Return the runs as a sweep file that needs no other."""

@@ -30,7 +30,7 @@ def difference(one: Path, two: Path) -> float:
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_rank_goes_on_bit_for_bit_from_any_batch(case, images, tmp_path):
-    tree = config(case, "batch", images)
+    tree = config(case, "batch", images, small=True)
     tree["train"] |= {"save_steps": 1, "keep": 100}
     settings = parse_config(tree, case)
     train_run(settings, tmp_path / "whole", "none")
@@ -68,8 +68,8 @@ def all_cases(tmp_path_factory: pytest.TempPathFactory, images: Path):
 @pytest.mark.parametrize(("ranks", "at"), [(2, 1), (2, 5), (3, 2)])
 def test_several_ranks_go_on_bit_for_bit_in_mid_pass(ranks, at, case, all_cases):
     """Each rank with its own BatchNorm statistics and its own rows of Free's perturbation."""
-    whole = all_cases(ranks, "batch", "fp32")
-    resumed = all_cases(ranks, "batch", "fp32", whole, at)
+    whole = all_cases(ranks, "batch", "fp32-small")
+    resumed = all_cases(ranks, "batch", "fp32-small", whole, at)
     assert equal(whole / case, resumed / case)
 
 
@@ -78,9 +78,9 @@ def test_several_ranks_go_on_bit_for_bit_in_mid_pass(ranks, at, case, all_cases)
 @pytest.mark.parametrize("case", CASES)
 def test_another_number_of_ranks_goes_on_with_the_same_global_batches(case, all_cases):
     """2 -> 1 -> 2 ranks and 1 -> 3, in double precision: see tests/parity about single."""
-    two = all_cases(2, "group", "fp64")
-    alone = all_cases(1, "group", "fp64", two, 2)  # after three of eight batches
-    two_again = all_cases(2, "group", "fp64", alone, 2)  # after three more
-    three = all_cases(3, "group", "fp64", all_cases(1, "group", "fp64"), 2)
+    two = all_cases(2, "group", "fp64-small")
+    alone = all_cases(1, "group", "fp64-small", two, 2)  # after three of eight batches
+    two_again = all_cases(2, "group", "fp64-small", alone, 2)  # after three more
+    three = all_cases(3, "group", "fp64-small", all_cases(1, "group", "fp64-small"), 2)
     for resumed in (alone, two_again, three):
         assert difference(two / case, resumed / case) < 1e-10

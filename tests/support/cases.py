@@ -65,10 +65,20 @@ def make_images(root: Path, train: int = 40, test: int = 2, size: int = 8) -> No
 
 
 def config(
-    case: str, norm: str, root: Path, precision: str = "fp32", compile: str = "none"
+    case: str,
+    norm: str,
+    root: Path,
+    precision: str = "fp32",
+    compile: str = "none",
+    small: bool = False,
 ) -> dict:
-    """The configuration tree of a case; a smaller one to be compiled, or it takes minutes."""
+    """The configuration tree of a case; a smaller one to be compiled, or it takes minutes.
+
+    small: a network of a fifth of the layers, for runs of many ranks and engines.
+    """
     model = {"name": "preact_resnet18", "width": 8, "norm": norm}
+    if small:
+        model = {"name": "wide_resnet", "depth": 8, "widen": 1, "width": 8, "norm": norm}
     data = {**ROOT_CONFIG["data"], "root": str(root)}
     train = {**TRAIN, "precision": precision}
     if compile != "none":

@@ -39,7 +39,7 @@ def share_out_everything(settings: dict) -> None:
     """Stage 3 leaves parameters of less than 100,000 elements whole, which all are here."""
     settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
     if settings["zero_optimization"]["stage"] == 3:
-        settings["zero_optimization"]["sub_group_size"] = 20_000
+        settings["zero_optimization"]["sub_group_size"] = 4_000
         allow_double_precision()
     check(settings)
 
@@ -85,7 +85,7 @@ def once(run: dict, out: Path, images: Path) -> None:
         os.environ["FAULT"] = run["fault"]
         learner.build_method = Faulty
     precision = "bf16" if numbers == "bf16" else "fp32"
-    tree = config(run["case"], run.get("norm", "group"), images, precision)
+    tree = config(run["case"], run.get("norm", "group"), images, precision, small=True)
     every = 3 * CASES[run["case"]][0].get("replays", 1)  # the first: in the middle of a pass
     tree["train"] |= {"save_steps": every, "keep": 100} | run.get("train", {})
     with profile(activities=[ProfilerActivity.CPU]) if "count" in run else nullcontext() as seen:

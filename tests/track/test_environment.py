@@ -190,7 +190,7 @@ def test_copy_of_a_folder_is_another_run(images, tmp_path) -> None:
     moved = identity(RunFolder(tmp_path / "c"), settings)
     assert moved == {**first, "name": "c", "folder": str(tmp_path / "c")}
     (tmp_path / "link").symlink_to(tmp_path / "c")
-    assert identity(tmp_path / "link", settings)["id"] == first["id"]
+    assert identity(RunFolder(tmp_path / "link"), settings)["id"] == first["id"]
 
 
 @pytest.mark.slow
