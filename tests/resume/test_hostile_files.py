@@ -34,12 +34,18 @@ class Payload:
 def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with a checkpoint of every batch, and its configuration beside it."""
     folder = tmp_path_factory.mktemp("hostile")
-    tree = config("free", "batch", images)
+    tree = config("free", "batch", images, small=True)
     tree["train"] |= {"save_steps": 1, "keep": 100}
     tree["eval"] = {"attacks": ["natural", "pgd-2"], "every": 0}
     (folder / "experiment.yaml").write_text(yaml.safe_dump(tree))
     train_run(parse_config(tree, "free"), folder / "run", "none")
     return folder
+
+
+@pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures in a resolution that takes no time: nobody looks at them here."""
+    monkeypatch.setattr("dist_adv.report.figures.album._DPI", 20)
 
 
 def files(folder: Path) -> list[str]:
@@ -95,7 +101,7 @@ def commands(folder: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize("kind", ["pickle", "torch"])
 @pytest.mark.parametrize("name", FILES)
-def test_a_pickle_is_never_executed(name, kind, run, tmp_path, capsys):
+def test_a_pickle_is_never_executed(name, kind, run, tmp_path, capsys, coarse):
     """Each command ends well without it, or with one line; `train` with a run to go on with."""
     for unfinished in (False, True):
         folder = tmp_path / str(unfinished)

@@ -23,7 +23,7 @@ from launch import checkpoints
 
 def settings(root: Path, epochs: int, **data: object) -> Config:
     """120 images in batches of 33, three full ones and one of 21 in a pass."""
-    tree = config("fast-random", "batch", root)
+    tree = config("fast-random", "batch", root, small=True)
     tree["train"] |= {"epochs": epochs, "keep": 100}
     tree["model"] |= {"width": 2, "norm": "group"}
     tree["data"] |= data

@@ -22,7 +22,7 @@ class Killed(BaseException):
 
 
 def settings(case: str, images: Path, **train: object) -> Config:
-    tree = config(case, "batch", images)
+    tree = config(case, "batch", images, small=True)
     tree["train"] = {**tree["train"], "epochs": 3, **train}
     tree["method"] = {**tree["method"], "guard": "warn"}
     return parse_config(tree, case)

@@ -154,7 +154,7 @@ def test_memory_does_not_change_it(chunk, accelerator, digits, digits_net):
 
 def test_it_does_not_matter_where_the_images_are(images, accelerator):
     """In memory, or read off the disk as they are used."""
-    settings = parse_config(config("fast-random", "batch", images), "case")
+    settings = parse_config(config("fast-random", "batch", images, small=True), "case")
     resident = load_dataset(settings.data, "train")
     streamed = load_dataset(settings.data.model_copy(update={"resident_gb": 0.0}), "train")
     assert isinstance(streamed.images, Files)

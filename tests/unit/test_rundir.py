@@ -112,7 +112,7 @@ def test_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, said):
 
 
 def test_folder_in_use_is_refused_before_it_is_touched(images, tmp_path):
-    config = parse_config(case("natural", "batch", images), "case")
+    config = parse_config(case("natural", "batch", images, small=True), "case")
     (tmp_path / "config.yaml").write_text(config.dump())
     with holder(tmp_path), pytest.raises(UserError, match="is in use by process"):
         train_run(config, tmp_path, "auto")
@@ -132,7 +132,7 @@ def test_lock_is_held_while_training_and_let_go_after(images, tmp_path, monkeypa
         held.append(in_use(around.run.path))
         raise RunFailure("made up")
 
-    config = parse_config(case("natural", "batch", images), "case")
+    config = parse_config(case("natural", "batch", images, small=True), "case")
     monkeypatch.setattr(Trainer, "fit", fail)
     with pytest.raises(RunFailure):
         train_run(config, tmp_path / "run", "auto")
@@ -186,7 +186,7 @@ def states(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_status_of_a_run_that_ends_well_and_of_one_that_fails(images, tmp_path, monkeypatch):
     seen = states(monkeypatch)
-    config = parse_config(case("natural", "batch", images), "case")
+    config = parse_config(case("natural", "batch", images, small=True), "case")
     train_run(config, tmp_path / "well", "auto")
     assert seen == ["running", "done"]
     seen.clear()
@@ -452,7 +452,7 @@ def scripted(*arguments: Any, **more: Any) -> Any:
 
 
 def best_run(images: Path, **sections: dict[str, Any]) -> Config:
-    tree = case("natural", "batch", images)
+    tree = case("natural", "batch", images, small=True)
     tree["train"] |= {"epochs": 5, "keep": 1, "batch_size": 45}
     tree["data"] |= {"validation": 30}
     tree["eval"] = {"every": 1, "curve_attack": "pgd-1", "attacks": ["natural"]}
@@ -494,7 +494,7 @@ def test_checkpoint_of_the_best_pass_stays(images, tmp_path, monkeypatch):
 
 
 def test_test_images_choose_no_best_pass(images, tmp_path):
-    data = {**case("natural", "batch", images)["data"], "validation": 0}
+    data = {**case("natural", "batch", images, small=True)["data"], "validation": 0}
     train_run(best_run(images, data=data), tmp_path / "run", "none")
     assert len(steps(tmp_path / "run")) == 1
     (path,) = (tmp_path / "run" / "checkpoints").iterdir()
