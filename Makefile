@@ -3,7 +3,7 @@
 # make test-slurm  runs on a Slurm of two nodes, started here for it (a part of make test)
 # make bench   time this machine against what people use (about ten minutes; leave it alone)
 # make faults  kill sixty runs at random moments and resume them (half an hour)
-# make check   formatting, types, quick tests (under 2 minutes)
+# make check   formatting, types, imports, quick tests (90 s)
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -11,6 +11,7 @@ from cases import make_images
 TESTS = Path(__file__).parent
 # Folders whose tests start processes, the longest first; files of others are quick.
 LONG = ("parity", "resume", "distributed", "faults", "cli", "launch", "track", "slurm")
+SLOW = ("parity", "resume")
 KINDS = {
     **dict.fromkeys(("cli", "faults", "launch", "track"), "process"),
     **dict.fromkeys(("distributed",), "ranks"),
@@ -27,6 +28,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     """
     for item in items:
         folder = item.path.relative_to(TESTS).parts[0]
+        if folder in SLOW:
+            item.add_marker("slow")
         if (item.get_closest_marker("slow") and folder in KINDS) or folder == "gpu":
             item.add_marker(KINDS[folder])
         if folder in LONG:

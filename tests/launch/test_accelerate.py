@@ -146,6 +146,7 @@ def test_one_gpu_is_one_plain_process() -> None:
     assert environment["ACCELERATE_USE_CPU"] == "False"
 
 
+@pytest.mark.slow
 def test_cpu_hides_gpus() -> None:
     arguments = validated("cpu.yaml")
     assert (arguments.num_processes, arguments.multi_gpu) == (2, True)

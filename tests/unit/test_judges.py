@@ -29,6 +29,8 @@ from dist_adv.errors import UserError
 from dist_adv.evaluation.evaluate import evaluate
 from dist_adv.models import Classifier, PreActResNet18Options, build_model, load_model, save_model
 
+pytestmark = pytest.mark.slow
+
 LINF, L2 = 16 / 255, 2.0
 Case = tuple[dict[str, Any], str]
 """Options, and the ball in which the outcome has to be: linf, l2, or any for the whole cube."""

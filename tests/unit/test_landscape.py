@@ -26,6 +26,8 @@ from dist_adv.runs.run import read_runs
 from dist_adv.training.run import train_run
 from made_up_runs import write_lines
 
+pytestmark = pytest.mark.slow
+
 DIGITS = Path(__file__).parents[2] / "configs" / "digits"
 
 

@@ -181,6 +181,7 @@ for inputs in (1, 2, 4, 7, 12, 16):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
 def test_strided_projections_are_right_on_any_cpu(isa):
     """oneDNN's own corrupt the heap where channels are few: at any size with AVX2, from 48 on

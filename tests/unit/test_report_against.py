@@ -109,6 +109,7 @@ def test_published_0_is_inside_an_interval_that_begins_an_ulp_above(tmp_path: Pa
     assert pair.figures[0].inside
 
 
+@pytest.mark.slow
 def test_page_csv_and_what_was_not_run(tmp_path: Path) -> None:
     full_run(tmp_path / "free", FREE, free(0.47), optim={"lr": 0.04})
     full_run(tmp_path / "pgd", {"name": "pgd", "steps": 7}, free(0.5))
@@ -341,6 +342,7 @@ def seeded(folder: Path, seed: int, seconds: float, pgd_10: float | None, lr: fl
     return folder
 
 
+@pytest.mark.slow
 def test_mean_and_deviation_over_seeds(tmp_path: Path) -> None:
     """40, 42 and 47 deviate from 43 by -3, -1 and 4: sqrt((9 + 1 + 16) / 2) = 3.606.
 

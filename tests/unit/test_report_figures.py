@@ -18,6 +18,8 @@ from dist_adv.report.figures import album
 from dist_adv.training.run import train_run
 from made_up_runs import add_examples, epoch, evaluation, make_run
 
+pytestmark = pytest.mark.slow
+
 RUNS: dict[str, tuple[dict[str, Any], int]] = {  # method, passes
     "natural": ({"name": "natural"}, 2),
     "pgd": ({"name": "pgd", "steps": 2, "alpha": 0.1}, 2),

@@ -18,6 +18,8 @@ from dist_adv.text import shown
 from dist_adv.tracking.wandb_run import caption
 from made_up_runs import add_examples, epoch, evaluation, make_run
 
+pytestmark = pytest.mark.slow
+
 LATIN_1 = os.fsdecode(b"caf\xe9")  # as the folder of a class is called on an old disk
 ODD = [
     (LATIN_1, r"caf\xe9"),

@@ -233,6 +233,7 @@ def test_watching_shows_what_changes(tmp_path: Path) -> None:
         os.close(terminal)
 
 
+@pytest.mark.slow
 def test_watching_in_a_pipe_ends_with_its_reader(tmp_path: Path) -> None:
     """Each change is a table of its own."""
     run = write(tmp_path / "run", "running")

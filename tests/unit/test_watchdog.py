@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 PRELUDE = """
 import threading, time
 from dist_adv.distributed import watchdog
