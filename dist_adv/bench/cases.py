@@ -493,12 +493,12 @@ def startup(bench: Bench) -> Iterator[Row]:
 
 
 def art(bench: Bench) -> Iterator[Row]:
-    """Fast against ART's learner of the same name."""
+    """Fast against ART's trainer of the same name."""
     what = "Fast, against ART's AdversarialTrainerFBFPyTorch"
     if importlib.util.find_spec("art") is None:
         yield Row("art", what, "not measured: pip install 'dist-adv[bench]'")
         return
-    from art.defences.learner import AdversarialTrainerFBFPyTorch
+    from art.defences.trainer import AdversarialTrainerFBFPyTorch
     from art.estimators.classification import PyTorchClassifier
 
     batches = 2

@@ -1,4 +1,4 @@
-"""TODO"""
+"""DDP, or a single process: the network as methods see it, and its fused optimiser."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager

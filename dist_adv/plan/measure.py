@@ -78,7 +78,7 @@ def work_of(config: Config, images: Images, weak: bool = False) -> Work:
         config.optim.lr,
         batches,
         train.max_steps,
-        overlap=train.compile == "none",  # see parallel.compile_network
+        overlap=train.compile == "none",  # see network.compile_network
         weak=weak,
     )
 
