@@ -28,7 +28,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_case_leaves_rows(tmp_path):
-    cases = ["steps", "evaluation", "data", "engine", "overhead", "ranks", "startup"]
+    cases = ["steps", "evaluation", "data", "engine", "overhead", "ranks", "startup", "art"]
     done = bench("--only", ",".join(cases), "--out", str(tmp_path))
     assert done.returncode in (0, 1), done.stderr[-3000:]  # 1: a bar missed on a slow machine
     found = json.loads((tmp_path / "bench.json").read_text())
