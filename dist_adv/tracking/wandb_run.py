@@ -95,7 +95,8 @@ def start(
                 mode = "online" if logged_in() else "offline"
             return WandbRun(run, config, about, mode)
         except (wandb.Error, OSError) as error:
-            log.warning("W&B is out of reach (%s): recording offline in %s/wandb", error, run)
+            said = reason(error)
+            log.warning("W&B is out of reach (%s): recording offline in %s/wandb", said, run)
             wandb.teardown()  # or the id counts as in use
             return WandbRun(run, config, about, "offline")
     # Whatever it comes up with: it is not installed or does not fit its own dependencies, a name

@@ -8,6 +8,8 @@ import yaml
 from dist_adv import cli
 from made_up_runs import evaluation, make_run
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

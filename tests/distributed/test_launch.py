@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import forked
 from cases import config
@@ -18,6 +19,7 @@ from dist_adv.config import load_config
 from dist_adv.data import load_dataset
 from dist_adv.distributed import start
 from dist_adv.training.collapse import on_sample
+from launch import SMALL
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +29,10 @@ ACCELERATE = [
     *(sys.executable, "-m", "accelerate.commands.launch"),
     *("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
 ]
-QUICK = ["model.width=4", "train.epochs=2", "eval.attacks=[natural,pgd-3]", "eval.curve_limit=50"]
+QUICK = [
+    *(f"model.{key}={value}" for key, value in SMALL.items()),
+    *("train.epochs=2", "eval.attacks=[natural,pgd-3]", "eval.curve_limit=50"),
+]
 
 
 def launch(
@@ -42,8 +47,10 @@ def launch(
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
 def test_launchers_train_on_two_ranks(method, launcher, tmp_path):
     config = str(CONFIGS / "digits" / f"{method}.yaml")
-    # Once as the launcher starts its ranks, which are forked otherwise.
-    run = subprocess.run if method == "free" else forked.run
+    # Once as the launcher starts its ranks, which are forked otherwise; `tests/launch/test_run.py`
+    # has torchrun start them.
+    real = (method, launcher) == ("free", ACCELERATE)
+    run = subprocess.run if real else forked.run
     done = launch(launcher, "train", config, *QUICK, "--run-dir", "run", cwd=tmp_path, run=run)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "run" / "env.json").read_text())["world_size"] == 2
@@ -98,9 +105,9 @@ main()
 @pytest.mark.parametrize("method", ["fast-previous", "free"])
 def test_killed_on_two_ranks_and_resumed_bit_for_bit(method, tmp_path, images):
     """SIGKILL of the main process after the first pass; BatchNorm and delta are each rank's own."""
-    import yaml
-
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config(method, "batch", images)))
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump(config(method, "batch", images, small=True))
+    )
     (tmp_path / "die.py").write_text(KILL_AFTER_FIRST_CHECKPOINT)
 
     def train(run_dir: str, script: list[str]) -> subprocess.CompletedProcess[str]:
@@ -136,7 +143,7 @@ from dist_adv.training.trainer import Trainer
 NOISE = Images(120, 3, 8, 3)
 
 for case in CASES:
-    settings = parse_config(config(case, "batch", Path(sys.argv[1])), case)
+    settings = parse_config(config(case, "batch", Path(sys.argv[1]), small=True), case)
     learner = Trainer(settings, start_accelerator("fp32", 1)).learner
     reduced = []
     def hook(state, bucket):

@@ -1,12 +1,10 @@
 """The framework's updates are those of the published loops, on one rank and on two."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import forked
 from cases import AUTOTUNED, CASES, ROOT_CONFIG, TRAIN, config
 from dist_adv import load_model, rng
 from dist_adv.config import parse_config
@@ -74,28 +72,7 @@ def reference(
     return model.state_dict()
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory, images: Path):
-    """Folders of the framework's runs for (ranks, norm, numbers), each trained once."""
-    made: dict[tuple[int, str, str], Path] = {}
-
-    def train(ranks: int, norm: str, numbers: str) -> Path:
-        if (ranks, norm, numbers) not in made:
-            folder = tmp_path_factory.mktemp(f"{ranks}-{norm}")
-            script = str(Path(__file__).parents[1] / "support" / "train_all.py")
-            launcher = [sys.executable]
-            if ranks > 1:
-                launcher += ["-m", "torch.distributed.run", "--standalone"]
-                launcher += ["--nproc-per-node", str(ranks)]
-            command = [*launcher, script, str(folder), norm, str(images), numbers]
-            done = forked.run(command, capture_output=True, text=True, timeout=600)
-            assert done.returncode == 0, done.stderr[-3000:]
-            made[ranks, norm, numbers] = folder
-        return made[ranks, norm, numbers]
-
-    return train
-
-
+@pytest.mark.shares("norm")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_one_rank_takes_the_published_updates_bit_for_bit(case, norm, trained, images):
@@ -106,6 +83,7 @@ def test_one_rank_takes_the_published_updates_bit_for_bit(case, norm, trained, i
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.shares
 @pytest.mark.parametrize("case", CASES)
 def test_mixed_precision_takes_the_published_updates_bit_for_bit(case, trained, images):
     ours = load_model(trained(1, "batch", "bf16-small") / case).state_dict()

@@ -6,17 +6,20 @@ import sys
 import pytest
 import yaml
 
-from launch import status, weights_hash
+from launch import SMALL, status, weights_hash
 from slurm_cluster import DIGITS, reaches
 
 pytestmark = pytest.mark.slow
 
 PASS = 23 * 4  # optimiser steps
-TWIN = {"train.epochs": 8}
+TWIN = {"train.epochs": 10}
 SHORT = {"train.max_steps": 2}
 SWEEP = {
     "base": str(DIGITS / "free.yaml"),
-    "set": {"model.width": 4, "eval.attacks": ["natural"], "eval.every": 0},
+    "set": {
+        **{f"model.{key}": value for key, value in SMALL.items()},
+        **{"eval.attacks": ["natural"], "eval.every": 0},
+    },
     "runs": [
         {"name": "stopped", "set": TWIN},
         {"name": "left-alone", "set": TWIN},

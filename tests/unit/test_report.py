@@ -22,7 +22,8 @@ from dist_adv.runs.run import read_runs, strongest_attack
 from dist_adv.text import duration, pixels
 from made_up_runs import PLANNED, add_examples, epoch, evaluation, make_run
 
-pytestmark = pytest.mark.slow
+# The report that many tests share is drawn all the same, as it is made before.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("undrawn")]
 
 FLAG = "FGSM leaves 61.0% and pgd-10 0.4%: the sign of catastrophic overfitting"
 

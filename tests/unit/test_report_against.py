@@ -20,6 +20,8 @@ from dist_adv.report.seeds import seed_tables
 from dist_adv.runs.run import Run, read_runs
 from made_up_runs import epoch, evaluation, make_run, write_lines
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 # The paper's own settings; the four passes of `make_run` are its 45.
 PAPER = {

@@ -19,6 +19,7 @@ from dist_adv.training.run import train_run
 from made_up_runs import add_examples, epoch, evaluation, make_run
 
 pytestmark = pytest.mark.slow
+UNDRAWN = pytest.mark.usefixtures("undrawn")
 
 RUNS: dict[str, tuple[dict[str, Any], int]] = {  # method, passes
     "natural": ({"name": "natural"}, 2),
@@ -62,6 +63,7 @@ def report_on(runs: list[Path], out: Path) -> Drawings:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(album, "_save", keep)
+        patch.setattr(album, "_DPI", 60)  # a third of the usual time
         write_report(runs, out)
     drawings = Drawings(out)
     drawings.update(figures)
@@ -133,6 +135,7 @@ def legend(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
+@UNDRAWN
 def test_overlay_of_two_runs(tmp_path):
     """Natural accuracy on the left, PGD's on the right, both runs in both, each in its colour."""
     runs = [run(tmp_path, "a", "free", 0.4), run(tmp_path, "b", "fast", 0.5)]
@@ -158,6 +161,7 @@ def test_the_readers_own_style_changes_nothing(tmp_path):
         assert path.read_bytes() == styled[name].read_bytes()
 
 
+@UNDRAWN
 def test_overlay_of_many_runs_brings_out_the_best_of_each_method(tmp_path):
     accuracies = {"free": [0.3, 0.4, 0.35], "fast": [0.38, 0.2, 0.1, 0.3], "pgd": [0.45]}
     runs = [
@@ -205,6 +209,7 @@ COLLAPSES = {  # a run's passes, and the one in which it collapsed
 }
 
 
+@UNDRAWN
 def test_collapses_are_marked_where_they_begin(tmp_path):
     runs = [
         make_run(tmp_path / name, {"name": "fast"}, metrics)
@@ -228,6 +233,7 @@ def test_collapses_are_marked_where_they_begin(tmp_path):
     assert "held (from" not in said
 
 
+@UNDRAWN
 def test_names_in_the_trade_off_cover_neither_each_other_nor_points(tmp_path):
     """Fourteen runs, twelve of them close together."""
     runs = [run(tmp_path, "natural", "natural", 0.0), run(tmp_path, "fallen", "fast", 0.05)] + [
@@ -247,6 +253,7 @@ def test_names_in_the_trade_off_cover_neither_each_other_nor_points(tmp_path):
             assert not any(box.contains(*point) for point in points)
 
 
+@UNDRAWN
 def test_a_run_looks_the_same_in_every_figure(tmp_path):
     runs = [run(tmp_path, f"run-{i}", method, 0.4) for i, method in enumerate(["free", "fast"] * 5)]
     figures = report_on(runs, tmp_path / "out")
@@ -263,6 +270,7 @@ def test_a_run_looks_the_same_in_every_figure(tmp_path):
     assert len(looks) == 10
 
 
+@UNDRAWN
 def test_examples_say_what_is_shown(tmp_path):
     """Rows are named, with the factor by which a perturbation is enlarged around grey."""
     folder = run(tmp_path, "a", "fast", 0.4)
