@@ -17,6 +17,8 @@ pytestmark = pytest.mark.slow
 
 OURS = f'File "{Path(dist_adv.__file__).parent}/'  # in a traceback through dist_adv
 REPLAYS = 3
+# torchrun kills what is left of its ranks after half a minute. Here it does not: they have to go.
+PATIENT = {"PET_SHUTDOWN_TIMEOUT": "3600"}
 TRAIN = {"epochs": 6, "save_steps": 1, "keep": 1000}
 
 
@@ -53,12 +55,10 @@ def check_same_checkpoints(run_dir: Path, truth: Path) -> list[str]:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_dies_takes_the_job_down(victim, config, truth, tmp_path):
-    job = Job(config, tmp_path / "run", 2)
+    job = Job(config, tmp_path / "run", 2, env=PATIENT)
     assert job.wait_for_checkpoint(4 * REPLAYS)
     os.kill(job.ranks()[victim], signal.SIGKILL)
-    began = time.monotonic()
-    assert job.wait(60) == 1
-    assert time.monotonic() - began < 20  # a second or two, but for a busy machine
+    assert job.wait() == 1
     assert f"rank      : {victim} (local_rank: {victim})" in job.output()
     assert "Signal 9 (SIGKILL)" in job.output()
     assert OURS not in job.output()
@@ -71,26 +71,22 @@ def test_a_rank_that_dies_takes_the_job_down(victim, config, truth, tmp_path):
 
 def test_a_survivor_that_was_told_to_go_does_not_wait(config, tmp_path):
     """Its launcher's SIGTERM may come before it has noticed what happened."""
-    job = Job(config, tmp_path / "run", 2)
+    job = Job(config, tmp_path / "run", 2, env=PATIENT)
     assert job.wait_for_checkpoint(REPLAYS)
     job.signal(signal.SIGSTOP, 1)
     job.signal(signal.SIGKILL, 0)
     time.sleep(1)
-    began = time.monotonic()
     os.kill(job.ranks()[1], signal.SIGCONT)
-    assert job.wait(60) == 1
-    assert time.monotonic() - began < 15  # it was 20 and more
+    assert job.wait() == 1
 
 
 def test_a_survivor_that_hangs_leaves(config, tmp_path):
-    """Deaf to its launcher, which would wait half a minute before it kills it."""
-    job = Job(config, tmp_path / "run", 2, module="faulty", env={"FAULT": "sleep:1:8"})
+    """Deaf to its launcher."""
+    job = Job(config, tmp_path / "run", 2, module="faulty", env=PATIENT | {"FAULT": "sleep:1:8"})
     assert job.wait_for_checkpoint(2 * REPLAYS)
     time.sleep(1)
-    began = time.monotonic()
     job.signal(signal.SIGKILL, 0)
-    assert job.wait(60) == 1
-    assert time.monotonic() - began < 20
+    assert job.wait() == 1
     (line,) = complaints(job)
     assert line.startswith("dist-adv: rank 1 of 2 lost another rank (0 is gone)")
 

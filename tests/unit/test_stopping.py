@@ -243,3 +243,24 @@ def test_real_clock(tmp_path):
     assert why(asked) == ""
     time.sleep(0.25)
     assert why(asked) == "train.max_minutes"
+
+
+def test_a_rank_that_was_told_to_go_does_not_wait_for_rank_0_to_speak():
+    """Its launcher's signal came before its own trouble; it would wait 20 s, and then speak."""
+    script = """
+import os, signal
+from dist_adv import cli
+from dist_adv.distributed import stopping
+
+stopping.catch_signals()
+os.kill(os.getpid(), signal.SIGTERM)
+cli._complain("something")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"RANK": "1", "WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -17,11 +16,12 @@ dog = watchdog.Watchdog({limit} / 60, rank=1, ranks=3)
 
 
 def run(script: str, limit: float = 0.5) -> subprocess.CompletedProcess[str]:
+    """Must end; many scripts do not by themselves."""
     return subprocess.run(
         [sys.executable, "-c", PRELUDE.format(limit=limit) + script],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
     )
 
 
@@ -29,18 +29,16 @@ def test_hanging_process_speaks_and_ends():
     """Which rank, which limit, every thread's stack; status 1 from wherever it hangs."""
     script = """
 def deep_in_the_work():
-    time.sleep(40)
+    time.sleep(3600)
 
 threading.Thread(target=deep_in_the_work, daemon=True).start()
 dog.beat()
 try:
-    time.sleep(40)
+    time.sleep(3600)
 finally:
     print("reached")
 """
-    began = time.monotonic()
     done = run(script)
-    assert time.monotonic() - began < 20
     assert done.returncode == 1
     assert done.stdout == ""
     said = done.stderr.splitlines()
@@ -59,11 +57,9 @@ watchdog._SECONDS_TO_NOTICE = 0.5
 partner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"])
 watchdog.Watchdog(1 / 60, rank=1, ranks=3, others={0: os.getppid(), 2: partner.pid})
 print(partner.wait(), flush=True)
-time.sleep(40)
+time.sleep(3600)
 """
-    began = time.monotonic()
     done = run(script)
-    assert time.monotonic() - began < 20
     assert done.returncode == 1
     assert done.stdout == "0\n"
     assert done.stderr.startswith("dist-adv: rank 1 of 3 lost another rank (2 is gone)")
@@ -85,7 +81,7 @@ def test_left_alone(script, why):
 
 
 def test_counts_again_after_a_pause():
-    done = run("dog.pause(); time.sleep(0.7); dog.beat(); time.sleep(40)")
+    done = run("dog.pause(); time.sleep(0.7); dog.beat(); time.sleep(3600)")
     assert done.returncode == 1
     assert "no progress for 0.5 s" in done.stderr
 
@@ -101,7 +97,7 @@ os.kill(os.getpid(), signal.SIGSTOP)
 time.sleep(0.2)
 dog.beat()
 print("reached", flush=True)
-time.sleep(40)
+time.sleep(3600)
 """
     done = run(script)
     assert done.stdout == "reached\n"
@@ -109,14 +105,12 @@ time.sleep(40)
 
 
 def test_it_ends_although_nobody_reads_what_it_says():
-    script = "import os; os.close(2); dog.beat(); time.sleep(40); print('reached')"
+    script = "import os; os.close(2); dog.beat(); time.sleep(3600); print('reached')"
     done = run(script)
     assert (done.returncode, done.stdout) == (1, "")
 
 
 def test_watching_keeps_no_process_alive():
     """One that ends by itself ends at once, with its own status."""
-    began = time.monotonic()
     done = run("dog.beat(); raise SystemExit(7)", limit=3600)
     assert done.returncode == 7
-    assert time.monotonic() - began < 20
