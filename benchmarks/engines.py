@@ -105,7 +105,7 @@ def main() -> None:
             f"on {os.cpu_count()} CPU cores ({platform.machine()}).",
             "",
             "Largest absolute difference of any weight from the same run under DDP on two ranks, "
-            "after two passes (batches of 33 and a last one of 21, `model.norm=group`). Stage 3 "
+            "after two epochs (batches of 33 and a last one of 21, `model.norm=group`). Stage 3 "
             "and FSDP2 keep no whole parameter on any rank, which the runs check. Under DDP, too, "
             "no weights have their channels last, which the others cannot have.",
             "",

@@ -12,7 +12,7 @@ what did not fit (parts c and d) goes on when the same part is run again with th
 
   a  bandwidth of a copy, rate of matrix products
   b  one optimiser step of each method: precision x batch size x train.compile, share of the peak
-  c  the record: Fast, PreActResNet18, 15 passes; natural and PGD-50-10 on 10,000 images
+  c  the record: Fast, PreActResNet18, 15 epochs; natural and PGD-50-10 on 10,000 images
   d  the paper's rows: Free m = 2, 4, 8, 10; Fast with alpha 10 and 16 at batches of 128 and 256
   e  images a second of PGD-50-10 and AutoAttack
 
@@ -146,7 +146,7 @@ def train(
     metrics, results = run_dir / "metrics.jsonl", run_dir / "results.jsonl"
     if metrics.exists():
         last = json.loads(metrics.read_text().splitlines()[-1])
-        record |= {"passes": last["epoch"], "training_s": round(last["seconds"], 2)}
+        record |= {"epochs": last["epoch"], "training_s": round(last["seconds"], 2)}
     if results.exists():
         lines = map(json.loads, results.read_text().splitlines())
         record |= {line["attack"]: line["accuracy"] for line in lines}

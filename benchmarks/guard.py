@@ -4,12 +4,12 @@ Commands: python benchmarks/guard.py --collect RUN_DIR... (metrics.jsonl to CURV
           python benchmarks/guard.py [--record FILE.md]
 
 Both rules, by the code that training uses, over curves of PGD-5 and FGSM accuracy on training
-images. A simulated run has the trend of a recorded healthy one (moving average of five passes),
-pass by pass a recorded departure from such a trend (of both accuracies at once, of any healthy
-run with that batch, from a pass at most five away), and what 512 images, or a batch, add to it:
-new images in every pass, which is harsher than the same ones. A simulated collapse takes accuracy
-from PGD-5 and none from FGSM, from some pass between 16 and 36 on; it is seen where the alarm
-comes after its first pass, and not later than a pass after its last.
+images. A simulated run has the trend of a recorded healthy one (moving average of five epochs),
+epoch by epoch a recorded departure from such a trend (of both accuracies at once, of any healthy
+run with that batch, from an epoch at most five away), and what 512 images, or a batch, add to it:
+new images in every epoch, which is harsher than the same ones. A simulated collapse takes accuracy
+from PGD-5 and none from FGSM, from some epoch between 16 and 36 on; it is seen where the alarm
+comes after its first epoch, and not later than an epoch after its last.
 """
 
 import argparse
@@ -30,13 +30,13 @@ from dist_adv.config import load_config
 from dist_adv.training.collapse import SAMPLE, Measured
 
 CURVES = Path(__file__).parent / "results" / "2026-11-26-guard" / "curves.csv"
-# In which pass of a recorded run PGD-5 accuracy was lost; all others are healthy.
+# In which epoch of a recorded run PGD-5 accuracy was lost; all others are healthy.
 COLLAPSED = {"zero-64": 13, "zero-64-s1": 11}
 # Of these no curve is at hand (docs/experiments.md, results/2026-11-25-small-fast.md). In percent:
 # from what robust accuracy fell (25 where it is not stated), and to what.
 STATED = {
-    "the paper's log, alpha = 10/255, batch 128, pass 84 to 90": (128, 43.4, 0.3),
-    "the paper's log, alpha = 16/255, batch 128, pass 18": (128, 25.0, 0.0),
+    "the paper's log, alpha = 10/255, batch 128, epoch 84 to 90": (128, 43.4, 0.3),
+    "the paper's log, alpha = 16/255, batch 128, epoch 18": (128, 25.0, 0.0),
     "no crops, alpha = 14/255, batch 128": (128, 25.0, 2.4),
     "no crops, alpha = 14/255, batch 64": (64, 25.0, 1.8),
     "no crops, half the rate, batch 64": (64, 25.0, 4.2),
@@ -44,8 +44,8 @@ STATED = {
 }
 RULES = ("gap", "wong")
 FALLS = (0.05, 0.1, 0.15, 0.2, 0.3)
-PASSES, CHANCE = 45, 0.12
-Curve = np.ndarray  # (passes, 2): accuracy under PGD-5, under FGSM
+EPOCHS, CHANCE = 45, 0.12
+Curve = np.ndarray  # (epochs, 2): accuracy under PGD-5, under FGSM
 
 
 def collect(run_dirs: list[Path]) -> None:
@@ -53,7 +53,7 @@ def collect(run_dirs: list[Path]) -> None:
     CURVES.parent.mkdir(exist_ok=True)
     with CURVES.open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["run", "batch", "pass", "pgd", "fgsm"])
+        table.writerow(["run", "batch", "epoch", "pgd", "fgsm"])
         for run_dir in run_dirs:
             batch = load_config(run_dir / "config.yaml").train.batch_size
             for line in (run_dir / "metrics.jsonl").read_text().splitlines():
@@ -76,7 +76,7 @@ def recorded() -> dict[str, tuple[int, Curve]]:
 
 
 def trend(curve: Curve) -> Curve:
-    """Average each pass with up to two on either side."""
+    """Average each epoch with up to two on either side."""
     return np.array([curve[max(0, i - 2) : i + 3].mean(0) for i in range(len(curve))])
 
 
@@ -86,13 +86,13 @@ class Healthy:
     def __init__(self, curves: list[Curve]) -> None:
         self.trends = [trend(curve) for curve in curves]
         departures = [curve - smooth for curve, smooth in zip(curves, self.trends, strict=True)]
-        # The average of five takes a fifth of a single pass's variance with it.
+        # The average of five takes a fifth of a single epoch's variance with it.
         self.departures = np.stack(departures) * np.sqrt(5 / 4)
 
     def run(self, random: np.random.Generator) -> Curve:
         smooth = self.trends[random.integers(len(self.trends))]
-        near = (np.arange(PASSES) + random.integers(-5, 6, PASSES)).clip(0, PASSES - 1)
-        departures = self.departures[random.integers(len(self.trends), size=PASSES), near]
+        near = (np.arange(EPOCHS) + random.integers(-5, 6, EPOCHS)).clip(0, EPOCHS - 1)
+        departures = self.departures[random.integers(len(self.trends), size=EPOCHS), near]
         return (smooth + departures).clip(0, 1)
 
 
@@ -103,16 +103,16 @@ def healthy() -> dict[int, Healthy]:
             [
                 curve
                 for run, (of, curve) in recorded().items()
-                if of == batch and len(curve) == PASSES and run not in COLLAPSED
+                if of == batch and len(curve) == EPOCHS and run not in COLLAPSED
             ]
         )
         for batch in (64, 128)
     }
 
 
-def collapsing(curve: Curve, begin: int, fall: float, passes: int) -> Curve:
-    """Take `fall` from PGD-5 accuracy, in equal parts from pass `begin` on, and none from FGSM."""
-    lost = fall * (np.arange(len(curve)) - begin + 2).clip(0, passes) / passes
+def collapsing(curve: Curve, begin: int, fall: float, epochs: int) -> Curve:
+    """Take `fall` from PGD-5 accuracy, in equal parts from epoch `begin` on, and none from FGSM."""
+    lost = fall * (np.arange(len(curve)) - begin + 2).clip(0, epochs) / epochs
     pgd = (curve[:, 0] - lost).clip(0)
     return np.stack([pgd, np.where(lost > 0, curve.max(1), curve[:, 1])], 1)
 
@@ -132,7 +132,7 @@ def sampled(curve: Curve, n: int, random: np.random.Generator) -> Iterator[tuple
 def alarms(
     rule: str, curve: Curve, batch: int, random: np.random.Generator | None = None
 ) -> list[int]:
-    """Say in which passes (from 1) the rule trips; without `random` the curve is what it sees."""
+    """Say in which epochs (from 1) the rule trips; without `random` the curve is what it sees."""
     n = SAMPLE if rule == "gap" else batch
     seen = sampled(curve, n, random) if random else iter(curve)
     before, found = None, []
@@ -177,17 +177,17 @@ def of_falls(runs: int, random: np.random.Generator) -> list[str]:
         f"| PGD-5 accuracy falls by | over | {' | '.join(names)} |",
         "|---|---" + "|---" * len(columns) + "|",
     ]
-    for passes, fall in itertools.product((1, 5), FALLS):
+    for epochs, fall in itertools.product((1, 5), FALLS):
         shares = []
         for rule, batch, made_up in columns:
             hits = 0
             for _ in range(runs):
                 begin = int(random.integers(16, 37))
-                curve = collapsing(made_up.run(random), begin, fall, passes)
+                curve = collapsing(made_up.run(random), begin, fall, epochs)
                 found = alarms(rule, curve, batch, random)
-                hits += any(begin <= each <= begin + passes for each in found)
+                hits += any(begin <= each <= begin + epochs for each in found)
             shares.append(f"{hits / runs:.1%}")
-        over = "a pass" if passes == 1 else f"{passes} passes"
+        over = "an epoch" if epochs == 1 else f"{epochs} epochs"
         lines.append(f"| {100 * fall:g} points | {over} | {' | '.join(shares)} |")
     return lines
 
@@ -198,7 +198,7 @@ def of_collapses(runs: int, random: np.random.Generator) -> list[str]:
         "| collapse | PGD, % | gap | wong |",
         "|---|---|---|---|",
     ]
-    seen = [(f"{run}, pass {number}", number, *curves[run]) for run, number in COLLAPSED.items()]
+    seen = [(f"{run}, epoch {number}", number, *curves[run]) for run, number in COLLAPSED.items()]
     for name, (batch, high, low) in STATED.items():
         seen.append((name, 2, batch, np.array([[high, high + 2], [low, high + 2]]) / 100))
     for name, number, batch, curve in seen:

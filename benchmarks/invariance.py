@@ -121,7 +121,7 @@ def main() -> None:
             f"{datetime.now(UTC):%Y-%m-%d}, commit {commit.strip()}, torch {torch.__version__}, "
             f"gloo, {os.cpu_count()} CPU cores ({platform.machine()}).",
             "",
-            "Largest absolute difference of any weight from the run on one rank, after two passes "
+            "Largest absolute difference of any weight from the run on one rank, after two epochs "
             "(batches of 33 and a last one of 21, `model.norm=group`). The control is one rank "
             "whose initial weights are off by one unit in the last place.",
             "",

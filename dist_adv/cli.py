@@ -354,7 +354,7 @@ def sync(run_dirs: tuple[Path, ...], offline: Path | None) -> None:
 @click.option("--entity", envvar="WANDB_ENTITY", help="User or team.  [default: your own]")
 @click.option("--out", type=_PATH, default=Path("dashboard.json"), show_default=True)
 def dashboard(project: str, entity: str | None, out: Path) -> None:
-    """A W&B workspace and report: accuracy by pass and by time, trade-off, Free against Fast.
+    """A W&B workspace and report: accuracy by epoch and by time, trade-off, Free against Fast.
 
     Their specification is written to --out; where you are logged in both are saved to W&B, each
     time as new ones.

@@ -340,7 +340,7 @@ def _steps(config: Config, images: int) -> Finding:
         return Finding("steps", str(error), "problem")
     method = build_method(config.method, build_threat(config.threat.norm, config.threat.eps))
     replays = method.steps_per_batch
-    found = f"{train.epochs * batches * replays}: {train.epochs} passes of {batches} batches"
+    found = f"{train.epochs * batches * replays}: {train.epochs} epochs of {batches} batches"
     found += f", {replays} times each" if replays > 1 else ""
     found += f"; train.max_steps ends it at {train.max_steps}" if train.max_steps else ""
     return Finding("steps", found)

@@ -69,5 +69,5 @@ class MethodOptions(Options):
 
     guard: Guard = "none"
     guard_rule: Literal["gap", "wong"] = "gap"
-    """When a pass has collapsed: PGD-5 accuracy on fixed training images parted from FGSM
+    """When an epoch has collapsed: PGD-5 accuracy on fixed training images parted from FGSM
     accuracy; or fell by more than 0.2 from batch to batch, as Wong et al. 2020 have it."""

@@ -293,7 +293,7 @@ def _robust_model(bench: Bench) -> tuple[Config, Classifier]:
 
 
 def data(bench: Bench) -> Iterator[Row]:
-    """Whole passes of augmented batches against torchvision's DataLoader with two workers."""
+    """Whole epochs of augmented batches against torchvision's DataLoader with two workers."""
     images = noise(640 if bench.quick else 12800)
     loader, pixels = Loader(images, bench.batch_size, 0, bench.device), images.images
     assert isinstance(pixels, Tensor)
@@ -361,7 +361,7 @@ def engine(bench: Bench) -> Iterator[Row]:
 
         def ours() -> None:
             learner.learn(next(endless), meter)
-            learner.clock.batch = 1 + learner.clock.step % 50  # no pass ends here
+            learner.clock.batch = 1 + learner.clock.step % 50  # no epoch ends here
             trainer.between_batches(around, meter)
 
         sides = {"engine": ours, "bare": lambda: bare.step(next(endless))}
@@ -393,7 +393,7 @@ def _run_of(trainer: Trainer) -> Iterator[Surroundings]:
 
 
 def overhead(bench: Bench) -> Iterator[Row]:
-    """What a pass of 391 Fast steps spends on lines of metrics, a checkpoint and the curve."""
+    """What an epoch of 391 Fast steps spends on lines of metrics, a checkpoint and the curve."""
     trainer, meter = bench.trainer({"name": "fast"}), Meter(bench.device)
     learner = trainer.learner
     batch = next(learner.loader.epoch(0))
@@ -426,7 +426,7 @@ def overhead(bench: Bench) -> Iterator[Row]:
     }
     yield Row(
         "overhead",
-        f"of a pass of Fast, width {bench.width}",
+        f"of an epoch of Fast, width {bench.width}",
         "; ".join(f"{what} {share:.2%}" for what, share in shares.items()),
         details={"shares": shares, "step_ms": 1e3 * timings.median("step")},
     )

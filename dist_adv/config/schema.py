@@ -59,7 +59,7 @@ class OptimOptions(Options):
 class TrainOptions(Options):
     """How long, how large, how precise.
 
-    epochs: passes over the data (Free's replays come on top). batch_size: the global batch.
+    epochs: how often all images are seen (Free's replays come on top). batch_size: the global one.
     max_steps: stop at the first batch boundary at or after this many optimiser steps; the
     schedule is fitted to it. log_every: batches between two lines of metrics. compile: `default`
     fuses the network's layers with torch.compile, which takes a minute or two at the start and a
@@ -69,7 +69,7 @@ class TrainOptions(Options):
     on GPUs goes on bit for bit, too; false: the fastest, found out by timing them. CPUs always do.
     threads: CPU threads of a rank (null: the cores divided by the ranks).
 
-    Checkpoints come at the end of every pass, and every `save_steps` optimiser steps and every
+    Checkpoints come at the end of every epoch, and every `save_steps` optimiser steps and every
     `save_minutes` (null: not); `keep` of them stay. max_minutes: save and leave after so long, to
     be started again. on_nan: an update whose loss or gradient is not finite is not taken; then
     the run stops, or skips up to `skip_limit` of them. timeout_minutes: a rank without progress
@@ -105,7 +105,7 @@ class EvalOptions(Options):
     """What is measured, always in eval mode and fp32.
 
     attacks: of the final weights, on the whole test set (or `limit` images of it).
-    every: after every so many passes, the curve: natural, fgsm and `curve_attack` on
+    every: after every so many epochs, the curve: natural, fgsm and `curve_attack` on
     `curve_limit` test images; 0 never. step_size: of PGD, in pixel units (null: eps / 4).
     """
 

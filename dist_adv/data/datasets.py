@@ -38,7 +38,7 @@ class DataOptions(Options):
     eighth of its width; 0: no crop). Short runs like less."""
     drop_last: bool = False
     validation: Annotated[int, Field(ge=0)] = 0
-    """Training images held out, always the same; the curve and the best pass are of them then."""
+    """Training images held out, always the same; the curve and the best epoch are of them then."""
     size: PositiveInt | None = None
     """imagefolder: resize the shorter side and crop the centre to size x size."""
     resident_gb: Annotated[Real, Field(ge=0)] = 8.0

@@ -39,7 +39,7 @@ class Batch:
 
 
 def split(images: int, batch_size: int, drop_last: bool, world_size: int) -> tuple[int, int]:
-    """(batches of a pass, the smallest share of a batch that a rank gets).
+    """(batches of an epoch, the smallest share of a batch that a rank gets).
 
     Raises UserError where some batch would leave a rank without an image.
     """
@@ -99,7 +99,7 @@ class Loader:
         self.windows = windows.to(torch.int32 if pixels < 2**31 else torch.int64)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of pass number `epoch`, from batch number `start` on."""
+        """The batches of epoch number `epoch`, from batch number `start` on."""
         order = rng.permutation(rng.stream_key(self.seed, "order", epoch), len(self.dataset))
         spans = [
             (number * self.batch_size, min(len(order), (number + 1) * self.batch_size))
@@ -108,7 +108,7 @@ class Loader:
         shares = [slice(first + self.rank, end, self.world_size) for first, end in spans]
         read = self._read_ahead([order[mine] for mine in shares])
         order = order.to(self.device)
-        # Of the whole pass at once: a batch of 128 would take longer to launch than to compute.
+        # Of the whole epoch at once: a batch of 128 would take longer to launch than to compute.
         keys = rng.sample_keys(rng.stream_key(self.seed, "samples", epoch), order)
         crops, flipped = self._augmentation(keys)
         for (first, end), mine, pixels in zip(spans, shares, read, strict=True):

@@ -15,9 +15,9 @@ from dist_adv.options import MethodOptions, PositiveInt
 class FreeOptions(MethodOptions):
     """m = `replays` optimiser steps on every minibatch.
 
-    `train.epochs` counts passes over the data and is not divided by m: m replays of 45 passes
-    are 45 m passes' worth of updates, as in the published runs. For Algorithm 2's N / m passes,
-    write that number.
+    `train.epochs` counts how often all images are seen and is not divided by m: 45 epochs with m
+    replays are 45 m epochs' worth of updates, as in the published runs. For Algorithm 2's N / m
+    epochs, write that number.
     """
 
     name: Literal["free"] = "free"

@@ -136,7 +136,7 @@ class Work:
     step: StepTime
     buckets: Sequence[int]
     batch: int
-    passes: int
+    epochs: int
     steps_per_batch: int
     lr: float
     batches: Callable[[int, int], int]
@@ -158,10 +158,10 @@ class Row:
     compute_s: float
     all_reduce_s: float
     exposed_s: float
-    pass_s: float
+    epoch_s: float
     run_s: float
     sent_per_step: float
-    sent_per_pass: float
+    sent_per_epoch: float
     images_per_s: float
     efficiency: float
     gpu_hours: float
@@ -181,8 +181,8 @@ def predict(work: Work, cluster: Cluster, gpus: int) -> Row:
     backward = compute * work.step.backward_share if work.overlap else 0.0
     late = exposed(work.buckets, backward, lambda size: cluster.all_reduce(size, gpus))
     step = compute + late
-    steps_a_pass = batches * work.steps_per_batch
-    steps = work.passes * steps_a_pass
+    steps_an_epoch = batches * work.steps_per_batch
+    steps = work.epochs * steps_an_epoch
     if work.max_steps is not None:
         whole = math.ceil(work.max_steps / work.steps_per_batch) * work.steps_per_batch
         steps = min(steps, whole)
@@ -196,10 +196,10 @@ def predict(work: Work, cluster: Cluster, gpus: int) -> Row:
         compute_s=compute,
         all_reduce_s=sum(reduce),
         exposed_s=late,
-        pass_s=steps_a_pass * step,
+        epoch_s=steps_an_epoch * step,
         run_s=steps * step,
         sent_per_step=traffic,
-        sent_per_pass=steps_a_pass * traffic,
+        sent_per_epoch=steps_an_epoch * traffic,
         images_per_s=rate / work.steps_per_batch,
         efficiency=rate / gpus / (work.batch / work.step.seconds(work.batch)),
         gpu_hours=gpus * steps * step / 3600,

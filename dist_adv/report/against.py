@@ -15,9 +15,9 @@ from dist_adv.report.tables import (
     Table,
     attack_name,
     attack_order,
+    epochs,
     interval,
     name_method,
-    passes,
 )
 from dist_adv.runs.reading import Evaluation
 from dist_adv.runs.run import Run
@@ -27,7 +27,7 @@ REPRODUCED = "reproduced"
 # Keys whose last part says too little, or something else than readers do.
 _LABELS = {
     "data.name": "data",
-    "train.epochs": "passes",
+    "train.epochs": "epochs",
     "train.batch_size": "batch",
     "n": "test images",
     "init": "start of the attack",
@@ -87,7 +87,7 @@ def set_beside(runs: Sequence[Run], source: Source) -> list[Pair]:
 
 
 def _nearest(run: Run, rows: Sequence[Row]) -> list[Row]:
-    """Of the rows with the run's method, model and threat: by guard, then batch, then passes."""
+    """Of the rows with the run's method, model and threat: by guard, then batch, then epochs."""
 
     def distance(row: Row) -> tuple[float, ...]:
         guard = "method.guard"
@@ -169,7 +169,7 @@ def _differences(
             label = _LABELS.get(key, key.rpartition(".")[2].replace("_", " "))
             said[key] = f"{label} {_written(key, others[0])} instead of {_written(key, theirs)}"
     if not run.finished:
-        said["unfinished"] = f"unfinished: {passes(run)} passes"
+        said["unfinished"] = f"unfinished: {epochs(run)} epochs"
     return said
 
 
@@ -235,7 +235,7 @@ def _about(row: Row) -> str:
     settings = row.settings
     parts = [settings["model.name"]]
     if "train.epochs" in settings:
-        parts.append(f"{settings['train.epochs']} passes")
+        parts.append(f"{settings['train.epochs']} epochs")
     if "train.batch_size" in settings:
         parts.append(f"batch {settings['train.batch_size']}")
     return ", ".join(parts)

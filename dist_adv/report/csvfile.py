@@ -27,7 +27,7 @@ _RUN_COLUMNS: dict[str, Callable[[Run], Any]] = {
     "seed": lambda run: run.config["train"]["seed"],
     "ranks": lambda run: run.env.get("world_size"),
     "finished": lambda run: run.finished,
-    "passes": lambda run: run.passes,
+    "epochs": lambda run: run.epochs_done,
     "optimiser_steps": lambda run: run.steps,
     "training_seconds": lambda run: run.seconds,
     "epoch_seconds": lambda run: run.epoch_seconds,

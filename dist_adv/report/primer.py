@@ -63,8 +63,8 @@ def methods(runs: Sequence[Run]) -> Table:
     return Table(
         "The methods",
         "A forward and a backward pass are nearly all of the time that a batch takes, so their "
-        "number is what a pass over the data costs. At the same number of passes over the data, "
-        "Free takes m times as many optimiser steps as the others.",
+        "number is what an epoch costs. At the same number of epochs, Free takes m times as many "
+        "optimiser steps as the others.",
         [
             Column("Method"),
             Column("Trains"),

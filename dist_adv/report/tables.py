@@ -137,9 +137,9 @@ def variant(model: Mapping[str, Any]) -> list[str]:
     return [word for word, unusual in kinds.items() if unusual]
 
 
-def passes(run: Run) -> str:
-    """Passes over the data, of those planned where it stopped earlier."""
-    done, planned = round(run.passes, 1), run.config["train"]["epochs"]
+def epochs(run: Run) -> str:
+    """Epochs, of those planned where it stopped earlier."""
+    done, planned = round(run.epochs_done, 1), run.config["train"]["epochs"]
     return f"{done:g} of {planned}" if done < planned else f"{done:g}"
 
 
@@ -162,7 +162,7 @@ def results(runs: Sequence[Run]) -> Table:
             ]
             for attack in attacks
         },
-        Column("Passes", numeric=True): [Cell(passes(run)) for run in runs],
+        Column("Epochs", numeric=True): [Cell(epochs(run)) for run in runs],
         Column("Optimiser steps", numeric=True): [Cell(f"{run.steps:,}") for run in runs],
         Column("Training time", numeric=True): [
             Cell(_or_dash(run.seconds, duration)) for run in runs
@@ -180,7 +180,7 @@ def results(runs: Sequence[Run]) -> Table:
     return Table(
         "Results",
         "Accuracy on test images in percent, with its 95 % Wilson interval; the best under each "
-        "attack is bold. A pass shows every training image once; Free takes m optimiser steps on "
+        "attack is bold. An epoch shows every training image once; Free takes m optimiser steps on "
         "each minibatch of it. Times are of training alone, without the evaluation of curves."
         + (f" Alike in all runs: {', '.join(alike)}." if alike else ""),
         list(columns),

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 from dist_adv.report.primer import data_set
-from dist_adv.report.tables import SETTINGS, attack_name, interval, method_name, passes, threat_name
+from dist_adv.report.tables import SETTINGS, attack_name, epochs, interval, method_name, threat_name
 from dist_adv.runs.run import Run, best_of_each_method, strongest_attack
 from dist_adv.text import duration, percentage
 
@@ -87,7 +87,7 @@ def notices(runs: Sequence[Run]) -> list[str]:
 
 def _progress(run: Run) -> list[str]:
     if not run.finished:
-        return [f"{run.label} is unfinished: {passes(run)} passes are logged."]
+        return [f"{run.label} is unfinished: {epochs(run)} epochs are logged."]
     if not run.evaluations:
         return [f"{run.label} has finished but its final weights have not been evaluated."]
     return []
@@ -97,7 +97,7 @@ def _guard(run: Run) -> list[str]:
     tripped = [record["epoch"] for record in run.epochs if record.get("guard_tripped")]
     if not tripped:
         return []
-    line = f"{run.label}: the guard against catastrophic overfitting tripped in pass {tripped[0]}"
+    line = f"{run.label}: the guard against catastrophic overfitting tripped in epoch {tripped[0]}"
     if run.config["method"].get("guard") == "stop":
         line += "; training stopped there with the last weights from before"
     return [line + "."]

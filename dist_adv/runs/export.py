@@ -58,7 +58,7 @@ def _card(architecture: dict, run_dir: Path) -> str:
     return f"""# {model["name"]}, {trained["method"]} training on {trained["data"]}
 
 Threat: {threat["norm"]}, radius {threat["eps"]:.6g} in pixel units of [0, 1].
-Trained for {trained["epoch"]:g} passes over the data ({trained["step"]} optimiser steps).
+Trained for {trained["epoch"]:g} epochs ({trained["step"]} optimiser steps).
 
 {table if figures else "Not evaluated."}
 

@@ -103,7 +103,7 @@ class _Logged(TypedDict):
 
 
 class _Pass(_Logged):
-    """What is read of a line that closes a pass. A loss that is not finite is NaN or null."""
+    """What is read of a line that closes an epoch. A loss that is not finite is NaN or null."""
 
     train_loss: float | None
     train_accuracy: float

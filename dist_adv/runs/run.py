@@ -42,7 +42,7 @@ class Run:
     label: str
     config: Mapping[str, Any]
     env: Mapping[str, Any]
-    epochs: Sequence[Record]  # the lines that close a pass, in order
+    epochs: Sequence[Record]  # the lines that close an epoch, in order
     last: Record | None  # the last line of metrics
     evaluations: Mapping[str, Evaluation]
     elsewhere: int  # evaluations within another threat or on other data, which are not shown
@@ -59,8 +59,8 @@ class Run:
         return [record for record in self.epochs if key in record]
 
     @property
-    def passes(self) -> float:
-        """Passes over the data so far."""
+    def epochs_done(self) -> float:
+        """Epochs so far."""
         return float(self.last["epoch"]) if self.last else 0.0
 
     @property
@@ -75,8 +75,8 @@ class Run:
 
     @property
     def epoch_seconds(self) -> float | None:
-        """Mean training time of a pass: right also for passes cut short by a stop or a resume."""
-        return self.seconds / self.passes if self.seconds and self.passes else None
+        """Mean training time of an epoch: right also for epochs cut short by a stop or a resume."""
+        return self.seconds / self.epochs_done if self.seconds and self.epochs_done else None
 
     @property
     def precision(self) -> str:

@@ -43,7 +43,7 @@ _ANY_WIDTH = 1000
 
 @dataclass(frozen=True)
 class Status:
-    """A run. total: steps; images: in a pass; robust: the strongest attack, and accuracy under it.
+    """A run. total: steps; images: in an epoch; robust: the strongest attack and accuracy under it.
 
     The state is one of those of `folder.State`, or killed, queued or not started.
     """
@@ -53,7 +53,7 @@ class Status:
     reason: str = ""
     step: int = 0
     total: int | None = None
-    passes: float = 0.0
+    epochs: float = 0.0
     images: int = 0
     images_per_s: float | None = None
     robust: tuple[str, float] | None = None
@@ -63,7 +63,7 @@ class Status:
         """Seconds of training still to go, at the latest rate."""
         if not (self.step and self.total and self.images_per_s):
             return None
-        return self.passes * self.images * (self.total / self.step - 1) / self.images_per_s
+        return self.epochs * self.images * (self.total / self.step - 1) / self.images_per_s
 
 
 def show(folders: Sequence[Path], watch: bool) -> None:
@@ -156,7 +156,7 @@ def read(run_dir: Path, name: str, task: tuple[str, str] | None = None) -> Statu
         reason,
         step=last.get("step", 0),
         total=env.get("total_steps"),
-        passes=last.get("epoch", 0.0),
+        epochs=last.get("epoch", 0.0),
         images=env.get("dataset", {}).get("train", 0),
         images_per_s=last.get("images_per_s"),
         robust=robust,
@@ -228,7 +228,7 @@ class Overview:
 
 
 def _table(runs: Sequence[Status]) -> Table:
-    right = [Column(title, justify="right") for title in ("steps", "passes", "images/s", "left")]
+    right = [Column(title, justify="right") for title in ("steps", "epochs", "images/s", "left")]
     made = Table("run", "state", *right, "robust", box=SIMPLE)
     for run in runs:
         made.add_row(Text(shown(run.name)), _state_of(run), *_cells(run).values())
@@ -254,7 +254,7 @@ def _cells(run: Status) -> dict[str, str]:
     live = run.state == "running"
     return {
         "steps": f"{run.step:,} of {run.total:,}" if run.total else "",
-        "passes": f"{run.passes:.1f}" if run.passes else "",
+        "epochs": f"{run.epochs:.1f}" if run.epochs else "",
         "images/s": f"{run.images_per_s:,.0f}" if live and run.images_per_s else "",
         "left": duration(run.left) if live and run.left is not None else "",
         "robust": f"{run.robust[0]} {run.robust[1]:.1%}" if run.robust else "",

@@ -216,7 +216,7 @@ def listing(sweep: Sweep, seconds: Mapping[str, float] | None = None) -> Table:
     table.add_column("run", overflow="fold")
     for title in ("method", "model"):
         table.add_column(title, no_wrap=True)
-    for title in ("width", "passes", "replays", "alpha", "batch", "seed"):
+    for title in ("width", "epochs", "replays", "alpha", "batch", "seed"):
         table.add_column(title, no_wrap=True, justify="right")
     if seconds is not None:
         table.add_column("~time", no_wrap=True, justify="right")

@@ -68,7 +68,7 @@ def _sections(wr: Any) -> dict[str, list[Any]]:
         y=wr.SummaryMetric("final/robust"),
     )
     return {
-        "Accuracy by pass": [
+        "Accuracy by epoch": [
             curve("Natural accuracy", "epoch", natural),
             curve("Robust accuracy", "epoch", robust),
         ],

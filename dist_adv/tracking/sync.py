@@ -7,7 +7,7 @@ figure, so the run is written from it, under its id, as one that goes on after t
 W&B has: a second push doubles nothing, and adds what was measured since. What W&B lacks before
 its last row it does not take any more.
 
-Of the pieces only the images of each pass are used. System metrics stay in them.
+Of the pieces only the images of each epoch are used. System metrics stay in them.
 """
 
 from collections.abc import Iterator, Sequence

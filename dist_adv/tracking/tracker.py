@@ -112,7 +112,7 @@ class Tracker:
     def _alert(self, record: Mapping[str, Any]) -> None:
         if self.wandb is None:
             return
-        where = f"{self.run}, pass {record['epoch']:g}"
+        where = f"{self.run}, epoch {record['epoch']:g}"
         skipped = record.get("skipped_updates", 0)
         if skipped > self.skipped:
             self.wandb.alert("Not finite", f"{where}: {skipped} updates skipped since this start")

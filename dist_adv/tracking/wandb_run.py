@@ -260,7 +260,7 @@ class WandbRun:
         from dist_adv.report import write_report
 
         metadata = {"method": run.config["method"]["name"], "threat": run.config["threat"]}
-        metadata |= {"passes": run.passes, "steps": run.steps, "results": final(run)}
+        metadata |= {"epochs": run.epochs_done, "steps": run.steps, "results": final(run)}
         folder = Path(self.run.dir).resolve().with_name("report")
         write_report([run.folder], folder)
         weights = [run.folder / name for name in ("model.safetensors", "config.yaml")]

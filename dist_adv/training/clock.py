@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Clock:
-    """Passes done, batches done of the next pass, optimiser steps, seconds.
+    """Epochs done, batches done of the next epoch, optimiser steps, seconds.
 
     `seconds` is wall time of training alone: no evaluation, no checkpoint, no set-up.
     """
@@ -15,14 +15,14 @@ class Clock:
     step: int = 0
     seconds: float = 0.0
 
-    def passes(self, batches: int) -> float:
-        """Return the passes over the data so far, of `batches` batches each; no replays."""
+    def epochs(self, batches: int) -> float:
+        """Return the epochs so far, of `batches` batches each; no replays."""
         return self.epoch + self.batch / batches
 
 
 @dataclass(frozen=True)
 class Best:
-    """The pass with the highest robust accuracy on held-out images."""
+    """The epoch with the highest robust accuracy on held-out images."""
 
     step: int
     epoch: float

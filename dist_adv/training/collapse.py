@@ -1,16 +1,16 @@
-"""The guard against catastrophic overfitting: two rules for what a pass did to robust accuracy.
+"""The guard against catastrophic overfitting: two rules for what an epoch did to robust accuracy.
 
 In catastrophic overfitting a model learns to mislead single-step attacks: accuracy under PGD
-falls while accuracy under FGSM stays or rises. A high learning rate lowers both for a pass or two,
-and recovers.
+falls while accuracy under FGSM stays or rises. A high learning rate lowers both for an epoch or
+two, and recovers.
 
-`gap`, the default: after every pass PGD-5 and FGSM accuracy on the same training images, not
-augmented. The pass has collapsed where, since the most robust pass so far, PGD-5 accuracy fell,
+`gap`, the default: after every epoch PGD-5 and FGSM accuracy on the same training images, not
+augmented. The epoch has collapsed where, since the most robust epoch so far, PGD-5 accuracy fell,
 and fell behind FGSM accuracy, each by more than the noise of so many images.
 benchmarks/guard.py finds how often this is wrong.
 
-`wong`, of Wong et al. 2020, section 5.4: PGD-5 accuracy on a pass's first training batch fell by
-more than 0.2 since the pass before. Two batches of 64 differ by that in one healthy pass of 80:
+`wong`, of Wong et al. 2020, section 5.4: PGD-5 accuracy on an epoch's first training batch fell by
+more than 0.2 since the epoch before. Two batches of 64 differ by that in one healthy epoch of 80:
 their difference has a standard deviation of up to 0.088. Wong et al. measure in train mode.
 
 Both measure in eval mode and fp32, so measuring moves no BatchNorm statistics.
@@ -40,13 +40,13 @@ log = logging.getLogger("dist_adv")
 SAMPLE = 512
 """Training images that `gap` measures, or all where there are fewer."""
 SIGMAS = 4.0
-"""Of the sample's noise: a one-sided level of 3.2e-5 for two given passes."""
+"""Of the sample's noise: a one-sided level of 3.2e-5 for two given epochs."""
 FALL = 0.2
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A pass on n training images: accuracy under PGD-5 and, by the rule `gap`, under FGSM.
+    """An epoch, on n training images: accuracy under PGD-5 and, by the rule `gap`, under FGSM.
 
     chance: the share of the most frequent class, which a constant answer keeps under any attack.
     """
@@ -57,21 +57,21 @@ class Measured:
     chance: float = 0.0
 
     def collapsed(self, before: "Measured") -> bool:
-        """Compare with an earlier pass, by the rule that both were measured for."""
+        """Compare with an earlier epoch, by the rule that both were measured for."""
         fall = before.pgd - self.pgd
         if self.fgsm is None or before.fgsm is None:
             return fall > FALL
         behind = fall - (before.fgsm - self.fgsm)
-        # As of two samples. They are one, on which the difference of two passes varies less.
+        # As of two samples. They are one, on which the difference of two epochs varies less.
         mean = (before.pgd + self.pgd) / 2
         noise = math.sqrt(2 * mean * (1 - mean) / self.n)
         return before.pgd > self.chance and min(fall, behind) > SIGMAS * noise
 
     def reference(self, before: "Measured | None") -> "Measured":
-        """Choose what the next pass is compared with.
+        """Choose what the next epoch is compared with.
 
-        The most robust pass, so that a slow collapse adds up, or the last by the rule `wong`. A
-        collapsed pass, so that a collapse is said once.
+        The most robust epoch, so that a slow collapse adds up, or the last by the rule `wong`. A
+        collapsed epoch, so that a collapse is said once.
         """
         if before is None or self.fgsm is None or self.collapsed(before):
             return self
@@ -93,8 +93,8 @@ class Measured:
 class Guard:
     """What a run does about collapse, and what it remembers: `warn` of it, or `stop` before it.
 
-    reference: the pass that the next is compared with. good: with `stop`, when and with which
-    weights the last good pass ended. stopped: collapse has ended the run.
+    reference: the epoch that the next is compared with. good: with `stop`, when and with which
+    weights the last good epoch ended. stopped: collapse has ended the run.
     """
 
     def __init__(self, options: MethodOptions) -> None:
@@ -106,16 +106,16 @@ class Guard:
     def look(
         self, now: Measured, clock: Clock, batches: int, model: nn.Module
     ) -> dict[str, float | bool]:
-        """Compare a pass that has ended with its reference, and return its part of metrics.jsonl.
+        """Compare an epoch that has ended with its reference, and return its part of metrics.jsonl.
 
-        `stop` puts the weights of the last good pass into `model`, which has those of this one.
+        `stop` puts the weights of the last good epoch into `model`, which has those of this one.
         """
         before = self.reference
         tripped = before is not None and now.collapsed(before)
         self.reference = now.reference(before)
         if before and tripped:
-            epoch = clock.passes(batches)
-            log.warning("catastrophic overfitting in pass %g: %s", epoch, now.since(before))
+            epoch = clock.epochs(batches)
+            log.warning("catastrophic overfitting in epoch %g: %s", epoch, now.since(before))
         if self.mode == "stop" and not tripped:
             weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             self.good = replace(clock), weights
@@ -123,7 +123,7 @@ class Guard:
             kept, weights = self.good
             model.load_state_dict(weights)
             self.stopped = True
-            log.warning("stopped; the weights of pass %g are kept", kept.passes(batches))
+            log.warning("stopped; the weights of epoch %g are kept", kept.epochs(batches))
         return now.record() | {"guard_tripped": tripped}
 
 
@@ -135,7 +135,7 @@ def on_sample(
     batch_size: int,
     between: Callable[[], None],
 ) -> Measured:
-    """Measure a model on `SAMPLE` training images, the same in every pass and at any ranks.
+    """Measure a model on `SAMPLE` training images, the same in every epoch and at any ranks.
 
     Args as of `evaluate`, whose chunks have `batch_size` images a rank.
     """

@@ -36,7 +36,7 @@ class Curve:
         self.best: Best | None = None
 
     def measure(
-        self, model: nn.Module, clock: Clock, passes: float, between: Callable[[], None]
+        self, model: nn.Module, clock: Clock, epochs: float, between: Callable[[], None]
     ) -> tuple[dict[str, Any], Examples | None]:
         """Return the figures of a network by their names in metrics.jsonl, and example images.
 
@@ -51,7 +51,7 @@ class Curve:
             Supervision(between=between),
         )
         if self.held_out and (not self.best or pgd.accuracy > self.best.accuracy):
-            self.best = Best(clock.step, passes, pgd.accuracy)
+            self.best = Best(clock.step, epochs, pgd.accuracy)
         figures = {
             "curve_split": "held-out" if self.held_out else "test",
             "test_loss": natural.loss,

@@ -31,13 +31,13 @@ class TrainingDisplay:
         self.progress.update(self.task, completed=record["step"], status=status)
         if self.progress.disable and time.monotonic() - self.said > _SECONDS_BETWEEN_LINES:
             self.said = time.monotonic()
-            done = f"pass {record['epoch']:.2f}  step {record['step']} of {self.total}"
+            done = f"epoch {record['epoch']:.2f}  step {record['step']} of {self.total}"
             log.info("%s  %s", done, status)
 
-    def passed(self, record: dict[str, Any], passes: int) -> None:
+    def epoch(self, record: dict[str, Any], epochs: int) -> None:
         self.said = time.monotonic()
         line = (
-            f"pass {record['epoch']:g}/{passes}  loss {record['train_loss']:.3f}  "
+            f"epoch {record['epoch']:g}/{epochs}  loss {record['train_loss']:.3f}  "
             f"train {record['train_accuracy']:.1%}"
         )
         if "test_accuracy" in record:

@@ -71,7 +71,7 @@ class Learner:
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps that the schedule spans: passes x batches x replays, or max_steps."""
+        """Optimiser steps that the schedule spans: epochs x batches x replays, or max_steps."""
         train, per_batch = self.config.train, self.method.steps_per_batch
         planned = train.epochs * self.loader.batches * per_batch
         if train.max_steps is None:
@@ -79,9 +79,9 @@ class Learner:
         return min(planned, math.ceil(train.max_steps / per_batch) * per_batch)
 
     @property
-    def passes(self) -> float:
-        """Passes over the data so far, replays not counted."""
-        return self.clock.passes(self.loader.batches)
+    def epochs(self) -> float:
+        """Epochs so far, replays not counted."""
+        return self.clock.epochs(self.loader.batches)
 
     def settle(self) -> None:
         """Prepare for the first step of a start (`network.settle`). Every rank calls this."""
@@ -126,7 +126,7 @@ class Learner:
         epoch, batch = divmod((step - 1) // self.method.steps_per_batch, self.loader.batches)
         ranks = ", ".join(map(str, trouble.ranks))
         what = f"the loss of rank {ranks}" if ranks else "a gradient"
-        where = f"at optimiser step {step} (pass {epoch + 1}, batch {batch + 1})"
+        where = f"at optimiser step {step} (epoch {epoch + 1}, batch {batch + 1})"
         train = self.config.train
         if train.on_nan == "skip" and trouble.count <= train.skip_limit:
             self.skipped = trouble.count

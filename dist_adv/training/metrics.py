@@ -10,18 +10,18 @@ from dist_adv.training.meter import Meter
 
 
 def line(kind: Literal["train", "epoch"], learner: Learner, sums: Tensor) -> dict[str, Any]:
-    """Return a line from a meter's sums, of the last batches (`train`) or of a whole pass.
+    """Return a line from a meter's sums, of the last batches (`train`) or of a whole epoch.
 
     Raises RunFailure where every update was skipped.
     """
     loss, correct, n, seconds = sums.tolist()
     if n == 0:
-        raise RunFailure(f"no update of pass {learner.passes:g} was finite: nothing is learnt")
+        raise RunFailure(f"no update of epoch {learner.epochs:g} was finite: nothing is learnt")
     lr, momentum = learner.lr_and_momentum(learner.clock.step - 1)
     prefix = "train_" if kind == "epoch" else ""
     return {
         "kind": kind,
-        "epoch": round(learner.passes, 4),
+        "epoch": round(learner.epochs, 4),
         "step": learner.clock.step,
         f"{prefix}loss": loss / n,
         f"{prefix}accuracy": correct / n,

@@ -83,7 +83,7 @@ def _train(
     learner = trainer.learner
 
     def where() -> dict[str, float]:
-        return {"step": learner.clock.step, "epoch": learner.passes}
+        return {"step": learner.clock.step, "epoch": learner.epochs}
 
     with supervised(run, config, accelerator, tracker, where) as session:
         try:
@@ -128,7 +128,7 @@ def _go_on_from(trainer: Trainer, path: Path, saved: Checkpoint, insist: bool) -
     learner, config = trainer.learner, trainer.config
     state.check_images(learner, trainer.kept, saved, path, insist)
     state.restore(learner, trainer.kept, saved, path)
-    log.info("going on from %s (pass %g)", path, learner.passes)
+    log.info("going on from %s (epoch %g)", path, learner.epochs)
     before, now = saved.state["world_size"], trainer.accelerator.num_processes
     if before != now:
         shares = ", but BatchNorm's statistics are of each rank's share"

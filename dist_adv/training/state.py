@@ -25,7 +25,7 @@ log = logging.getLogger("dist_adv")
 class Kept:
     """What a run keeps from epoch to epoch besides its learner.
 
-    images: what the data sets are recognised by. sums: of the meter, over the pass so far.
+    images: what the data sets are recognised by. sums: of the meter, over the epoch so far.
     """
 
     images: Fingerprints
@@ -103,8 +103,8 @@ def check_images(learner: Learner, kept: Kept, saved: Checkpoint, path: Path, in
     what = f" ({'; '.join(changed)})" if changed else ""
     if not fits:
         raise UserError(
-            f"{path}: was trained on another number of images{what}: a pass has {batches} batches "
-            f"now; restore them, or start a new run with --run-dir"
+            f"{path}: was trained on another number of images{what}: an epoch has {batches} "
+            f"batches now; restore them, or start a new run with --run-dir"
         )
     if changed and not insist:
         raise UserError(

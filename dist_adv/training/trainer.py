@@ -1,7 +1,7 @@
 """Training: the loop, and what happens between batches and at the end of an epoch.
 
 `Trainer.fit` is the loop. What is not a step happens between batches: agreeing with the other
-ranks, a line of metrics, a checkpoint; and at the end of each pass the curve and the guard.
+ranks, a line of metrics, a checkpoint; and at the end of each epoch the curve and the guard.
 """
 
 import math
@@ -91,19 +91,19 @@ class Trainer:
         while True:
             around.session.watchdog.beat()
             meter.start()
-            for batch in self._rest_of_the_pass():
+            for batch in self._rest_of_the_epoch():
                 learner.learn(batch, meter)
                 learner.clock.batch += 1
                 self.between_batches(around, meter)
                 if self.finished:
                     break
-            self._close_pass(around)
+            self._close_epoch(around)
             if self.finished:
                 self.writer.wait()
                 return
 
-    def _rest_of_the_pass(self) -> Iterator[Batch]:
-        """Yield the batches that are left; none if the checkpoint was of a pass not closed yet."""
+    def _rest_of_the_epoch(self) -> Iterator[Batch]:
+        """Yield the batches that are left; none if the checkpoint is of an epoch not closed yet."""
         if self.finished:
             return iter(())
         clock = self.learner.clock
@@ -137,15 +137,15 @@ class Trainer:
             self.writer.wait()
             raise Preempted(stop)
 
-    def _close_pass(self, around: Surroundings) -> None:
-        """Measure the curve and the guard, log the pass: a resumed run can do all of it again."""
+    def _close_epoch(self, around: Surroundings) -> None:
+        """Measure the curve and the guard, log the epoch: a resumed run can do all of it again."""
         clock = self.learner.clock
         if clock.batch == self.learner.loader.batches:
             clock.epoch, clock.batch = clock.epoch + 1, 0
         curve, examples = self.point(around.session)
         record = metrics.line("epoch", self.learner, self.kept.sums)
         record |= curve | self._look_for_collapse(around)
-        around.display.passed(record, self.config.train.epochs)
+        around.display.epoch(record, self.config.train.epochs)
         if around.tracker:
             around.tracker.metrics(record, examples)
         self.kept.sums = torch.zeros_like(self.kept.sums)
@@ -157,7 +157,7 @@ class Trainer:
         if not every or (learner.clock.epoch % every and not self.finished):
             return {}, None
         return self.kept.curve.measure(
-            learner.copy, learner.clock, learner.passes, session.between_chunks
+            learner.copy, learner.clock, learner.epochs, session.between_chunks
         )
 
     def _look_for_collapse(self, around: Surroundings) -> dict[str, Any]:
@@ -171,7 +171,7 @@ class Trainer:
         """Measure what the guard's rule looks at, of the weights in the copy."""
         learner = self.learner
         if self.kept.guard.rule == "wong":
-            first = next(learner.loader.epoch(max(0, math.ceil(learner.passes) - 1)))
+            first = next(learner.loader.epoch(max(0, math.ceil(learner.epochs) - 1)))
             return collapse.on_batch(learner.copy, first, learner.threat, self.accelerator)
         return collapse.on_sample(
             learner.copy,
@@ -183,10 +183,10 @@ class Trainer:
         )
 
     def trained(self) -> dict[str, float]:
-        """Return how many passes and optimiser steps made the weights in the copy."""
+        """Return how many epochs and optimiser steps made the weights in the copy."""
         guard, clock = self.kept.guard, self.learner.clock
         kept = guard.good[0] if guard.stopped and guard.good else clock
-        return {"epoch": kept.passes(self.learner.loader.batches), "step": kept.step}
+        return {"epoch": kept.epochs(self.learner.loader.batches), "step": kept.step}
 
     def save(self, around: Surroundings) -> None:
         """Save a checkpoint from which training goes on bit for bit. Every rank calls this.

@@ -103,13 +103,13 @@ def test_bf16_is_that_of_ddp(engine, ddp):
 
 def test_no_update_is_taken_from_nan(engine):
     out, _ = engine
-    told = "the loss of rank 1 was not finite at optimiser step 3 (pass 1, batch 3)"
+    told = "the loss of rank 1 was not finite at optimiser step 3 (epoch 1, batch 3)"
     assert told in (out / "stops.failed").read_text()
     assert not list((out / "stops").rglob("*.safetensors"))
 
 
 def test_a_run_goes_on_bit_for_bit(engine):
-    """From the middle of a pass, Free's perturbation of each rank included."""
+    """From the middle of an epoch, Free's perturbation of each rank included."""
     out, _ = engine
     assert difference(out / "free", out / "free-2") == 0
 

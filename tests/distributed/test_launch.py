@@ -43,18 +43,20 @@ def launch(
     return run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("method", ["fast", "free"])
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_launchers_train_on_two_ranks(method, launcher, tmp_path):
+@pytest.mark.parametrize(
+    ("launcher", "method", "run"),
+    [
+        (TORCHRUN, "fast", forked.run),  # tests/launch/test_run.py has torchrun itself start ranks
+        (ACCELERATE, "free", subprocess.run),
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_launchers_train_on_two_ranks(launcher, method, run, tmp_path):
     config = str(CONFIGS / "digits" / f"{method}.yaml")
-    # Once as the launcher starts its ranks, which are forked otherwise; `tests/launch/test_run.py`
-    # has torchrun start them.
-    real = (method, launcher) == ("free", ACCELERATE)
-    run = subprocess.run if real else forked.run
     done = launch(launcher, "train", config, *QUICK, "--run-dir", "run", cwd=tmp_path, run=run)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "run" / "env.json").read_text())["world_size"] == 2
-    assert done.stderr.count("pass 2/2") == 1  # one process speaks
+    assert done.stderr.count("epoch 2/2") == 1  # one process speaks
     results = (tmp_path / "run" / "results.jsonl").read_text().splitlines()
     assert [json.loads(line)["n"] for line in results] == [359, 359]
 
@@ -72,7 +74,7 @@ def test_launchers_train_on_two_ranks(method, launcher, tmp_path):
 
 
 def guarded(run_dir: Path) -> tuple[float, float]:
-    """What the guard found after the last pass."""
+    """What the guard found after the last epoch."""
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     return last["guard_accuracy"], last["guard_fgsm_accuracy"]
 
@@ -104,7 +106,7 @@ main()
 
 @pytest.mark.parametrize("method", ["fast-previous", "free"])
 def test_killed_on_two_ranks_and_resumed_bit_for_bit(method, tmp_path, images):
-    """SIGKILL of the main process after the first pass; BatchNorm and delta are each rank's own."""
+    """SIGKILL of rank 0 after the first epoch; BatchNorm and delta are each rank's own."""
     (tmp_path / "config.yaml").write_text(
         yaml.safe_dump(config(method, "batch", images, small=True))
     )

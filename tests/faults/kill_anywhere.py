@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from cases import CASES, make_images
 from launch import SMALL, Job, weights_hash, write_config
 
-# 120 images in batches of 33: a checkpoint every third step of 4 x replays a pass, in mid-pass.
+# 120 images in batches of 33: a checkpoint every third step of 4 x replays an epoch, in mid-epoch.
 TRAIN = {"epochs": 8, "save_steps": 3, "save_minutes": None, "log_every": 3}
 PLACES = ("any moment", "in training", "inside a save", "inside the final save")
 

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 
 OURS = f'File "{Path(dist_adv.__file__).parent}/'  # in a traceback through dist_adv
 PAGE = 4096
-BATCHES = 30  # a pass: more than a page of metrics
+BATCHES = 30  # an epoch: more than a page of metrics
 STEPS = 2 * BATCHES
 MODEL = {"model": SMALL | {"width": 8}}  # a checkpoint is much larger than all other files
 SOME = {"attacks": ["natural", "pgd-2"], "every": 0}
@@ -244,7 +244,7 @@ def test_full_while_the_evaluation_is_written(file, images, truth, disk, tmp_pat
 
 
 def half_of(truth: Path, run_dir: Path) -> None:
-    """What is there when the run is killed in its second pass."""
+    """What is there when the run is killed in its second epoch."""
     shutil.copytree(truth, run_dir)
     for name in ("model.safetensors", "results.jsonl", "examples.safetensors", ".lock"):
         (run_dir / name).unlink()

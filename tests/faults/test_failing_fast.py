@@ -97,7 +97,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(kind, confi
     job = Job(config, tmp_path / "run", 2, module="faulty", env={"FAULT": f"{kind}:1:4"})
     assert job.wait() == 1
     (line,) = complaints(job)
-    assert "the loss of rank 1 was not finite at optimiser step 4 (pass 1, batch 2)" in line
+    assert "the loss of rank 1 was not finite at optimiser step 4 (epoch 1, batch 2)" in line
     assert OURS not in job.output()
     assert status(tmp_path / "run")["state"] == "failed"
     assert check_same_checkpoints(tmp_path / "run", truth) == ["step-000000003"]
@@ -109,7 +109,7 @@ def test_a_bad_update_may_be_skipped(images, tmp_path):
     for ranks in (1, 2):
         keys = {"epochs": 2, "on_nan": "skip", "skip_limit": 2, "log_every": 1}
         path = tmp_path / f"{ranks}.yaml"
-        config = write_config(path, "fast-random", images, "group", train=keys)
+        config = write_config(path, "fast-random", images, "group", train=keys, model=SMALL)
         run_dir, env = tmp_path / f"run-{ranks}", {"FAULT": "nan:0:3:5"}
         job = Job(config, run_dir, ranks, module="faulty", env=env)
         job.finish()
@@ -123,7 +123,7 @@ def test_a_bad_update_may_be_skipped(images, tmp_path):
 def test_statistics_of_skipped_updates_are_forgotten(images, tmp_path):
     """With BatchNorm a NaN in the images would stay in the running mean for good."""
     keys = {"epochs": 2, "on_nan": "skip", "log_every": 1}
-    config = write_config(tmp_path / "c.yaml", "natural", images, train=keys)
+    config = write_config(tmp_path / "c.yaml", "natural", images, train=keys, model=SMALL)
     job = Job(config, tmp_path / "run", module="faulty", env={"FAULT": "poison:0:3"})
     job.finish()
     weights = load_file(tmp_path / "run" / "model.safetensors")
@@ -165,7 +165,8 @@ def test_no_memory_left_names_a_batch_size(config, tmp_path):
 
 def test_no_compiler_is_one_line(images, tmp_path):
     """torch looks for one in CXX and on the PATH; a cache of compiled code would do without."""
-    config = write_config(tmp_path / "c.yaml", "natural", images, train={"compile": "default"})
+    compiled = {"compile": "default"}
+    config = write_config(tmp_path / "c.yaml", "natural", images, train=compiled, model=SMALL)
     env = {"PATH": "/nowhere", "CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     job = Job(config, tmp_path / "run", env=env)
     assert job.wait() == 1

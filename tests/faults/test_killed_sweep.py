@@ -11,7 +11,7 @@ import pytest
 
 import forked
 from dist_adv.runs.run import read_runs
-from launch import status, weights_hash
+from launch import SMALL, status, weights_hash
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +19,7 @@ DIGITS = Path(__file__).parents[2] / "configs" / "digits"
 SWEEP = f"""
 base: {DIGITS}/free.yaml
 set:
-  model.width: 4
+  model: {SMALL}
   eval: {{every: 0, attacks: [natural]}}
   train: {{save_steps: 20, keep: 100}}
 runs:

@@ -21,13 +21,13 @@ from launch import SMALL, Job, checkpoints, family, status, weights_hash, write_
 pytestmark = pytest.mark.slow
 
 OURS = f'File "{Path(dist_adv.__file__).parent}/'  # in a traceback through dist_adv
-PASSES, BATCHES, REPLAYS = 12, 4, 3
-PASS = BATCHES * REPLAYS  # optimiser steps
+EPOCHS, BATCHES, REPLAYS = 12, 4, 3
+EPOCH = BATCHES * REPLAYS  # optimiser steps
 
 
 def settings(path: Path, images: Path, **sections: dict) -> Path:
     """Free carries a perturbation from batch to batch and takes several steps for each of them."""
-    train = {"epochs": PASSES, **sections.pop("train", {})}
+    train = {"epochs": EPOCHS, **sections.pop("train", {})}
     return write_config(path / "run.yaml", "free", images, train=train, model=SMALL, **sections)
 
 
@@ -40,7 +40,7 @@ def truth(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[i
         path = tmp_path_factory.mktemp(f"truth-{ranks}")
         config = settings(path, images, train={"save_steps": 1, "keep": 1000})
         Job(config, path / "run", ranks).finish()
-        assert len(checkpoints(path / "run")) == PASSES * BATCHES
+        assert len(checkpoints(path / "run")) == EPOCHS * BATCHES
         return path / "run"
 
     return run
@@ -101,17 +101,17 @@ def check_same(run_dir: Path, truth: Path, name: str) -> None:
 
 
 def finished(job: Job, truth: Path) -> None:
-    """The end is that of the run that was not interrupted, with every pass in its record once."""
+    """The end is that of the run that was not interrupted, with every epoch in its record once."""
     job.finish()
     assert status(job.run_dir)["state"] == "done"
     assert weights_hash(job.run_dir) == weights_hash(truth)
-    found, expected = passes(job.run_dir), passes(truth)
-    assert [each["epoch"] for each in found] == list(range(1, PASSES + 1))
+    found, expected = epochs(job.run_dir), epochs(truth)
+    assert [each["epoch"] for each in found] == list(range(1, EPOCHS + 1))
     for key in ("step", "train_accuracy"):
         assert [each[key] for each in found] == [each[key] for each in expected]
 
 
-def passes(run_dir: Path) -> list[dict]:
+def epochs(run_dir: Path) -> list[dict]:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == "epoch"]
 
@@ -127,10 +127,10 @@ def test_a_signal_to_one_rank_stops_every_rank_after_the_same_batch(images, trut
     step = 0
     for number, rank in ((signal.SIGTERM, 1), (signal.SIGUSR1, 1), (signal.SIGTERM, 0)):
         job = Job(config, run_dir, ranks=2)
-        assert job.wait_for_checkpoint((step // PASS + 1) * PASS)
+        assert job.wait_for_checkpoint((step // EPOCH + 1) * EPOCH)
         job.signal(number, rank)
         before, step = step, stopped(job, number.name, truth(2))
-        assert before < step < PASSES * PASS
+        assert before < step < EPOCHS * EPOCH
     finished(Job(config, run_dir, ranks=2), truth(2))
 
 
@@ -139,19 +139,19 @@ def test_a_signal_to_every_process_and_wandbs_helper(images, truth, tmp_path):
     config = settings(tmp_path, images, track={"wandb": {"mode": "offline"}})
     offline = {"WANDB_MODE": "offline"}
     job = Job(config, tmp_path / "run", ranks=2, env=offline)
-    assert job.wait_for_checkpoint(PASS)
+    assert job.wait_for_checkpoint(EPOCH)
     pids = family(job.process.pid)
     assert any("wandb-core" in command for command in pids.values())
     for pid in pids:
         os.kill(pid, signal.SIGTERM)
-    assert stopped(job, "SIGTERM", truth(2)) < PASSES * PASS
+    assert stopped(job, "SIGTERM", truth(2)) < EPOCHS * EPOCH
     finished(Job(config, tmp_path / "run", ranks=2, env=offline), truth(2))
 
 
 def test_ranks_whose_launcher_was_killed_save_and_leave(images, truth, tmp_path):
     config, run_dir = settings(tmp_path, images), tmp_path / "run"
     job = Job(config, run_dir, ranks=2)
-    assert job.wait_for_checkpoint(PASS)
+    assert job.wait_for_checkpoint(EPOCH)
     ranks = job.ranks()
     assert sorted(ranks) == [0, 1]
     os.kill(job.process.pid, signal.SIGKILL)
@@ -163,7 +163,7 @@ def test_ranks_whose_launcher_was_killed_save_and_leave(images, truth, tmp_path)
     for rank in left:
         os.kill(ranks[rank], signal.SIGKILL)
     assert not left
-    assert check_stop(job, "launcher died", truth(2)) < PASSES * PASS
+    assert check_stop(job, "launcher died", truth(2)) < EPOCHS * EPOCH
     finished(Job(config, run_dir, ranks=2), truth(2))
 
 
@@ -189,56 +189,56 @@ def test_signals_to_a_single_process(images, truth, tmp_path):
     step = 0
     for numbers, exit_status in cases:
         job = Job(config, run_dir)
-        assert job.wait_for_checkpoint((step // PASS + 1) * PASS)
+        assert job.wait_for_checkpoint((step // EPOCH + 1) * EPOCH)
         for number in numbers:
             job.signal(number)
             time.sleep(0.02)
         before, step = step, stopped(job, numbers[0].name, truth(1), exit_status)
-        assert before < step < PASSES * PASS
+        assert before < step < EPOCHS * EPOCH
     finished(Job(config, run_dir), truth(1))
 
 
 def test_a_stop_file_stops_once(images, truth, tmp_path):
     config, run_dir = settings(tmp_path, images), tmp_path / "run"
     job = Job(config, run_dir)
-    assert job.wait_for_checkpoint(PASS)
+    assert job.wait_for_checkpoint(EPOCH)
     (run_dir / "STOP").touch()
-    assert stopped(job, "stop file", truth(1)) < PASSES * PASS
+    assert stopped(job, "stop file", truth(1)) < EPOCHS * EPOCH
     assert not (run_dir / "STOP").exists()
     finished(Job(config, run_dir), truth(1))
 
 
 def test_a_deadline_saves_and_leaves(images, truth, tmp_path):
-    """0.1 s: before the first pass has ended. Its batch of that moment is saved all the same."""
+    """0.1 s: before the first epoch has ended. Its batch of that moment is saved all the same."""
     config, run_dir = settings(tmp_path, images), tmp_path / "run"
     job = Job(config, run_dir, arguments=("train.max_minutes=0.0017",))
-    assert stopped(job, "train.max_minutes", truth(1)) < PASSES * PASS
+    assert stopped(job, "train.max_minutes", truth(1)) < EPOCHS * EPOCH
     finished(Job(config, run_dir), truth(1))
 
 
 def test_a_signal_while_a_checkpoint_is_written(images, truth, tmp_path):
     config, run_dir = settings(tmp_path, images, train={"save_steps": 1}), tmp_path / "run"
     job = Job(config, run_dir)
-    assert job.wait_for_checkpoint(PASS)
+    assert job.wait_for_checkpoint(EPOCH)
     assert job.wait_until(lambda: list((run_dir / "checkpoints").glob(".partial-step-*")))
     job.signal(signal.SIGTERM)
-    assert stopped(job, "SIGTERM", truth(1)) < PASSES * PASS
+    assert stopped(job, "SIGTERM", truth(1)) < EPOCHS * EPOCH
     assert len(checkpoints(run_dir)) == 2  # train.keep
     finished(Job(config, run_dir), truth(1))
 
 
 def test_a_signal_during_the_evaluation_of_a_pass(many_test_images, truth, tmp_path):
-    """It stops before the pass is closed; going on measures the pass and writes its line."""
+    """It stops before the epoch is closed; going on measures the epoch and writes its line."""
     curve = {"every": 8, "curve_attack": "pgd-2", "curve_limit": None, "batch_size": 1}
     config = settings(tmp_path, many_test_images, eval=curve)
     job = Job(config, tmp_path / "run", ranks=2)
-    assert job.wait_for_checkpoint(8 * PASS)
+    assert job.wait_for_checkpoint(8 * EPOCH)
     time.sleep(0.1)  # natural accuracy alone takes longer
     job.signal(signal.SIGTERM, 1)
-    assert stopped(job, "SIGTERM", truth(2)) == 8 * PASS
-    assert len(passes(job.run_dir)) == 7
+    assert stopped(job, "SIGTERM", truth(2)) == 8 * EPOCH
+    assert len(epochs(job.run_dir)) == 7
     finished(Job(config, tmp_path / "run", ranks=2), truth(2))
-    assert [each.get("curve_n") for each in passes(job.run_dir)[7:]] == [300, None, None, None, 300]
+    assert [each.get("curve_n") for each in epochs(job.run_dir)[7:]] == [300, None, None, None, 300]
 
 
 def test_a_signal_during_the_final_evaluation(many_test_images, truth, tmp_path):
@@ -249,7 +249,7 @@ def test_a_signal_during_the_final_evaluation(many_test_images, truth, tmp_path)
     assert job.wait_until((run_dir / "model.safetensors").exists)
     time.sleep(0.05)  # natural accuracy alone takes longer
     job.signal(signal.SIGTERM)
-    assert stopped(job, "SIGTERM", truth(1)) == PASSES * PASS
+    assert stopped(job, "SIGTERM", truth(1)) == EPOCHS * EPOCH
     assert weights_hash(run_dir) == weights_hash(truth(1))
     assert results(run_dir) == []
     again = Job(config, run_dir)

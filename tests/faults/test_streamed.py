@@ -19,7 +19,7 @@ from launch import SMALL, Job, checkpoints, family, status, weights_hash, write_
 
 pytestmark = pytest.mark.slow
 
-PASS = 12  # optimiser steps: four batches, three replays each
+EPOCH = 12  # optimiser steps: four batches, three replays each
 STREAMED = {"resident_gb": 0, "workers": 2}
 
 
@@ -52,13 +52,13 @@ def test_a_signal_to_every_process(number, odd_images, truth, tmp_path):
     """As scancel, timeout, systemd and a terminal send it."""
     config = settings(tmp_path, odd_images, epochs=12)
     job = Job(config, tmp_path / "run")
-    assert job.wait_for_checkpoint(PASS)
+    assert job.wait_for_checkpoint(EPOCH)
     assert list(family(job.process.pid)) == [job.process.pid]
     os.killpg(job.process.pid, number)
     assert job.wait() == (130 if number == signal.SIGINT else 143)
     assert status(tmp_path / "run")["state"] == "preempted"
     step = int(checkpoints(tmp_path / "run")[-1].removeprefix("step-"))
-    assert PASS <= status(tmp_path / "run")["step"] == step < 12 * PASS
+    assert EPOCH <= status(tmp_path / "run")["step"] == step < 12 * EPOCH
     again = Job(config, tmp_path / "run")
     again.finish()
     assert "Warning" not in job.output() + again.output()
@@ -79,7 +79,7 @@ def test_few_open_files_and_a_long_temporary_folder(odd_images, truth, tmp_path)
 def test_an_image_that_breaks_while_the_run_needs_it(odd_images, tmp_path):
     root = shutil.copytree(odd_images, tmp_path / "images")
     job = Job(settings(tmp_path, root, epochs=1000), tmp_path / "run")
-    assert job.wait_for_checkpoint(PASS)
+    assert job.wait_for_checkpoint(EPOCH)
     (root / "train" / "b" / "7.png").write_bytes(b"no more")
     assert job.wait(60) == 1
     assert "Traceback" not in job.output()

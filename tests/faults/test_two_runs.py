@@ -38,5 +38,5 @@ def test_of_two_that_start_at_once_one_trains(images, tmp_path):
     if refused.process.returncode == 2:
         assert f"dist-adv: {tmp_path / 'run'}: " in refused.output()
         assert "Traceback" not in refused.output()
-    passes = [line for line in trained.output().splitlines() if " pass 12/12 " in line]
-    assert len(passes) == 1
+    epochs = [line for line in trained.output().splitlines() if " epoch 12/12 " in line]
+    assert len(epochs) == 1

@@ -14,7 +14,7 @@ import pytest
 from launch import SMALL, Job, checkpoints, free_port, status, weights_hash, write_config
 
 RUN = str(Path(__file__).parents[2] / "launch" / "run.sh")
-PASSES, PASS = 12, 12  # and optimiser steps of one
+EPOCHS, EPOCH = 12, 12  # and optimiser steps of one
 PLAIN = "-m dist_adv"
 TORCHRUN = "-m torch.distributed.run"
 ALONE = f"{TORCHRUN} --standalone --local-addr localhost"
@@ -174,13 +174,13 @@ def start(
 
 
 def stop(job: Job, number: signal.Signals) -> int:
-    """The exit status after a signal to run.sh, once a pass is done."""
-    assert job.wait_for_checkpoint(PASS)
+    """The exit status after a signal to run.sh, once an epoch is done."""
+    assert job.wait_for_checkpoint(EPOCH)
     os.kill(job.process.pid, number)
     exit_status = job.wait(60)
     found = status(job.run_dir)
     assert (found["state"], found["reason"]) == ("preempted", number.name), job.output()
-    assert PASS <= found["step"] < PASSES * PASS
+    assert EPOCH <= found["step"] < EPOCHS * EPOCH
     assert checkpoints(job.run_dir)[-1] == f"step-{found['step']:09d}"
     return exit_status
 
@@ -201,7 +201,7 @@ def test_one_process_two_processes_two_machines(images: Path, tmp_path: Path) ->
     The last part ends as torchrun's own c10d rendezvous of two machines ends it, bit for bit.
     """
     config = write_config(
-        tmp_path / "run.yaml", "free", images, train={"epochs": PASSES}, model=SMALL
+        tmp_path / "run.yaml", "free", images, train={"epochs": EPOCHS}, model=SMALL
     )
     assert stop(start(config, tmp_path / "alone"), signal.SIGUSR1) == 143  # dist-adv's own
     assert stop(start(config, tmp_path / "run", 2, NPROC="2"), signal.SIGHUP) == 1  # torchrun's
@@ -221,10 +221,10 @@ def test_one_process_two_processes_two_machines(images: Path, tmp_path: Path) ->
 @pytest.mark.slow
 def test_two_processes_under_nohup_outlive_the_terminal(images: Path, tmp_path: Path) -> None:
     config = write_config(
-        tmp_path / "run.yaml", "free", images, train={"epochs": PASSES}, model=SMALL
+        tmp_path / "run.yaml", "free", images, train={"epochs": EPOCHS}, model=SMALL
     )
     job = start(config, tmp_path / "run", 2, NOHUP, NPROC="2")
-    assert job.wait_for_checkpoint(PASS)
+    assert job.wait_for_checkpoint(EPOCH)
     os.kill(job.process.pid, signal.SIGHUP)
     job.finish()
     assert status(tmp_path / "run")["state"] == "done"

@@ -31,7 +31,7 @@ def test_one_rank_goes_on_bit_for_bit_from_any_batch(case, images, tmp_path):
     settings = parse_config(tree, case)
     train_run(settings, tmp_path / "whole", "none")
     checkpoints = sorted((tmp_path / "whole" / "checkpoints").iterdir())
-    assert len(checkpoints) == 8  # two passes of four batches
+    assert len(checkpoints) == 8  # two epochs of four batches
     for path in checkpoints:
         train_run(settings, tmp_path / path.name, str(path))
         assert equal(tmp_path / "whole", tmp_path / path.name), path.name
@@ -42,7 +42,7 @@ def test_one_rank_goes_on_bit_for_bit_from_any_batch(case, images, tmp_path):
 @pytest.mark.shares("ranks")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("ranks", "at"), [(2, 1), (2, 5), (3, 2)])
-def test_several_ranks_go_on_bit_for_bit_in_mid_pass(ranks, at, case, trained):
+def test_several_ranks_go_on_bit_for_bit_in_mid_epoch(ranks, at, case, trained):
     """Each rank with its own BatchNorm statistics and its own rows of Free's perturbation."""
     whole = trained(ranks, "batch", "fp32-small")
     resumed = trained(ranks, "batch", "fp32-small", whole, at)

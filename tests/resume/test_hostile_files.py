@@ -152,7 +152,7 @@ IN_CHECKPOINT = [Path(name).name for name in FILES if name.startswith("checkpoin
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", IN_CHECKPOINT)
-def test_damage_in_mid_pass_is_seen_said_and_gone_round(name, damage, run, tmp_path, capsys):
+def test_damage_in_mid_epoch_is_seen_said_and_gone_round(name, damage, run, tmp_path, capsys):
     """The batch before is gone on with, to the weights of the run to which nothing happened."""
     folder = tmp_path / "copy"
     shutil.copytree(run, folder)
@@ -162,7 +162,7 @@ def test_damage_in_mid_pass_is_seen_said_and_gone_round(name, damage, run, tmp_p
     for path in sorted((run_dir / "checkpoints").iterdir())[6:]:
         shutil.rmtree(path)
     newest = sorted((run_dir / "checkpoints").iterdir())[-1]
-    assert newest.name == "step-000000018"  # the sixth of eight batches: in the second pass
+    assert newest.name == "step-000000018"  # the sixth of eight batches: in the second epoch
     file = newest / name
     file.write_bytes(DAMAGE[damage](file.read_bytes()))
     said = []

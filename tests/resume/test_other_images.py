@@ -22,7 +22,7 @@ from launch import checkpoints
 
 
 def settings(root: Path, epochs: int, **data: object) -> Config:
-    """120 images in batches of 33, three full ones and one of 21 in a pass."""
+    """120 images in batches of 33, three full ones and one of 21 in an epoch."""
     tree = config("fast-random", "batch", root, small=True)
     tree["train"] |= {"epochs": epochs, "keep": 100}
     tree["model"] |= {"width": 2, "norm": "group"}
@@ -31,7 +31,7 @@ def settings(root: Path, epochs: int, **data: object) -> Config:
 
 
 @pytest.fixture(scope="module")
-def one_pass(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one_epoch(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run to go on with."""
     run_dir = tmp_path_factory.mktemp("one") / "run"
     train_run(settings(images, 1), run_dir, "none")
@@ -39,8 +39,8 @@ def one_pass(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run_dir(one_pass: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(one_pass, tmp_path / "run")
+def run_dir(one_epoch: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(one_epoch, tmp_path / "run")
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_who_names_the_checkpoint_goes_on_aloud(root, run_dir, said):
 
 @pytest.mark.parametrize("resume", ["auto", "checkpoints/step-000000004"])
 def test_another_number_of_batches_is_another_schedule(resume, root, run_dir):
-    """Counted in steps the run would be in another pass."""
+    """Counted in steps the run would be in another epoch."""
     fewer(root)
     with pytest.raises(UserError, match=r"another number of images \(train: 90 images.*3 batches"):
         train_run(settings(root, 2), run_dir, str(run_dir / resume) if "/" in resume else resume)
@@ -124,7 +124,7 @@ def test_a_checkpoint_without_a_fingerprint_goes_on(root, run_dir):
 def test_without_a_fingerprint_batches_are_counted_all_the_same(root, run_dir):
     forget_images(run_dir / "checkpoints" / "step-000000004")
     fewer(root)
-    with pytest.raises(UserError, match=r"another number of images: a pass has 3 batches now"):
+    with pytest.raises(UserError, match=r"another number of images: an epoch has 3 batches now"):
         train_run(settings(root, 2), run_dir, "auto")
 
 

@@ -1,4 +1,4 @@
-"""A run that dies between two passes and goes on ends with the weights of one that did not."""
+"""A run that dies between two epochs and goes on ends with the weights of one that did not."""
 
 import json
 from dataclasses import replace
@@ -56,7 +56,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 def test_resumed_weights_are_those_of_the_uninterrupted_run(case, images, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train_run(settings(case, images), whole, "none")
-    for number in (1, 1):  # dies after the first pass, and again after the second
+    for number in (1, 1):  # dies after the first epoch, and again after the second
         train_and_die(monkeypatch, number, settings(case, images), parts)
     train_run(settings(case, images), parts, "auto")
     expected, found = weights(whole), weights(parts)
@@ -66,7 +66,7 @@ def test_resumed_weights_are_those_of_the_uninterrupted_run(case, images, tmp_pa
 
 
 def _guards(run_dir: Path) -> dict[float, tuple[float, float, bool]]:
-    """What the guard found after each pass; of a pass that was closed twice the last."""
+    """What the guard found after each epoch; of an epoch that was closed twice the last."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     keys = ("guard_accuracy", "guard_fgsm_accuracy", "guard_tripped")
@@ -74,7 +74,7 @@ def _guards(run_dir: Path) -> dict[float, tuple[float, float, bool]]:
 
 
 def test_saving_and_evaluating_do_not_change_training(images, tmp_path):
-    """The run with a curve every pass and the run without one give the same bits."""
+    """The run with a curve every epoch and the run without one give the same bits."""
     plain = settings("fast-random", images)
     tree = plain.model_dump()
     tree["eval"] |= {"every": 1, "curve_limit": 4}
@@ -132,8 +132,8 @@ class Collapsing:
         return Measured(512, *next(self.values), chance=0.1)
 
 
-@pytest.mark.parametrize(("mode", "passes"), [("none", 4), ("warn", 4), ("stop", 2)])
-def test_the_guard_stops_with_the_last_good_weights(mode, passes, images, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("mode", "epochs"), [("none", 4), ("warn", 4), ("stop", 2)])
+def test_the_guard_stops_with_the_last_good_weights(mode, epochs, images, tmp_path, monkeypatch):
     monkeypatch.setattr("dist_adv.training.collapse.on_sample", Collapsing())
     tree = settings("fast-random", images, epochs=4).model_dump()
     tree["method"]["guard"] = mode
@@ -142,29 +142,29 @@ def test_the_guard_stops_with_the_last_good_weights(mode, passes, images, tmp_pa
 
     def remember(self: Trainer, session: object) -> dict:
         record, learner = point(self, session), self.learner
-        kept[learner.passes] = {k: v.clone() for k, v in learner.copy.state_dict().items()}
+        kept[learner.epochs] = {k: v.clone() for k, v in learner.copy.state_dict().items()}
         return record
 
     monkeypatch.setattr(Trainer, "point", remember)
     train_run(parse_config(tree, mode), tmp_path / "run", "none")
     model = load_model(tmp_path / "run")
-    assert model.architecture["trained"]["epoch"] == passes
+    assert model.architecture["trained"]["epoch"] == epochs
     found = model.state_dict()
-    assert all(torch.equal(found[name], kept[passes][name]) for name in found)
+    assert all(torch.equal(found[name], kept[epochs][name]) for name in found)
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert log.count("catastrophic overfitting in pass") == (mode != "none")
-    assert ("catastrophic overfitting in pass 3" in log) == (mode != "none")
+    assert log.count("catastrophic overfitting in epoch") == (mode != "none")
+    assert ("catastrophic overfitting in epoch 3" in log) == (mode != "none")
 
 
 @pytest.mark.parametrize("mode", ["warn", "stop"])
 def test_a_resumed_run_compares_with_the_most_robust_pass_before(
     mode, images, tmp_path, monkeypatch
 ):
-    """Killed between a slow collapse's passes: neither fall alone is more than noise."""
+    """Killed between a slow collapse's epochs: neither fall alone is more than noise."""
     slow = {1.0: (0.5, 0.55), 2.0: (0.44, 0.56), 3.0: (0.35, 0.57)}
 
     def measured(self: Trainer, session: object) -> Measured:
-        return Measured(512, *slow[self.learner.passes], chance=0.1)
+        return Measured(512, *slow[self.learner.epochs], chance=0.1)
 
     monkeypatch.setattr(Trainer, "_measured", measured)
     tree = settings("fast-random", images).model_dump()
@@ -197,7 +197,7 @@ def test_checkpoints_of_the_guard_before_this_one(images, tmp_path, monkeypatch)
 
 def test_a_run_goes_on_from_images_on_disk(images, tmp_path):
     """Where the images are, in memory or read as they are used, changes no bit of the weights."""
-    tree = config("free", "batch", images)
+    tree = config("free", "batch", images, small=True)
     tree["train"] |= {"save_steps": 1, "keep": 100}
     train_run(parse_config(tree, "free"), tmp_path / "memory", "none")
     tree["data"] |= {"resident_gb": 0, "workers": 2}

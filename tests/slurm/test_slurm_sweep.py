@@ -11,7 +11,7 @@ from slurm_cluster import DIGITS, reaches
 
 pytestmark = pytest.mark.slow
 
-PASS = 23 * 4  # optimiser steps
+EPOCH = 23 * 4  # optimiser steps
 TWIN = {"train.epochs": 10}
 SHORT = {"train.max_steps": 2}
 SWEEP = {
@@ -60,7 +60,7 @@ def test_an_array_of_four_runs_and_its_report(cluster, tmp_path):
     )
 
     stopped = tmp_path / "runs" / "stopped"
-    reaches(stopped, 2 * PASS)
+    reaches(stopped, 2 * EPOCH)
     cluster.ask("scancel", "--batch", "--signal=USR1", f"{job}_0")
     cluster.wait_for(f"{job}_0", "RUNNING", starts=2)
     assert status(stopped)["state"] in ("preempted", "running")

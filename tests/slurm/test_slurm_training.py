@@ -10,15 +10,15 @@ from slurm_cluster import poll, reaches
 
 pytestmark = pytest.mark.slow
 
-PASSES, BATCHES, REPLAYS = 64, 4, 3
-PASS = BATCHES * REPLAYS  # optimiser steps
+EPOCHS, BATCHES, REPLAYS = 64, 4, 3
+EPOCH = BATCHES * REPLAYS  # optimiser steps
 
 
 @pytest.fixture(scope="module")
 def config(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Free, for what it carries from batch to batch; ten seconds, to be stopped in the middle."""
     path = tmp_path_factory.mktemp("config") / "free.yaml"
-    return write_config(path, "free", images, train={"epochs": PASSES}, model=SMALL)
+    return write_config(path, "free", images, train={"epochs": EPOCHS}, model=SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -43,19 +43,19 @@ def test_usr1_requeue_and_a_lost_node(cluster, config, truth, tmp_path):
     run_dir = tmp_path / "run"
     arguments = ("multinode.sbatch", str(config), "--run-dir", "run")
     job = cluster.submit(*arguments, at=tmp_path, RANKS="1")
-    reaches(run_dir, 8 * PASS)
+    reaches(run_dir, 8 * EPOCH)
     cluster.ask("scancel", "--batch", "--signal=USR1", job)
     cluster.wait_for(job, "RUNNING", starts=2)
     first = status(run_dir)
     assert (first["state"], first["reason"]) == ("preempted", "stop file")
-    assert 8 * PASS <= first["step"] < PASSES * PASS
+    assert 8 * EPOCH <= first["step"] < EPOCHS * EPOCH
 
-    reaches(run_dir, 24 * PASS)
+    reaches(run_dir, 24 * EPOCH)
     cluster.ask("scontrol", "requeue", job)
     cluster.wait_for(job, "RUNNING", starts=3)
     assert status(run_dir)["state"] == "preempted"
 
-    reaches(run_dir, 40 * PASS)
+    reaches(run_dir, 40 * EPOCH)
     cluster.lose("n2")
     cluster.ask("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=lost")  # or in minutes
     cluster.control("node", "n2")
@@ -72,7 +72,7 @@ def test_scancel_leaves_a_checkpoint_to_go_on_from(cluster, config, truth, tmp_p
     run_dir = tmp_path / "run"
     arguments = ("train.sbatch", str(config), "--run-dir=run")
     job = cluster.submit(*arguments, at=tmp_path)
-    reaches(run_dir, 16 * PASS)
+    reaches(run_dir, 16 * EPOCH)
     cluster.ask("scancel", job)
     cluster.wait_for(job, "CANCELLED")
     poll(lambda: not cluster.ask("squeue", "--noheader", f"--jobs={job}"), "the job is gone")
@@ -91,7 +91,7 @@ def test_a_job_of_a_higher_priority_takes_the_node(cluster, config, truth, tmp_p
     """And gives it back: the run is told, stops within its time of grace, and goes on."""
     run_dir = tmp_path / "run"
     job = cluster.submit("train.sbatch", str(config), "--run-dir=run", at=tmp_path)
-    reaches(run_dir, 16 * PASS)
+    reaches(run_dir, 16 * EPOCH)
     urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 1", "--wait")
     cluster.ask("sbatch", f"--output={tmp_path}/urgent.log", *urgent)
     assert "asked to stop (USR1)" in cluster.log(job)

@@ -23,11 +23,11 @@ def colours(n: int, classes: int = 10, seed: int = 0) -> Dataset:
     return Dataset("colours", pixels, labels, [str(k) for k in range(classes)], 4, True)
 
 
-def learn(net: torch.nn.Module, data: Dataset, passes: int = 3) -> None:
+def learn(net: torch.nn.Module, data: Dataset, epochs: int = 3) -> None:
     """Train a network on them plainly, until it is right about nearly all."""
     x: Tensor = data.images.float() / 255
     adam = torch.optim.Adam(net.parameters(), 0.01)
-    for some in torch.arange(len(x)).split(50) * passes:
+    for some in torch.arange(len(x)).split(50) * epochs:
         adam.zero_grad()
         F.cross_entropy(net.train()(x[some]), data.labels[some]).backward()
         adam.step()

@@ -86,7 +86,7 @@ def once(run: dict, out: Path, images: Path) -> None:
         learner.build_method = Faulty
     precision = "bf16" if numbers == "bf16" else "fp32"
     tree = config(run["case"], run.get("norm", "group"), images, precision, small=True)
-    every = 3 * CASES[run["case"]][0].get("replays", 1)  # the first: in the middle of a pass
+    every = 3 * CASES[run["case"]][0].get("replays", 1)  # the first: in the middle of an epoch
     tree["train"] |= {"save_steps": every, "keep": 100} | run.get("train", {})
     with profile(activities=[ProfilerActivity.CPU]) if "count" in run else nullcontext() as seen:
         try:

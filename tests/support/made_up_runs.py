@@ -77,7 +77,7 @@ def make_run(
     eps: float = 8 / 255,
     seed: int = 7,
 ) -> Path:
-    """A run folder; without arguments, one that finished four passes and was never evaluated."""
+    """A run folder; without arguments, one that finished four epochs and was never evaluated."""
     folder.mkdir(parents=True)
     config = {
         "method": method or {"name": "natural"},

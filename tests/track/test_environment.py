@@ -37,7 +37,7 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def config(images: Path, mode: str = "auto") -> Config:
-    tree = cases.config("fast-random", "batch", images)
+    tree = cases.config("fast-random", "batch", images, small=True)
     return parse_config({**tree, "track": {"wandb": {"mode": mode}}}, "tracked")
 
 

@@ -44,8 +44,8 @@ def check(server: Server, run_dir: Path) -> None:
         assert ("epoch/examples" in row) == (kind == "epoch")
 
 
-def test_resumed_and_pushed_again(images: Path, tmp_path: Path, server: Server):
-    tree = cases.config("fast-random", "batch", images)
+def test_resumed_and_pushed_again(images: Path, tmp_path: Path, server: Server, undrawn: None):
+    tree = cases.config("fast-random", "batch", images, small=True)
     tree["eval"] = {"attacks": ["natural", "pgd-2"], "every": 1, "curve_attack": "pgd-1"}
     tree["train"] = {**tree["train"], "log_every": 1}
     config = parse_config({**tree, "track": {"wandb": {"mode": "online"}}}, "online")
@@ -55,7 +55,7 @@ def test_resumed_and_pushed_again(images: Path, tmp_path: Path, server: Server):
     inputs = [each["input"] for name, each in server.asked if name == "CreateArtifact"]
     assert [each["artifactTypeName"] for each in inputs] == ["model", "report"]
 
-    # As if it had been killed in the second pass: it does that again.
+    # As if it had been killed in the second epoch: it does that again.
     shutil.rmtree(run_dir / "checkpoints" / "step-000000008")
     for name in ("model.safetensors", "results.jsonl"):
         (run_dir / name).unlink()

@@ -12,12 +12,12 @@ from click.testing import CliRunner
 from dist_adv import cli
 from dist_adv.runs.run import Run, read_runs
 from dist_adv.tracking.wandb_run import named, place
-from launch import Job, status, write_config
+from launch import SMALL, Job, status, write_config
 from wandb_file import history, pieces, records, settings, summary
 
 pytestmark = pytest.mark.slow
 
-PASSES, STARTS = 8, 4
+EPOCHS, STARTS = 8, 4
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,9 @@ def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         path / "run.yaml",
         "fast-random",
         images,
+        model=SMALL,
         track={"wandb": {"mode": "offline", "group": "g"}},
-        train={"epochs": PASSES, "log_every": 1},
+        train={"epochs": EPOCHS, "log_every": 1},
         eval={"attacks": ["natural", "pgd-2"], "every": 1, "curve_attack": "pgd-1"},
     )
     folder = path / "run"
@@ -57,7 +58,7 @@ def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     assert status(folder)["state"] == "preempted", stopped.output()
     Job(config, folder, 2, env={"HOME": str(path)}).finish()
     (found,) = read_runs([folder])
-    assert len(found.epochs) == PASSES
+    assert len(found.epochs) == EPOCHS
     return found
 
 
@@ -106,7 +107,7 @@ def test_images_of_every_evaluation(run: Run):
     places = [place(line["step"], "epoch") for line in run.epochs]
     assert [int(path.split("examples_")[1].split("_")[0]) for path in shown] == places
     shown += [row["final/examples/path"] for row in rows if "final/examples/path" in row]
-    assert len(shown) == PASSES + 1
+    assert len(shown) == EPOCHS + 1
     for path in shown:
         # Two starts may have drawn one picture.
         found = [*run.folder.glob(f"wandb/offline-run-*/files/{path}")]
@@ -137,7 +138,7 @@ def check_artifacts(path: Path, run: Run) -> None:
     assert results["final/pgd-2"] == run.evaluations["pgd-2"].accuracy
 
 
-def test_sync_writes_one_whole_run(run: Run, tmp_path: Path):
+def test_sync_writes_one_whole_run(run: Run, tmp_path: Path, undrawn: None):
     result = CliRunner().invoke(cli.cli, ["sync", str(run.folder), "--offline", str(tmp_path)])
     assert result.exit_code == 0, result.output
     (path,) = pieces(tmp_path / "run")
@@ -151,7 +152,7 @@ def test_sync_writes_one_whole_run(run: Run, tmp_path: Path):
     check(rows_of([path]), run)
     check_artifacts(path, run)
     assert summary(path)["final/robust"] == run.evaluations["pgd-2"].accuracy
-    assert len([row for row in rows if "epoch/examples/path" in row]) == PASSES
+    assert len([row for row in rows if "epoch/examples/path" in row]) == EPOCHS
 
 
 def test_dashboard_shows_what_is_logged(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -17,7 +17,7 @@ from wandb_file import history, pieces, records, settings, summary
 
 
 def tracked(images: Path, **track: object):
-    tree = cases.config("fast-random", "batch", images)
+    tree = cases.config("fast-random", "batch", images, small=True)
     tree["eval"] = {"attacks": ["natural", "pgd-2"], "every": 1, "curve_attack": "pgd-1"}
     tree["train"] = {**tree["train"], "log_every": 1}
     return parse_config({**tree, "track": track}, "tracked")
@@ -141,7 +141,7 @@ def test_alerts(images, tmp_path, monkeypatch):
     train_run(config, run_dir, "none")
     ((title, text),) = alerts(run_dir)
     assert title == "Catastrophic overfitting"
-    assert text.startswith(f"{run_dir}, pass 2: PGD-5 accuracy on training images fell to ")
+    assert text.startswith(f"{run_dir}, epoch 2: PGD-5 accuracy on training images fell to ")
 
     monkeypatch.setenv("FAULT", "nan:0:2")
     faulty = importlib.import_module("faulty")
@@ -151,7 +151,7 @@ def test_alerts(images, tmp_path, monkeypatch):
     train_run(parse_config(skip, "skip"), tmp_path / "skip", "none")
     path = tmp_path / "skip"
     assert alerts(path) == [
-        ("Not finite", f"{path}, pass 0.75: 1 updates skipped since this start")
+        ("Not finite", f"{path}, epoch 0.75: 1 updates skipped since this start")
     ]
     with pytest.raises(RunFailure) as failure:
         train_run(parse_config(tree, "stop"), tmp_path / "stop", "none")

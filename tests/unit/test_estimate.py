@@ -28,7 +28,7 @@ def test_a_run_is_a_line_of_100_columns(name: str) -> None:
     seconds = {run.name: 4e7 for run in found.runs}
     Console(file=text, width=100).print(listing(found, seconds))
     _, head, _, *lines = text.getvalue().splitlines()
-    titles = "run method model width passes replays alpha batch seed ~time"
+    titles = "run method model width epochs replays alpha batch seed ~time"
     assert " ".join(head.split()) == titles
     assert [line.split()[1] for line in lines] == [run.name for run in found.runs]
     assert "…" not in text.getvalue()

@@ -30,7 +30,7 @@ def gap(pgd: float, fgsm: float, n: int = SAMPLE) -> Measured:
 
 
 # Before and after: accuracy under PGD-5 and FGSM; how many images; has it collapsed?
-PASSES = {
+EPOCHS = {
     "to nothing, FGSM rises": ((0.45, 0.48), (0.0, 0.85), SAMPLE, True),
     "to nothing, FGSM stays": ((0.45, 0.48), (0.0, 0.48), SAMPLE, True),
     "a third is lost, FGSM loses a little": ((0.45, 0.5), (0.28, 0.47), SAMPLE, True),
@@ -44,12 +44,12 @@ PASSES = {
     "the same fall on 64 images is noise": ((0.515, 0.55), (0.385, 0.55), 64, False),
     "rises": ((0.2, 0.25), (0.3, 0.5), SAMPLE, False),
     "FGSM parts, PGD stays": ((0.3, 0.35), (0.3, 0.7), SAMPLE, False),
-    # The first passes: a constant answer withstands every attack, the first real ones do not.
+    # The first epochs: a constant answer withstands every attack, the first real ones do not.
     "no better than a constant answer": ((0.12, 0.12), (0.01, 0.15), SAMPLE, False),
 }
 
 
-@pytest.mark.parametrize(("before", "now", "n", "collapsed"), PASSES.values(), ids=PASSES)
+@pytest.mark.parametrize(("before", "now", "n", "collapsed"), EPOCHS.values(), ids=EPOCHS)
 def test_what_counts_as_a_collapse(before, now, n, collapsed):
     assert gap(*now, n).collapsed(gap(*before, n)) == collapsed
 
@@ -61,7 +61,7 @@ def test_the_rule_of_wong_et_al():
 
 
 def alarms(curve: list[Measured]) -> list[int]:
-    """In which passes (from 1) the guard trips, as `Guard.look` asks it."""
+    """In which epochs (from 1) the guard trips, as `Guard.look` asks it."""
     before, found = None, []
     for number, now in enumerate(curve, 1):
         if before and now.collapsed(before):
@@ -168,7 +168,7 @@ def test_it_does_not_matter_where_the_images_are(images, accelerator):
 
 @pytest.mark.slow
 def test_a_run_that_collapses_is_stopped_with_the_weights_from_before(tmp_path, accelerator):
-    """FGSM from the image itself, a large radius, no crops: digits collapse within 20 passes."""
+    """FGSM from the image itself, a large radius, no crops: digits collapse within 20 epochs."""
     overrides = [
         *("method.init=zero", "method.alpha=0.3", "threat.eps=0.3", "data.augment=false"),
         *("model.name=wide_resnet", "model.depth=10", "model.widen=1", "model.width=16"),
@@ -178,9 +178,9 @@ def test_a_run_that_collapses_is_stopped_with_the_weights_from_before(tmp_path, 
     settings = load_config(CONFIGS / "digits" / "fast.yaml", overrides)
     train_run(settings, run_dir, "none")
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    passes = [record for record in map(json.loads, lines) if record["kind"] == "epoch"]
-    *_, before, last = passes
-    assert [record["guard_tripped"] for record in passes] == [False] * (len(passes) - 1) + [True]
+    epochs = [record for record in map(json.loads, lines) if record["kind"] == "epoch"]
+    *_, before, last = epochs
+    assert [record["guard_tripped"] for record in epochs] == [False] * (len(epochs) - 1) + [True]
     assert last["guard_accuracy"] < before["guard_accuracy"]
     kept = load_model(run_dir)
     assert kept.architecture["trained"]["epoch"] == before["epoch"]

@@ -40,7 +40,7 @@ Case = tuple[dict[str, Any], str]
 def model(tmp_path_factory: pytest.TempPathFactory) -> Classifier:
     data = colours(400)
     net = build_model(PreActResNet18Options(width=4), [0.5] * 3, [0.25] * 3, data.classes, 0)
-    learn(net, data, passes=2)
+    learn(net, data, epochs=2)
     path = tmp_path_factory.mktemp("colours") / "model.safetensors"
     save_model(path, net.architecture, net.state_dict())
     return load_model(path)

@@ -32,7 +32,7 @@ def fast(alpha: int, init: str = "random", guard: str = "warn") -> dict[str, Any
     return {"name": "fast", "alpha": alpha / 255, "init": init, "guard": guard}
 
 
-# (method, model, peak learning rate, passes, batch)
+# (method, model, peak learning rate, epochs, batch)
 PAPER = {
     "free-2": (free(2), PREACT, 0.04, 45, 128),
     "free-4": (free(4), PREACT, 0.04, 45, 128),
@@ -98,7 +98,7 @@ def test_settings(
     attacks: set[str],
 ) -> None:
     found = runs(sweep)
-    for name, (method, model, lr, passes, batch) in rows.items():
+    for name, (method, model, lr, epochs, batch) in rows.items():
         config = found[name].model_dump()
         assert config["method"] == {"guard_rule": "gap"} | method, name
         assert config["model"] == model, name
@@ -106,7 +106,7 @@ def test_settings(
         assert config["optim"] == optim | {"lr": lr}, name
         assert config["data"].items() >= data.items(), name
         assert set(config["eval"]["attacks"]) >= {"natural"} | attacks, name
-        train = {"epochs": passes, "batch_size": batch, "precision": precision, "max_steps": steps}
+        train = {"epochs": epochs, "batch_size": batch, "precision": precision, "max_steps": steps}
         assert config["train"].items() >= train.items(), name
 
 
@@ -118,8 +118,8 @@ def test_nothing_is_missing() -> None:
 @pytest.mark.parametrize("name", SHAFAHI)
 def test_80000_steps_end_in_the_last_pass(name: str) -> None:
     config = runs("papers_compared")[name]
-    passes = 80_000 / (50_000 // 128) / getattr(config.method, "replays", 1)
-    assert config.train.epochs - 1 < passes <= config.train.epochs
+    epochs = 80_000 / (50_000 // 128) / getattr(config.method, "replays", 1)
+    assert config.train.epochs - 1 < epochs <= config.train.epochs
 
 
 @pytest.mark.parametrize("part", ["free_m", "fast_alpha_batch"])

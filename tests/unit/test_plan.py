@@ -169,14 +169,14 @@ def test_pgd_dilutes_the_communication_that_fast_has_too():
     cluster = Cluster(Link(1e9))
     natural, fast, pgd = (predict(work(passes), cluster, 8) for passes in (0, 1, 7))
     assert fast.exposed_s == pytest.approx(pgd.exposed_s)
-    assert fast.sent_per_pass == pgd.sent_per_pass == natural.sent_per_pass > 0
+    assert fast.sent_per_epoch == pgd.sent_per_epoch == natural.sent_per_epoch > 0
     assert natural.efficiency < fast.efficiency < pgd.efficiency
 
 
 def test_free_communicates_at_every_replay():
     cluster = Cluster(Link(1e9))
     once, eight = (predict(work(0, steps_per_batch=m), cluster, 8) for m in (1, 8))
-    assert eight.sent_per_pass == 8 * once.sent_per_pass == 8 * 100 * sent(22 * MB, 8)
+    assert eight.sent_per_epoch == 8 * once.sent_per_epoch == 8 * 100 * sent(22 * MB, 8)
     assert eight.run_s == pytest.approx(8 * once.run_s)
     assert eight.images_per_s == pytest.approx(once.images_per_s / 8)
 
@@ -196,7 +196,7 @@ def test_weak_scaling_grows_batch_and_rate():
     row = predict(work(weak=True), Cluster(Link(math.inf)), 4)
     assert (row.global_batch, row.local_batch, row.lr) == (512, 128, 0.8)
     assert row.efficiency == pytest.approx(1)
-    assert row.pass_s == pytest.approx(25 * row.step_s)
+    assert row.epoch_s == pytest.approx(25 * row.step_s)
 
 
 def test_max_steps_ends_the_run_at_a_batch():

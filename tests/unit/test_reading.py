@@ -211,7 +211,7 @@ def test_what_a_later_version_adds_is_passed_over(tmp_path: Path) -> None:
     metrics = [epoch(1, 30.0, **more), {**epoch(2, 60.0), "test_loss": float("nan")}]
     run = make_run(tmp_path / "run", metrics=metrics, results=[evaluation("pgd-10", 0.4, **more)])
     assert write_report([run], tmp_path / "out").exists()
-    assert status.read(run, "run").passes == 2.0
+    assert status.read(run, "run").epochs == 2.0
 
 
 # --- long files ----------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_lines_from_the_end(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a pass and then 40,000 lines of a next one: three megabytes."""
+    """A run with an epoch and then 40,000 lines of a next one: three megabytes."""
     run = make_run(tmp_path_factory.mktemp("long") / "run", finished=False)
     metrics = [epoch(1, 5.0), *map(train, range(11, 40_011))]
     write_lines(run / "metrics.jsonl", metrics)

@@ -79,7 +79,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
             epoch(1, 30.0),
             epoch(2, 61.0),
             epoch(3, 92.0),
-            # Killed, and resumed from the checkpoint of the first pass.
+            # Killed, and resumed from the checkpoint of the first epoch.
             epoch(2, 50.0),
             {"kind": "train", "epoch": 2.5, "step": 25, "seconds": 62.5},
         ],
@@ -95,7 +95,7 @@ def test_csv_holds_the_recorded_numbers(report: Report) -> None:
     assert float(row["ci95_low"]) == pytest.approx(0.3997, abs=1e-4)
     assert (row["method"], float(row["method_alpha"])) == ("fast", 10 / 255)
     assert (row["attack_steps"], row["attack_restarts"], row["n"]) == ("10", "1", "1000")
-    assert (row["passes"], row["optimiser_steps"]) == ("4.0", "40")
+    assert (row["epochs"], row["optimiser_steps"]) == ("4.0", "40")
     assert (float(row["training_seconds"]), float(row["epoch_seconds"])) == (120.0, 30.0)
     assert (row["ranks"], row["precision"], row["seed"]) == ("2", "bf16", "7")
     assert report.row("b/fast", "pgd-10")["flags"] == FLAG
@@ -104,7 +104,7 @@ def test_csv_holds_the_recorded_numbers(report: Report) -> None:
 
 def test_main_table(report: Report) -> None:
     header, _, natural, good, collapsed, unfinished = markdown_table(report, "Results")
-    assert header[:6] == ["Run", "Method", "Natural", "PGD-10", "PGD-50-10", "Passes"]
+    assert header[:6] == ["Run", "Method", "Natural", "PGD-10", "PGD-50-10", "Epochs"]
     assert natural[:5] == [
         "natural",
         "Natural",
@@ -183,8 +183,8 @@ def test_warnings_come_before_the_numbers(report: Report) -> None:
     for text in (report.html, report.markdown):
         above = text[: text.index("Attack settings")].split("Results")[0]
         assert f"b/fast, PGD-10: {FLAG}" in above
-        assert "free is unfinished: 2.5 of 4 passes are logged." in above
-        assert "b/fast: the guard against catastrophic overfitting tripped in pass 3" in above
+        assert "free is unfinished: 2.5 of 4 epochs are logged." in above
+        assert "b/fast: the guard against catastrophic overfitting tripped in epoch 3" in above
 
 
 def test_headline(report: Report) -> None:
@@ -245,7 +245,7 @@ def test_torn_last_line_is_ignored(tmp_path: Path) -> None:
     with (run / "metrics.jsonl").open("ab") as file:
         file.write(b'{"kind": "train", "epoch": 4.5, "note": "\xc3')
     (read,) = read_runs([run])
-    assert read.passes == 4
+    assert read.epochs_done == 4
 
 
 def test_damage_elsewhere_is_reported(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_resumed_run_counts_no_stretch_twice(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", metrics=[*before, epoch(2, 70.0)])
     (read,) = read_runs([run])
     assert [record["seconds"] for record in read.epochs] == [30.0, 70.0]
-    assert (read.passes, read.seconds) == (2, 70.0)
+    assert (read.epochs_done, read.seconds) == (2, 70.0)
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_bare_run_and_replaced_report(tmp_path: Path) -> None:
     (run / "results.jsonl").unlink()
     report = report_on([run], out)
     assert "None of these runs has been evaluated" in report.html
-    assert "run is unfinished: 0 of 4 passes are logged." in report.html
+    assert "run is unfinished: 0 of 4 epochs are logged." in report.html
     assert "Neither curves nor example images are recorded." in report.html
     assert report.rows == []
     assert [path.name for path in (out / "figures").iterdir()] == ["mine.png"]

@@ -23,7 +23,7 @@ from made_up_runs import epoch, evaluation, make_run, write_lines
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-# The paper's own settings; the four passes of `make_run` are its 45.
+# The paper's own settings; the four epochs of `make_run` are its 45.
 PAPER = {
     "model": {"name": "preact_resnet18", "width": 64, "norm": "batch"},
     "data": {
@@ -57,8 +57,8 @@ def full_run(
     **changes: dict[str, Any],
 ) -> Run:
     """A run of the paper's settings in which `changes` differ: train={"epochs": 4}."""
-    passes = changes.get("train", {}).get("epochs", 45)
-    make_run(folder, method, metrics=[epoch(passes, 600.0)], results=results)
+    epochs = changes.get("train", {}).get("epochs", 45)
+    make_run(folder, method, metrics=[epoch(epochs, 600.0)], results=results)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     for section, options in PAPER.items():
         config[section] = options | changes.get(section, {})
@@ -124,7 +124,7 @@ def test_page_csv_and_what_was_not_run(tmp_path: Path) -> None:
     assert header[:4] == ["Run", "Published row", "Natural", "PGD-10"]
     assert ours == [
         "free",
-        "Free, m = 8 (preact_resnet18, 45 passes, batch 128; log, natural 83.6)",
+        "Free, m = 8 (preact_resnet18, 45 epochs, batch 128; log, natural 83.6)",
         "83.8 vs 83.9 (\N{MINUS SIGN}0.1, inside 83.1\N{EN DASH}84.5)",
         "50.0 vs 49.8 (+0.2, inside 49.0\N{EN DASH}51.0)",
         "48.6 vs 48.6 (+0.0, inside 47.6\N{EN DASH}49.6)",
@@ -136,7 +136,7 @@ def test_page_csv_and_what_was_not_run(tmp_path: Path) -> None:
     assert len(not_run) == 14 - 1
     assert {row[0] for row in not_run} == {"not run"}
     assert not_run[0][1:4] == [
-        "Free, m = 2 (preact_resnet18, 45 passes, batch 128)",
+        "Free, m = 2 (preact_resnet18, 45 epochs, batch 128)",
         "- vs 89.5",
         "- vs 32.4",
     ]
@@ -218,7 +218,7 @@ def test_another_threat_or_model_has_no_row(tmp_path: Path) -> None:
 def test_the_best_weights_are_not_the_final_ones(tmp_path: Path) -> None:
     collapsed = results_of(natural=0.904, pgd_50=0.003)
     best, final = pairs_of(full_run(tmp_path / "run", FAST, collapsed, train={"epochs": 90}))
-    assert best.differences == ["weights final instead of best on the test images (pass 84)"]
+    assert best.differences == ["weights final instead of best on the test images (epoch 84)"]
     assert [best.verdict, final.verdict] == ["not the same experiment", "reproduced"]
 
 
@@ -242,7 +242,7 @@ def test_every_difference_is_said(tmp_path: Path) -> None:
         "data imagefolder instead of cifar10",
         "guard stop instead of none",
         "lr 0.1 instead of 0.2",
-        "passes 4 instead of 45",
+        "epochs 4 instead of 45",
         "precision bf16 instead of fp16",
         "ranks 2 instead of 1",
         "schedule multistep instead of cyclic",
@@ -262,7 +262,7 @@ def test_a_run_that_has_not_finished_or_was_kept_short(tmp_path: Path) -> None:
     pairs = pairs_of(short) + pairs_of(unfinished)
     assert [pair.differences for pair in pairs] == [
         ["max steps 100 instead of null"],
-        ["unfinished: 9 of 45 passes"],
+        ["unfinished: 9 of 45 epochs"],
     ]
     assert {pair.verdict for pair in pairs} == {"not the same experiment"}
 

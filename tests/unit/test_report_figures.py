@@ -21,7 +21,7 @@ from made_up_runs import add_examples, epoch, evaluation, make_run
 pytestmark = pytest.mark.slow
 UNDRAWN = pytest.mark.usefixtures("undrawn")
 
-RUNS: dict[str, tuple[dict[str, Any], int]] = {  # method, passes
+RUNS: dict[str, tuple[dict[str, Any], int]] = {  # method, epochs
     "natural": ({"name": "natural"}, 2),
     "pgd": ({"name": "pgd", "steps": 2, "alpha": 0.1}, 2),
     "fast": ({"name": "fast", "alpha": 0.25, "guard": "warn"}, 2),
@@ -31,13 +31,13 @@ RUNS: dict[str, tuple[dict[str, Any], int]] = {  # method, passes
 }
 
 
-def train(method: dict[str, Any], passes: int, folder: Path) -> Path:
+def train(method: dict[str, Any], epochs: int, folder: Path) -> Path:
     tree = {
         "method": method,
         "threat": {"norm": "linf", "eps": 0.2},
         "model": {"name": "preact_resnet18", "width": 4},
         "data": {"name": "digits"},
-        "train": {"epochs": passes, "batch_size": 256, "precision": "fp32", "threads": 1},
+        "train": {"epochs": epochs, "batch_size": 256, "precision": "fp32", "threads": 1},
         "eval": {"attacks": ["natural", "fgsm", "pgd-3"], "limit": 60, "curve_limit": 60},
         "track": {"wandb": {"mode": "disabled"}},
     }
@@ -73,7 +73,7 @@ def report_on(runs: list[Path], out: Path) -> Drawings:
 @pytest.fixture(scope="module")
 def digits_report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drawings]:
     root = tmp_path_factory.mktemp("digits")
-    runs = [train(method, passes, root / name) for name, (method, passes) in RUNS.items()]
+    runs = [train(method, epochs, root / name) for name, (method, epochs) in RUNS.items()]
     return report_on(runs, root / "report")
 
 
@@ -81,7 +81,7 @@ def test_every_figure_is_there(digits_report):
     alone = {f"{figure}-{run}" for run in RUNS for figure in ("curves", "examples")}
     together = {
         "accuracy-over-time",
-        "accuracy-over-passes",
+        "accuracy-over-epochs",
         "trade-off",
         "replays",
         "catastrophic-overfitting",
@@ -113,11 +113,11 @@ def test_axes_are_labelled_and_hold_data(digits_report):
 
 
 def test_replays(digits_report):
-    """Equal passes and equal optimiser steps beside each other, with the runs' figures."""
+    """Equal epochs and equal optimiser steps beside each other, with the runs' figures."""
     figure = digits_report["replays"]
     accuracies, times = figure.axes[:2], figure.axes[2:]
     assert [axes.get_title() for axes in accuracies] == [
-        "2 passes each",
+        "2 epochs each",
         "24 optimiser steps each",
     ]
     for axes in times:
@@ -139,7 +139,7 @@ def legend(figure: Figure) -> list[str]:
 def test_overlay_of_two_runs(tmp_path):
     """Natural accuracy on the left, PGD's on the right, both runs in both, each in its colour."""
     runs = [run(tmp_path, "a", "free", 0.4), run(tmp_path, "b", "fast", 0.5)]
-    figure = report_on(runs, tmp_path / "out")["accuracy-over-passes"]
+    figure = report_on(runs, tmp_path / "out")["accuracy-over-epochs"]
     assert legend(figure) == ["a", "b"]
     curves = [[line.get_ydata().tolist() for line in axes.lines] for axes in figure.axes]
     assert curves == [
@@ -182,10 +182,10 @@ def collapsing(*robust: float) -> list[dict[str, Any]]:
     ]
 
 
-COLLAPSES = {  # a run's passes, and the one in which it collapsed
+COLLAPSES = {  # a run's epochs, and the one in which it collapsed
     "half": (collapsing(0.40, 0.41, 0.20, 0.05), 3),  # below half of FGSM's 45 %, by 25 points
     "held": (collapsing(0.40, 0.24, 0.24, 0.24), None),  # half of it is left
-    "back": (collapsing(0.40, 0.02, 0.40, 0.41), None),  # a bad pass, not the end of the run
+    "back": (collapsing(0.40, 0.02, 0.40, 0.41), None),  # a bad epoch, not the end of the run
     "twice": (collapsing(0.40, 0.02, 0.40, 0.02), 4),
     "guard": ([epoch(1, 9.0), epoch(2, 18.0, guard_tripped=True)], 2),
     # FGSM tells nothing (it left little before, too), training accuracy does.
@@ -218,7 +218,7 @@ def test_collapses_are_marked_where_they_begin(tmp_path):
     natural = make_run(tmp_path / "natural", metrics=collapsing(0, 0, 0, 0))  # none by design
     figure = report_on([natural, *runs], tmp_path / "out")["catastrophic-overfitting"]
     titles = {
-        name if collapse is None else f"{name}\ncollapsed in pass {collapse}": collapse
+        name if collapse is None else f"{name}\ncollapsed in epoch {collapse}": collapse
         for name, (_, collapse) in COLLAPSES.items()
     }
     assert {axes.get_title() for axes in figure.axes} == titles.keys()
@@ -229,7 +229,7 @@ def test_collapses_are_marked_where_they_begin(tmp_path):
         bottom, top = axes.get_ylim()
         assert all(bottom < y < top for line in axes.lines[:3] for y in line.get_ydata())
     said = (tmp_path / "out" / "report.md").read_text()
-    assert "collapsed: half (from pass 3 on; at the end 60.0" in said
+    assert "collapsed: half (from epoch 3 on; at the end 60.0" in said
     assert "held (from" not in said
 
 

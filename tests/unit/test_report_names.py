@@ -13,6 +13,7 @@ from matplotlib import font_manager, text
 
 from dist_adv import cli
 from dist_adv.report import write_report
+from dist_adv.report.figures import album
 from dist_adv.runs.run import Examples
 from dist_adv.text import shown
 from dist_adv.tracking.wandb_run import caption
@@ -49,6 +50,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         draw(self, renderer)  # type: ignore[arg-type]
 
     monkeypatch.setattr(text.Text, "draw", see)
+    monkeypatch.setattr(album, "_DPI", 40)  # it is read what is written, and not looked at
     return found
 
 

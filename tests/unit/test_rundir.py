@@ -393,7 +393,7 @@ def test_another_experiment_is_refused_and_its_folder_let_alone(tmp_path):
     lock.release()
 
 
-# --- held-out images, and the best pass on them --------------------------------------------------
+# --- held-out images, and the best epoch on them ------------------------------------------------
 
 
 def numbered(n: int) -> Dataset:
@@ -435,7 +435,7 @@ class Killed(BaseException):
 
 
 class Scripted(Trainer):
-    """Whose held-out robust accuracy is what the script says of each pass, in 30 images."""
+    """Whose held-out robust accuracy is what the script says of each epoch, in 30 images."""
 
     script = [1, 7, 3, 7, 2]
 
@@ -469,12 +469,12 @@ def test_checkpoint_of_the_best_pass_stays(images, tmp_path, monkeypatch):
     monkeypatch.setattr("dist_adv.training.curve.evaluate", scripted)
     run_dir = tmp_path / "run"
     train_run(best_run(images), run_dir, "none")
-    assert steps(run_dir) == [4, 10]  # 90 images in batches of 45: two steps a pass
+    assert steps(run_dir) == [4, 10]  # 90 images in batches of 45: two steps an epoch
     best = checkpoint.load(run_dir / "checkpoints" / "step-000000010").state["best"]
     assert best == {"step": 4, "epoch": 2.0, "accuracy": 7 / 30}
     assert checkpoint.load(run_dir / "checkpoints" / "step-000000004").state["clock"]["step"] == 4
 
-    # Killed right after the fourth pass, whose checkpoint must remember the second.
+    # Killed right after the fourth epoch, whose checkpoint must remember the second.
     killed, save = tmp_path / "killed", checkpoint.save
 
     def save_and_die(folder: Path, step: int, *rest: Any) -> Path:

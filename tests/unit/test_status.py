@@ -37,7 +37,7 @@ def no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write(folder: Path, state: str, **about: Any) -> Path:
-    """A run of 200 steps that is in the middle of its fifth pass of 1,000 images."""
+    """A run of 200 steps that is in the middle of its fifth epoch of 1,000 images."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "method": {"name": "fast"},
@@ -66,9 +66,9 @@ def test_a_running_one_has_progress_rate_and_time_left(tmp_path: Path) -> None:
     run = write(tmp_path / "run", "running")
     lock = Lock(run)
     found = only(run)
-    assert (found.state, found.step, found.total, found.passes) == ("running", 50, 200, 5.0)
+    assert (found.state, found.step, found.total, found.epochs) == ("running", 50, 200, 5.0)
     assert found.images_per_s == 500.0
-    assert found.left == pytest.approx(15 * 1000 / 500)  # 15 more passes
+    assert found.left == pytest.approx(15 * 1000 / 500)  # 15 more epochs
     assert found.robust == ("pgd-10", 0.25)
     lock.release()
     assert only(run).state == "killed"  # says that it runs, and nobody is there
@@ -190,7 +190,7 @@ def test_a_table_that_is_too_wide_is_a_paragraph_each(width: int) -> None:
     if width == 30:
         assert lines[0] == "runs/free-8-seed0"
         assert " ".join(lines[1:]) == (
-            "failed, 50 of 200 steps, 1.5 passes, pgd-10 25.0%: out of memory"
+            "failed, 50 of 200 steps, 1.5 epochs, pgd-10 25.0%: out of memory"
         )
     else:
         assert lines[2].split() == ["runs/free-8-seed0", "failed", *words]

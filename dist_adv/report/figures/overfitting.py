@@ -75,7 +75,7 @@ def draw(album: Album, drawn: Sequence[Drawn]) -> None:
         figure,
         "catastrophic-overfitting",
         "Catastrophic overfitting",
-        "Training on a single attack step can go wrong from one pass to the next: the model "
+        "Training on a single attack step can go wrong from one epoch to the next: the model "
         "learns to mislead that step, so accuracy on its own training images rises and FGSM, one "
         f"step too, still leaves some, while {attack} leaves nothing. The line and the shade mark "
         "from where the guard tripped (PGD-5 accuracy on training images fell and FGSM accuracy "
@@ -89,7 +89,7 @@ def draw(album: Album, drawn: Sequence[Drawn]) -> None:
 
 
 def _collapse(run: Run) -> float | None:
-    """The first pass after which the run had collapsed, if it did not recover."""
+    """The first epoch after which the run had collapsed, if it did not recover."""
     begun = None
     for record in run.epochs:
         if _collapsed(record):
@@ -127,9 +127,9 @@ def _panel(axes: Axes, drawn: Drawn, collapse: float | None) -> None:
     if collapse is not None:
         axes.axvspan(collapse, last, color="#F3D9C9", zorder=0)
         axes.axvline(collapse, color="#000000", linewidth=1, zorder=1)
-    fate = f"\ncollapsed in pass {collapse:g}" if collapse is not None else ""
+    fate = f"\ncollapsed in epoch {collapse:g}" if collapse is not None else ""
     axes.set_title(drawn.run.label + fate)
-    axes.set_xlabel("passes over the data")
+    axes.set_xlabel("epochs")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlim(0, 1.04 * last)
 
@@ -141,7 +141,7 @@ def _look(fallen: Sequence[Drawn], attack: str) -> str:
     for each in fallen:
         last = each.run.curve("pgd_accuracy")[-1]
         ends.append(
-            f"{each.run.label} (from pass {_collapse(each.run):g} on; at the end "
+            f"{each.run.label} (from epoch {_collapse(each.run):g} on; at the end "
             f"{percentage(last['train_accuracy'])} of its training images and "
             f"{percentage(last['pgd_accuracy'])} under {attack})"
         )

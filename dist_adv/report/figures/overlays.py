@@ -1,4 +1,4 @@
-"""Natural and robust accuracy of all runs by pass and by time."""
+"""Natural and robust accuracy of all runs by epoch and by time."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ _MOST_CURVES = len(COLOURS)
 
 
 def draw(album: Album, drawn: Sequence[Drawn]) -> None:
-    """The curves over training time, then over passes; of many runs the best stand out."""
+    """The curves over training time, then over epochs; of many runs the best stand out."""
     curved = [each for each in drawn if each.run.curve("test_accuracy")]
     if not curved:
         return
@@ -40,10 +40,10 @@ def draw(album: Album, drawn: Sequence[Drawn]) -> None:
         f"accuracy under {attack}.",
     )
     album.add(
-        _figure(curved, shown, "epoch", 1, "passes over the data"),
-        "accuracy-over-passes",
-        "Accuracy over passes",
-        "The same curves by passes over the data. Passes are not equal work: Free updates the "
+        _figure(curved, shown, "epoch", 1, "epochs"),
+        "accuracy-over-epochs",
+        "Accuracy over epochs",
+        "The same curves by epochs. Epochs are not equal work: Free updates the "
         "model several times on each minibatch, and PGD training spends several gradients on each "
         "update. If the right-hand curve drops to nothing while the left one holds or rises, that "
         "is catastrophic overfitting: the model has learned to mislead the weak attack it trains "

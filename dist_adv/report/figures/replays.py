@@ -48,16 +48,16 @@ def _settings(run: Run) -> str:
 
 
 def _series(runs: Sequence[Run]) -> list[_Series]:
-    """Those of equal passes and those of equal optimiser steps, where there is more than one m."""
+    """Those of equal epochs and those of equal optimiser steps, where there is more than one m."""
     groups: dict[tuple[str, float], dict[int, Run]] = {}
     for run in runs:
-        m, passes = run.config["method"]["replays"], run.config["train"]["epochs"]
-        groups.setdefault(("passes", passes), {})[m] = run
-        groups.setdefault(("steps", passes * m), {})[m] = run
+        m, epochs = run.config["method"]["replays"], run.config["train"]["epochs"]
+        groups.setdefault(("epochs", epochs), {})[m] = run
+        groups.setdefault(("steps", epochs * m), {})[m] = run
     return [
         _Series(
-            f"{size:g} passes each"
-            if kind == "passes"
+            f"{size:g} epochs each"
+            if kind == "epochs"
             else f"{next(iter(by_m.values())).steps:,} optimiser steps each",
             [by_m[m] for m in sorted(by_m)],
         )
@@ -94,8 +94,8 @@ def _draw(album: Album, series: Sequence[_Series]) -> None:
         "replays",
         "Accuracy and training time against Free's m",
         "Runs that differ only in m and in "
-        "how long they trained. With equal passes, a larger m means more optimiser steps and "
-        "more time; with equal optimiser steps it means that each image is seen in fewer passes, "
+        "how long they trained. With equal epochs, a larger m means more optimiser steps and "
+        "more time; with equal optimiser steps it means that each image is seen in fewer epochs, "
         "for about the same time. The first shows what m buys, the second what it costs in "
         "diversity of the batches. Bars are 95 % intervals for the finite number of test images; "
         "the points are moved apart a little sideways.",

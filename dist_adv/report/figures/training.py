@@ -54,7 +54,7 @@ def curves(album: Album, drawn: Drawn) -> None:
         ("pgd", f"{split} images under {attack}", drawn.colour, "--", "white"),
     ):
         records = run.curve(f"{key}_accuracy")
-        passes = [record["epoch"] for record in records]
+        epochs = [record["epoch"] for record in records]
         accuracies = np.array([100 * record[f"{key}_accuracy"] for record in records])
         for axes, values in (
             (loss, [record.get(f"{key}_loss") for record in records]),
@@ -62,7 +62,7 @@ def curves(album: Album, drawn: Drawn) -> None:
             (error, 100 - accuracies),
         ):
             axes.plot(
-                passes,
+                epochs,
                 values,
                 color=colour,
                 linestyle=line,
@@ -77,7 +77,7 @@ def curves(album: Album, drawn: Drawn) -> None:
         (accuracy, "accuracy (%)"),
         (error, "error (%)"),
     ):
-        axes.set_xlabel("passes over the data")
+        axes.set_xlabel("epochs")
         axes.set_ylabel(name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlim(left=0)
@@ -95,7 +95,7 @@ def curves(album: Album, drawn: Drawn) -> None:
         f"curves-{run.label}",
         "Loss, accuracy and error during training",
         f"The training curve is measured on what this method trains on, {inputs}, while the "
-        "weights are still moving. The test curves use the weights at the end of a pass, on "
+        "weights are still moving. The test curves use the weights at the end of an epoch, on "
         f"natural images and under {attack}; the distance between these two is what the attack "
         f"costs. Error is 100 % minus accuracy.{sample}",
     )
