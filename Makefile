@@ -35,16 +35,17 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/python docs/rooms.py --check || { echo 'docs/design.md shows other rooms: make rooms'; exit 1; }
 
-# Two workers; which tests must be one's is said in tests/conftest.py, and what comes first.
-WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
+# Which tests must be one worker's is said in tests/conftest.py, and what comes first.
+SHARED_OUT := --dist loadgroup --no-loadscope-reorder
 
 check: lint
-	$(RUN_TESTS) $(WORKERS) -m "not slow"
+	$(RUN_TESTS) -n 2 $(SHARED_OUT) -m "not slow"
 
-# The tests of Slurm wait more than they work: they run beside the others, and are shown at the end.
+# For two cores: three workers, as many a test waits for processes that it has started. The tests of
+# Slurm wait more than they work: they run beside the others, and are shown at the end.
 test: lint
 	@$(MAKE) --no-print-directory test-slurm > $(VENV)/slurm.log 2>&1 & slurm=$$!; \
-	$(RUN_TESTS) $(WORKERS) --durations=10 --ignore=tests/slurm; others=$$?; \
+	$(RUN_TESTS) -n 3 $(SHARED_OUT) --durations=10 --ignore=tests/slurm; others=$$?; \
 	wait $$slurm; slurm=$$?; cat $(VENV)/slurm.log; \
 	exit $$((others || slurm))
 
