@@ -1,7 +1,7 @@
 """What the framework is measured against: the published loops, written from their pseudocode.
 
 As people run them: fp32, images in NCHW, plain SGD, every attack gradient out of a full backward
-epoch that computes the weights' gradients as well, images decoded and augmented one by one by two
+pass that computes the weights' gradients as well, images decoded and augmented one by one by two
 worker processes. Nothing of the framework's attacks, methods or loader is used.
 """
 
