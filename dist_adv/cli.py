@@ -167,7 +167,7 @@ def report(run_dirs: tuple[Path, ...], out: Path, against: tuple[str, ...]) -> N
 
 
 def _runs(named: tuple[Path, ...]) -> list[Path]:
-    """The run folders among those that are named; the others are said to be passed over."""
+    """Return the run folders among those that are named; the others are said to be passed over."""
     from dist_adv.runs.reading import find_runs, passed_over
 
     runs, others = find_runs(named)
@@ -444,7 +444,7 @@ def plan(config: Path, overrides: tuple[str, ...], **asked: Any) -> None:
 
 
 def _begin_work() -> None:
-    """What comes first in a command that trains: it can be asked to stop, and its files count."""
+    """Begin a command that trains: it can be asked to stop, and its files count."""
     stopping.catch_signals()  # before the seconds that importing torch takes
     streams.optional()
     _announce()

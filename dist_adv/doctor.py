@@ -102,7 +102,7 @@ def _plain(text: str) -> str:
 
 
 def _output(*command: str) -> str | None:
-    """What a program prints; None where it is absent, fails or takes longer than ten seconds."""
+    """Return what a program prints; None where it is absent, fails or takes ten seconds."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -305,7 +305,7 @@ def _limits() -> Findings:
 
 
 def _use(config: Config | None) -> Findings:
-    """What `train CONFIG` would take; without one what it takes by itself."""
+    """Return what `train CONFIG` would take; without one what it takes by itself."""
     import torch
 
     from dist_adv.distributed.start import resolve_precision, threads_per_rank

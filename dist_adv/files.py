@@ -26,7 +26,7 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """The whole new file or the whole old one, whenever the process is killed.
+    """Replace a file by the whole new one, or leave the old one where the process is killed.
 
     Raises RunFailure where the disk refuses, having left nothing.
     """

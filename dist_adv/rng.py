@@ -17,7 +17,7 @@ _MASK = (1 << 64) - 1
 
 
 def _signed(value: int) -> int:
-    """The int64 with the bits of `value` modulo 2**64."""
+    """Return the int64 with the bits of `value` modulo 2**64."""
     value &= _MASK
     return value - (1 << 64) if value >> 63 else value
 
@@ -39,7 +39,7 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def stream_key(*parts: int | str) -> int:
-    """A 64-bit key (as int64) from the seed, the name of a stream, the step: whatever tells it."""
+    """Return a 64-bit key (as int64) from the seed, the name of a stream, the step, ..."""
     text = "\x1f".join(map(str, parts)).encode()
     return _signed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
 
@@ -77,5 +77,5 @@ def integers(keys: Tensor, upper: int) -> Tensor:
 
 
 def permutation(key: int, n: int) -> Tensor:
-    """A random order of 0 .. n - 1 on the CPU: the samples sorted by their keys."""
+    """Return a random order of 0 .. n - 1 on the CPU: the samples sorted by their keys."""
     return sample_keys(key, torch.arange(n)).argsort(stable=True)

@@ -61,13 +61,13 @@ def optional() -> None:
 
 
 def lost() -> bool:
-    """Has the reader of standard output left?"""
+    """Tell whether the reader of standard output has left."""
     raw = _raw(sys.stdout)
     return raw is not None and raw.lost
 
 
 def _text(fd: int, given: Any) -> io.TextIOWrapper:
-    """A text stream over `fd` in the encoding of the one that Python has made, if any."""
+    """Return a text stream over `fd` in the encoding of the one that Python has made, if any."""
     return io.TextIOWrapper(
         io.BufferedWriter(_Standard(fd)),
         encoding=given.encoding if given else "utf-8",
@@ -77,13 +77,13 @@ def _text(fd: int, given: Any) -> io.TextIOWrapper:
 
 
 def _raw(stream: Any) -> _Standard | None:
-    """What is below a stream of `install`; None for any other, as in tests and notebooks."""
+    """Return what is below a stream of `install`; None for any other, as in tests and notebooks."""
     raw = getattr(getattr(stream, "buffer", None), "raw", None)
     return raw if isinstance(raw, _Standard) else None
 
 
 def _in_ascii(error: UnicodeError) -> tuple[str, int]:
-    """An error handler of codecs: what a stream cannot encode, escaped.
+    """Return an error handler of codecs: what a stream cannot encode, escaped.
 
     The mark of text that a table has cut keeps its width of one, or the columns would shift.
     """

@@ -30,7 +30,7 @@ console = Console(stderr=True)
 
 
 def interactive(shown_on: Console = console) -> bool:
-    """Can what was printed there be drawn anew: is it a terminal, and none that is dumb?
+    """Tell whether what was printed can be drawn anew: on a terminal, and none that is dumb.
 
     rich takes a file for a terminal under FORCE_COLOR.
     """
@@ -85,7 +85,7 @@ class _LogFile(logging.FileHandler):
 
 
 def bar(main: bool) -> Progress:
-    """A progress display with a `status` field; silent off the main process or a terminal."""
+    """Return a progress bar with a `status` field; silent off the main process or a terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -6,17 +6,17 @@ from pathlib import Path
 
 
 def percent(fraction: float) -> str:
-    """A fraction as a percentage without the sign: 0.4301 is 43.0."""
+    """Return a fraction as a percentage without the sign: 0.4301 is 43.0."""
     return f"{100 * fraction:.1f}"
 
 
 def percentage(fraction: float) -> str:
-    """A fraction as a percentage with its sign, for prose."""
+    """Return a fraction as a percentage with its sign, for prose."""
     return f"{percent(fraction)}\N{NO-BREAK SPACE}%"
 
 
 def duration(seconds: float) -> str:
-    """A time in the unit in which it is easiest to grasp."""
+    """Return a time in the unit in which it is easiest to grasp."""
     if seconds < 120:
         return f"{seconds:.1f} s" if seconds < 20 else f"{seconds:.0f} s"
     if seconds < 120 * 60:
@@ -25,7 +25,7 @@ def duration(seconds: float) -> str:
 
 
 def pixels(value: float) -> str:
-    """A perturbation size: k/255 where that is what it is."""
+    """Return a perturbation size: k/255 where that is what it is."""
     levels = round(255 * value)
     if value != round(value) and abs(value - levels / 255) < 1e-6:
         return f"{levels}/255"

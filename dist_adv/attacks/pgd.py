@@ -27,7 +27,7 @@ _LOSS_SCALE = 512.0
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """The model with the gradients of its parameters off, as they were before when it ends."""
+    """Yield the model with the gradients of its parameters off, and restore them in the end."""
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)
@@ -93,7 +93,7 @@ def ascend(
     steps: int,
     step_size: float,
 ) -> Tensor:
-    """The training attack: `steps` times ascend and project, on the model as it is.
+    """Attack for training: ascend and project `steps` times, on the model as it is.
 
     Every sample takes every step, in whatever mode (train, as in the papers) and precision the
     model is in. x: (n, C, H, W) in [0, 1]; returns delta in the threat's ball, x + delta in

@@ -23,7 +23,7 @@ class Threat(Protocol):
     def eps(self) -> float: ...
 
     def random(self, keys: Tensor, shape: torch.Size) -> Tensor:
-        """A perturbation of `shape`, uniform in the ball; one key a sample."""
+        """Return a perturbation of `shape`, uniform in the ball; one key a sample."""
 
     def ascend(self, delta: Tensor, grad: Tensor, step_size: float) -> Tensor:
         """One step of steepest ascent of length `step_size` in this norm.
@@ -32,7 +32,7 @@ class Threat(Protocol):
         """
 
     def project(self, delta: Tensor, x: Tensor) -> Tensor:
-        """The perturbation brought back into the ball, then so that x + delta is in [0, 1]."""
+        """Return the perturbation moved into the ball, then so that x + delta is in [0, 1]."""
 
 
 def _to_pixels(delta: Tensor, x: Tensor) -> Tensor:
@@ -89,5 +89,5 @@ def _norm(v: Tensor) -> Tensor:
 
 
 def build(norm: Literal["linf", "l2"], eps: float) -> Threat:
-    """The threat of a configuration."""
+    """Return the threat of a configuration."""
     return Linf(eps) if norm == "linf" else L2(eps)

@@ -87,7 +87,7 @@ def _make(out: Path) -> None:
 
 
 def _is_own(path: Path) -> bool:
-    """Is it a record of this command's?"""
+    """Tell whether it is a record of this command's."""
     try:
         return {"rows", "hardware", "threads"} <= json.loads(path.read_bytes()).keys()
     except (OSError, ValueError, AttributeError, RecursionError):

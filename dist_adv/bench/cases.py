@@ -110,14 +110,14 @@ class Bench:
         return Learner(self.config(method, width, **train), self.accelerator, images)
 
     def network(self, width: int | None = None) -> Classifier:
-        """A network as `trainer` has it, on the device."""
+        """Return a network as `trainer` has it, on the device."""
         config = self.config({"name": "natural"}, width)
         data = noise(100)
         return build_model(config.model, *data.statistics(), data.classes, 0).to(self.device)
 
 
 def peaks(bench: Bench) -> Iterator[Row]:
-    """What this device can do, measured now: the ceilings of everything below."""
+    """Measure what this device can do now: the ceilings of everything below."""
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     for name, dtype in dtypes.items():
         rate = matmul_rate(bench.device, dtype)
@@ -264,7 +264,7 @@ def evaluation(bench: Bench) -> Iterator[Row]:
 
 
 def _robust_model(bench: Bench) -> tuple[Config, Classifier]:
-    """That of --run; else one trained on digits here.
+    """Return the model of --run, or one trained on digits here.
 
     The bar is for a network such as one of CIFAR-10: a third of its answers are wrong from the
     start and another third fall. On digits nearly all are right at first.
@@ -353,7 +353,7 @@ class _Bare:
 
 
 def engine(bench: Bench) -> Iterator[Row]:
-    """A batch as `fit` takes it (rates, checks, agreement, metrics) against a loop by hand."""
+    """Time a batch as `fit` takes it (rates, checks, agreement, metrics) against a loop by hand."""
     trainer, meter = bench.trainer({"name": "fast"}, bench.small, epochs=10**6), Meter(bench.device)
     learner, bare = trainer.learner, _Bare(bench)
     endless = (batch for epoch in range(10**6) for batch in learner.loader.epoch(epoch))
@@ -380,7 +380,7 @@ def engine(bench: Bench) -> Iterator[Row]:
 
 @contextmanager
 def _run_of(trainer: Trainer) -> Iterator[Surroundings]:
-    """What `Trainer.fit` is given: a run folder, a session, records, a display that is silent."""
+    """Yield what `Trainer.fit` is given: a run folder, a session, records, a silent display."""
     with tempfile.TemporaryDirectory() as folder, bar(False) as progress:
         session = Session(trainer.accelerator, Path(folder), trainer.config.train)
         run = RunFolder(Path(folder))
@@ -393,7 +393,7 @@ def _run_of(trainer: Trainer) -> Iterator[Surroundings]:
 
 
 def overhead(bench: Bench) -> Iterator[Row]:
-    """What an epoch of 391 Fast steps spends on lines of metrics, a checkpoint and the curve."""
+    """Time what an epoch of 391 Fast steps spends on metrics, a checkpoint and the curve."""
     trainer, meter = bench.trainer({"name": "fast"}), Meter(bench.device)
     learner = trainer.learner
     batch = next(learner.loader.epoch(0))
@@ -542,7 +542,7 @@ def art(bench: Bench) -> Iterator[Row]:
 
 
 def robust(bench: Bench) -> Iterator[Row]:
-    """A robust CIFAR-10 network from nothing: `configs/cifar10-small/fast.yaml`."""
+    """Train a robust CIFAR-10 network from nothing: `configs/cifar10-small/fast.yaml`."""
     what = "configs/cifar10-small/fast.yaml: training time, PGD-10 accuracy on the test set"
     run_dir = bench.out / "robust"
     config = packages.shipped("configs") / "cifar10-small/fast.yaml"

@@ -7,7 +7,7 @@ from dist_adv.config.schema import Config
 
 
 def json_schema() -> dict[str, Any]:
-    """A JSON Schema for editors: a file may leave out whatever it extends or has a default."""
+    """Return a JSON Schema for editors: a file may leave out what it extends or has a default."""
     schema = Config.model_json_schema()
     for section in [schema, *schema["$defs"].values()]:
         section.pop("required", None)

@@ -43,7 +43,7 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def longer(old: Config, new: Config) -> list[str]:
-    """The differences by which a run gets longer; what is trained is the same until then."""
+    """Return the differences by which a run gets longer; what is trained is the same until then."""
     before, after = flatten(old.model_dump()), flatten(new.model_dump())
     # null: no limit
     grown = [key for key in _FREE_TO_GROW if _limit(after[key]) > _limit(before[key])]
@@ -51,7 +51,7 @@ def longer(old: Config, new: Config) -> list[str]:
 
 
 def training_differences(old: Config, new: Config) -> list[str]:
-    """The differences that change what is trained."""
+    """Return the differences that change what is trained."""
     allowed = longer(old, new)
     return [
         line

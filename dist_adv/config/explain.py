@@ -45,7 +45,7 @@ def explain(error: ErrorDetails, tree: Mapping[str, Any]) -> str:
 
 
 def _remedy(error: ErrorDetails, key: str) -> str:
-    """What to write for a value of another type than the key's."""
+    """Return what to write for a value of another type than the key's."""
     value = error["input"]
     match error["type"]:
         case "string_type" if isinstance(value, bool | int | float | date):
@@ -81,12 +81,12 @@ def _elsewhere(place: list[str], tree: Mapping[str, Any]) -> str:
 
 
 def _names_a_key(reason: str) -> bool:
-    """Checks of a whole section start with the key that they are about."""
+    """Tell whether a message names its key, as those of checks of a whole section do."""
     return reason.split(":")[0].isidentifier() and ":" in reason
 
 
 def _known_keys(place: list[str]) -> list[str]:
-    """The keys of the section at `place`, from the JSON Schema."""
+    """Return the keys of the section at `place`, from the JSON Schema."""
     schema = Config.model_json_schema()
     node: dict[str, Any] = schema
     for part in place:
@@ -101,5 +101,5 @@ def _kind(schema: dict[str, Any], node: dict[str, Any], name: str) -> dict[str, 
 
 
 def _kinds(section: str) -> list[str]:
-    """The names that a section of several kinds can have."""
+    """Return the names that a section of several kinds can have."""
     return list(Config.model_json_schema()["properties"][section]["discriminator"]["mapping"])

@@ -14,7 +14,7 @@ from dist_adv.errors import UserError
 
 
 def read_mapping(path: Path, needs: str, wanted: str = "") -> dict[str, Any]:
-    """The mapping that a YAML file holds; `needs` and `wanted` are for what is said of others."""
+    """Return the mapping that a YAML file holds; `needs` and `wanted` are for the complaint."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -31,7 +31,7 @@ def read_mapping(path: Path, needs: str, wanted: str = "") -> dict[str, Any]:
 
 
 def _read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping of a file with everything that it extends."""
+    """Return the mapping of a file with everything that it extends."""
     here = Path(os.path.realpath(path))  # Path.resolve raises for a link to itself
     if here in seen:
         raise UserError(f"{path}: extends itself; remove the circle of 'extends'")

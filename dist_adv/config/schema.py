@@ -175,5 +175,5 @@ class Config(Options):
         return self
 
     def dump(self) -> str:
-        """The resolved configuration as YAML, which `load_config` reads back to the same."""
+        """Return the resolved configuration as YAML, which `load_config` reads back to the same."""
         return to_yaml(self.model_dump())

@@ -70,7 +70,7 @@ class Dataset:
         return len(self.labels)
 
     def hold_out(self, n: int) -> tuple["Dataset", "Dataset"]:
-        """(the rest, n images that depend on nothing but how many images there are).
+        """Return (the rest, n images that depend on nothing but how many images there are).
 
         Raises UserError where nothing would be left.
         """
@@ -127,7 +127,7 @@ def load_dataset(
     split: Literal["train", "test"],
     main_process_first: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Dataset:
-    """The images and labels of a split.
+    """Return the images and labels of a split.
 
     `main_process_first` lets one process a node download and unpack while the others wait.
 

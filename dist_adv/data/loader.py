@@ -99,7 +99,7 @@ class Loader:
         self.windows = windows.to(torch.int32 if pixels < 2**31 else torch.int64)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of epoch number `epoch`, from batch number `start` on."""
+        """Yield the batches of epoch number `epoch`, from batch number `start` on."""
         order = rng.permutation(rng.stream_key(self.seed, "order", epoch), len(self.dataset))
         spans = [
             (number * self.batch_size, min(len(order), (number + 1) * self.batch_size))

@@ -24,7 +24,7 @@ class EngineAccelerator(Accelerator):
 
 
 def autocast(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """What `accelerator.prepare` does to a model under DDP, which leaves its weights in fp32.
+    """Wrap a model as `accelerator.prepare` does under DDP, which leaves its weights in fp32.
 
     Parts of parameters are parts of rows: channels cannot be last.
     """

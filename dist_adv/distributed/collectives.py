@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def check_same_start(accelerator: Accelerator, about: Mapping[str, Any]) -> None:
-    """Raises UserError on every rank where one was started with something else than rank 0."""
+    """Raise UserError on every rank where one was started with something else than rank 0."""
     mine = (socket.gethostname(), dict(about))
     everyone = gather_object([mine]) if accelerator.num_processes > 1 else [mine]
     first, expected = everyone[0]
@@ -34,7 +34,7 @@ def check_same_start(accelerator: Accelerator, about: Mapping[str, Any]) -> None
 
 
 def check_same_images(accelerator: Accelerator, prints: Fingerprints) -> None:
-    """Raises UserError on every rank where one reads other images than rank 0."""
+    """Raise UserError on every rank where one reads other images than rank 0."""
     mine = (socket.gethostname(), prints)
     everyone = gather_object([mine]) if accelerator.num_processes > 1 else [mine]
     first, expected = everyone[0]
@@ -48,7 +48,7 @@ def check_same_images(accelerator: Accelerator, prints: Fingerprints) -> None:
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """The main process's result on every rank; what it raises is raised on every rank."""
+    """Return the main process's result on every rank; what it raises is raised on every rank."""
     outcome: list[T | Exception | None] = [None]
     if accelerator.is_main_process:
         try:
@@ -63,7 +63,7 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 def on_every(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """This rank's result; a UserError of any rank is raised on all, so that none is waited for."""
+    """Return this rank's result; raise a UserError of any rank on all, so that none waits."""
     result, mistake = None, None
     try:
         result = work()
@@ -89,5 +89,5 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
 
 
 def sum_over_ranks(accelerator: Accelerator, value: Tensor) -> Tensor:
-    """The sum over ranks, of counts or of sums of losses."""
+    """Return the sum over ranks, of counts or of sums of losses."""
     return accelerator.reduce(value, reduction="sum")

@@ -62,7 +62,7 @@ class TrainNet:
             own.copy_(whole)
 
     def _own_momentum(self) -> list[Tensor]:
-        """This rank's part of each."""
+        """Return this rank's part of each."""
         return [state["momentum_buffer"] for state in self.sgd.state.values() if state]
 
 

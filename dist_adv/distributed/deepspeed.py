@@ -51,7 +51,7 @@ def start_deepspeed(cpu: bool, precision: str) -> Accelerator:
 
 
 def check_deepspeed(config: Mapping[str, Any]) -> None:
-    """Raises UserError for what would make another experiment of this one."""
+    """Raise UserError for what would make another experiment of this one."""
     zero = config["zero_optimization"]
     offloads = [zero.get(key) or {} for key in ("offload_optimizer", "offload_param")]
     formats = [config.get(key, {}) for key in ("fp16", "bf16", "torch_autocast")]
@@ -148,7 +148,7 @@ class ZeroNet(TrainNet):
             lazy_init_hp_params_optimizer_state(self.parameters.values(), flat, self.sgd.state)
 
     def _part(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
-        """This rank's of a tensor. Parts are of one size, the last is filled up with zeros.
+        """Return this rank's part of a tensor. Parts are of one size, the last padded with zeros.
 
         DeepSpeed's own `safe_set_full_...` forget that (0.19).
         """

@@ -45,7 +45,7 @@ _VARIABLES: dict[str, tuple[frozenset[str], str]] = {
 
 
 def check_environment() -> None:
-    """Raises UserError naming a variable of Accelerate's that would change training unseen."""
+    """Raise UserError naming a variable of Accelerate's that would change training unseen."""
     for name, (allowed, remedy) in _VARIABLES.items():
         value = os.environ.get(name)
         if value is not None and value.lower() not in allowed:
@@ -53,7 +53,7 @@ def check_environment() -> None:
 
 
 def start_engine(cpu: bool, precision: str) -> Accelerator | None:
-    """The Accelerator of the engine that the launcher has chosen; None for DDP.
+    """Return the Accelerator of the engine that the launcher has chosen; None for DDP.
 
     Raises UserError where it is not at hand, or set to what would train another network.
     """
@@ -83,7 +83,7 @@ _NETS = {DistributedType.DEEPSPEED: ZeroNet, DistributedType.FSDP: ShardedNet}
 def prepare(
     accelerator: Accelerator, model: nn.Module, optim: OptimOptions, train: TrainOptions
 ) -> TrainNet:
-    """The network, ready to be trained under this process's engine.
+    """Return the network, ready to be trained under this process's engine.
 
     Raises UserError for a choice that the engine does not allow.
     """

@@ -13,7 +13,7 @@ from dist_adv.errors import GOES_ON, LostRank, RankFailure
 
 @contextmanager
 def plain_failures(accelerator: Accelerator, key: str, batch_size: int) -> Iterator[None]:
-    """What goes wrong beneath us, in one line: memory, and ranks that are gone.
+    """Say in one line what goes wrong beneath us: memory, and ranks that are gone.
 
     Raises RankFailure where this process has no memory left, naming `key` and half of
     `batch_size`; LostRank where another process has left.
@@ -56,6 +56,6 @@ def _out_of_memory(
 
 
 def reason(error: BaseException) -> str:
-    """The first sentence of torch's message, without the place in its source."""
+    """Return the first sentence of torch's message, without the place in its source."""
     lines = str(error).splitlines() or [type(error).__name__]
     return re.sub(r"^\[[^]]*\] *(err == 0\. )?", "", lines[0]).split(". ")[0].rstrip(".")

@@ -13,7 +13,7 @@ _REMEDY = "unset it, or start with torchrun"
 
 
 def rank() -> int:
-    """This process's number; 0 without a launcher, also where a variable of one is left over."""
+    """Return this process's number; 0 without a launcher, though a variable of one be left over."""
     return (_number("RANK") or 0) if all(map(os.environ.get, _NEEDED)) else 0
 
 
@@ -28,7 +28,7 @@ def ranks_here() -> int:
 
 
 def check() -> None:
-    """Raises UserError naming a variable that is left over, missing or no number.
+    """Raise UserError naming a variable that is left over, missing or no number.
 
     torch would wait half an hour for processes that nobody has started.
     """

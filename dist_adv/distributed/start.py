@@ -22,7 +22,7 @@ log = logging.getLogger("dist_adv")
 def start_accelerator(
     precision: str = "fp32", threads: int | None = None, deterministic: bool = True
 ) -> Accelerator:
-    """The Accelerator of this process, on CUDA where there is any, else on the CPU with gloo.
+    """Return this process's Accelerator, on CUDA where there is any, else on the CPU with gloo.
 
     fp32 is IEEE's from here on, and cuDNN's algorithms are `deterministic` or the fastest.
 
@@ -72,7 +72,7 @@ _SHORTER_FP32 = {
 
 
 def check_fp32_variables() -> None:
-    """Raises UserError for a variable by which fp32 would silently be less."""
+    """Raise UserError for a variable by which fp32 would silently be less."""
     for name, harmless in _SHORTER_FP32.items():
         if (value := os.environ.get(name, "")).upper() not in harmless:
             raise UserError(
@@ -108,7 +108,7 @@ def warn_of_unused_precision(accelerator: Accelerator) -> None:
 
 @contextmanager
 def _meeting() -> Iterator[None]:
-    """The ranks meet at MASTER_ADDR and MASTER_PORT, or say in one line why they do not."""
+    """Let the ranks meet at MASTER_ADDR and MASTER_PORT, or say in one line why they do not."""
     try:
         with stopping.leaving_at_once():
             yield

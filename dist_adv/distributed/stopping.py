@@ -108,15 +108,15 @@ def _leave(reason: str) -> NoReturn:
 
 
 def _orphaned() -> bool:
-    """Has a launcher or a sweep started this process, and died? It would train on unseen.
+    """Tell whether what started this process, a launcher or a sweep, has died.
 
-    A plain process may lose its parent to a closed terminal, and go on.
+    It would train on unseen. A plain process may lose its parent to a closed terminal, and go on.
     """
     return any(name in os.environ for name in _STARTED) and os.getppid() != _parent
 
 
 def asked() -> bool:
-    """Has a signal come already?"""
+    """Tell whether a signal has come already."""
     return _received is not None
 
 
@@ -130,7 +130,7 @@ class Stopping:
         self.found = False
 
     def reason(self) -> int:
-        """An index into REASONS; 0 to go on."""
+        """Return an index into REASONS; 0 to go on."""
         if _received is not None:
             return REASONS.index(signal.Signals(_received).name)
         if _orphaned():
@@ -142,14 +142,14 @@ class Stopping:
         return 0
 
     def _file_is_there(self) -> bool:
-        """Looked for once a second at most: it may lie on a slow network disk."""
+        """Look for it once a second at most: it may lie on a slow network disk."""
         now = time.monotonic()
         if self.file and now - self.looked >= _SECONDS_BETWEEN_LOOKS:
             self.looked, self.found = now, self.file.exists()
         return self.found
 
     def heeded(self) -> None:
-        """The stop file has done its work; the next start is not stopped by it."""
+        """Remove the stop file, which has done its work: it does not stop the next start."""
         if self.file:
             with suppress(OSError):
                 self.file.unlink(missing_ok=True)

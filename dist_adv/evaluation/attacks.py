@@ -199,7 +199,7 @@ def build_attacks(
 
 
 def _shared_runs(wanted: Sequence[AttackSpec]) -> list[list[AttackSpec]]:
-    """Groups of attacks that one run gives, the one to be run first; the weakest group first."""
+    """Return groups of attacks that one run gives, that one first; the weakest group first."""
     groups: list[list[AttackSpec]] = []
     strength = [spec for spec in wanted if spec.kind == "pgd"]
     strength.sort(key=lambda spec: (spec.steps, spec.restarts), reverse=True)

@@ -34,7 +34,7 @@ class EvaluationDisplay:
 
 
 def results_table(results: "Sequence[Result]") -> None:
-    """The final figures, on standard output."""
+    """Print the final figures."""
     table = Table("attack", "accuracy", "95 % interval", "n", "seconds")
     for result in results:
         record = result.record()

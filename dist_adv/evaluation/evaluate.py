@@ -141,7 +141,7 @@ def _examples(
 
 
 def _check_fit(model: nn.Module, dataset: Dataset, options: EvalOptions) -> None:
-    """The edge where a model meets a data set that it may not have been trained on."""
+    """Raise UserError where a model does not fit a data set that it was not trained on."""
     architecture = getattr(model, "architecture", None)
     if architecture is None:
         return

@@ -26,7 +26,7 @@ class Result:
         return self.correct / self.n
 
     def record(self) -> dict[str, Any]:
-        """The line of results.jsonl."""
+        """Return the line of results.jsonl."""
         return {
             "attack": self.attack,
             "accuracy": self.accuracy,

@@ -44,7 +44,7 @@ class Tally:
             self.unfinished.keep(self.attack, entry)
 
     def totals(self) -> list[float]:
-        """The sums over all ranks."""
+        """Return the sums over all ranks."""
         self._collect()
         return self.sums.tolist()
 

@@ -41,7 +41,7 @@ class Unfinished:
         self.entries: dict[str, Entry] = on_main(accelerator, self._read)
 
     def find(self, attack: str, size: int) -> Entry | None:
-        """What is known of `size` sums."""
+        """Return what is known of `size` sums."""
         found = self.entries.get(attack)
         if found is None or len(found.sums) != size:
             return None
@@ -49,13 +49,13 @@ class Unfinished:
         return found
 
     def keep(self, attack: str, entry: Entry) -> None:
-        """Raises RunFailure where the disk refuses."""
+        """Write the sums so far. Raises RunFailure where the disk refuses."""
         self.entries[attack] = entry
         if self.main:
             files.replace(self.path, _FILE.dump_json(self.entries))
 
     def finished(self) -> None:
-        """The figures are written down elsewhere."""
+        """Remove the file: the figures are written down elsewhere."""
         if self.main:
             self.path.unlink(missing_ok=True)
 

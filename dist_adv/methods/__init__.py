@@ -29,5 +29,5 @@ _METHODS: dict[str, Callable[[Any, Threat], Method]] = {
 def build_method(
     options: NaturalOptions | PGDOptions | FreeOptions | FastOptions, threat: Threat
 ) -> Method:
-    """The method that the options describe, with nothing carried yet."""
+    """Return the method that the options describe, with nothing carried yet."""
     return _METHODS[options.name](options, threat)

@@ -22,7 +22,7 @@ class Net(Protocol):
         """Logits of a training forward, whose backward gives the weights their gradients."""
 
     def frozen(self) -> AbstractContextManager[nn.Module]:
-        """The bare module for input gradients only: no weight gradients, no communication."""
+        """Return the bare module for input gradients: no weight gradients, no communication."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Method(Protocol):
         """Yield a loss for every optimiser step that this batch is worth."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What lives from batch to batch on this rank; the first axis is the batch position."""
+        """Return what this rank carries on; the first axis is the position in the batch."""
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` gave."""
@@ -72,7 +72,7 @@ class CarriedDelta:
         self._delta: Tensor | None = None
 
     def read(self, like: Tensor) -> Tensor:
-        """The rows for a batch of the shape of `like` (n, C, H, W)."""
+        """Return the rows for a batch of the shape of `like` (n, C, H, W)."""
         if self._delta is None:
             self._delta = like.new_zeros(like.shape)
         return self._delta[: len(like)]

@@ -130,7 +130,7 @@ def build_model(
     classes: list[str],
     seed: int,
 ) -> Classifier:
-    """A new network whose initial weights depend on the seed alone."""
+    """Return a new network whose initial weights depend on the seed alone."""
     architecture = {
         "model": options.model_dump(),
         "mean": mean,
@@ -171,7 +171,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def read_final(path: Path) -> dict[str, Any]:
-    """The architecture of a finished run's weights, which says how they were trained, too.
+    """Return the architecture of a finished run's weights, which says how they were trained, too.
 
     Raises UserError as `read_weights` does, and for the weights of a checkpoint.
     """
@@ -182,7 +182,7 @@ def read_final(path: Path) -> dict[str, Any]:
 
 
 def load_model(path: str | Path) -> Classifier:
-    """The trained network of a run folder, an export folder or a `model.safetensors`.
+    """Return the trained network of a run folder, an export folder or a `model.safetensors`.
 
     Returns it in eval mode, in fp32, on the CPU: images (n, C, H, W), float in [0, 1], to
     logits (n, classes). foolbox, torchattacks, ART, RobustBench and AutoAttack take it as it is.

@@ -53,7 +53,7 @@ class NarrowProjection(nn.Conv2d):
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Conv2d:
-    """A convolution without bias that keeps the size (divided by the stride)."""
+    """Return a convolution without bias that keeps the size (divided by the stride)."""
     narrow = kernel == 1 and stride > 1 and inputs < 16
     kind = NarrowProjection if narrow else nn.Conv2d
     return kind(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)

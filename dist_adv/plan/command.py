@@ -190,7 +190,7 @@ def _given(config: Config, images: Images, asked: Asked) -> tuple[dict[int, floa
 
 
 def _table(rows: Sequence[Row], price: float | None) -> Table:
-    """A column for each number of GPUs."""
+    """Return a column for each number of GPUs."""
     lines: dict[str, Callable[[Row], str]] = {
         "global batch": lambda row: f"{row.global_batch:,}",
         "images a GPU": lambda row: f"{row.local_batch:,}",

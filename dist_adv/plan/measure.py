@@ -163,7 +163,7 @@ def time_all_reduce(accelerator: Accelerator, size: int, rounds: int = 15) -> fl
 
 
 def measure_link(accelerator: Accelerator) -> Link:
-    """The link that makes the ring formula true for two sizes, over the ranks at hand."""
+    """Return the link that makes the ring formula true for two sizes, over the ranks at hand."""
     ranks, (small, large) = accelerator.num_processes, (2**16, 2**24)
     latency, long = (time_all_reduce(accelerator, size) for size in (small, large))
     bandwidth = sent(large - small, ranks) / max(long - latency, 1e-9)

@@ -68,7 +68,7 @@ class StepTime:
 
     @classmethod
     def fit(cls, seconds: Mapping[int, float], attack_passes: float) -> "StepTime":
-        """The line through step times by batch size; through zero where there is one of them.
+        """Fit a line through step times by batch size; through zero where there is one of them.
 
         A line that noise has tilted below zero is one through zero, too.
         """
@@ -84,7 +84,7 @@ class StepTime:
         return self.fixed + self.per_image * images
 
     def with_passes(self, attack_passes: float) -> "StepTime":
-        """The step of another method, as long as its passes are by `backward_share`'s count."""
+        """Return the step of another method, by `backward_share`'s count of its passes."""
         other = StepTime(self.fixed, self.per_image, attack_passes)
         longer = self.backward_share / other.backward_share
         return StepTime(longer * self.fixed, longer * self.per_image, attack_passes)
@@ -172,7 +172,7 @@ class Row:
 
 
 def predict(work: Work, cluster: Cluster, gpus: int) -> Row:
-    """Raises UserError for a batch that the GPUs cannot share, and nodes that are not full."""
+    """Raise UserError for a batch that the GPUs cannot share, and nodes that are not full."""
     batch = work.batch * gpus if work.weak else work.batch
     batches = work.batches(batch, gpus)
     share = math.ceil(batch / gpus)  # the largest: everybody waits for it

@@ -16,7 +16,7 @@ from dist_adv.plan.model import Row
 
 
 def _label(config: Config) -> str:
-    """The method's name in benchmarks."""
+    """Return the method's name in benchmarks."""
     method = config.method
     names = {"free": "Free", "fast": "Fast"}
     return f"PGD-{method.steps}" if method.name == "pgd" else names.get(method.name, method.name)
@@ -26,7 +26,7 @@ _CASE = re.compile(r"([\w-]+)[^,]*, (\w+), batch (\d+), compile (\w+)")
 
 
 def _cases(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str, int, float]]:
-    """(method, precision, compile, batch size, seconds) of each step time of a record."""
+    """Yield (method, precision, compile, batch size, seconds) of each step time of a record."""
     for row in rows:
         timed = {**row, **row.get("details", {})}
         case = _CASE.fullmatch(timed["what"])

@@ -114,7 +114,7 @@ def _ratio(run: Run, row: Row, key: str) -> float:
 
 
 def _setting(run: Run, key: str) -> Any:
-    """What the run has for a key of published.yaml."""
+    """Return what the run has for a key of published.yaml."""
     if key == "weights":
         return "final"
     if key == "ranks":
@@ -180,7 +180,7 @@ def _written(key: str, value: Any) -> str:
 
 
 def against_table(source: Source, compared: Sequence[Pair]) -> Table:
-    """What was measured here, what was published, and what to make of it."""
+    """Return what was measured here, what was published, and what to make of it."""
     attacks = sorted({name for row in source.rows for name in row.percent}, key=attack_order)
     rows = [
         [
@@ -231,7 +231,7 @@ def _row_cell(row: Row | None) -> Cell:
 
 
 def _about(row: Row) -> str:
-    """What tells rows of one method apart."""
+    """Return what tells rows of one method apart."""
     settings = row.settings
     parts = [settings["model.name"]]
     if "train.epochs" in settings:

@@ -58,7 +58,7 @@ class LargeAttack:
     steps: int
 
     def __call__(self, model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-        """What becomes of x (n, C, H, W) on the way to target (n,); the model is in eval mode."""
+        """Return x (n, C, H, W) moved towards target (n,); the model is in eval mode."""
         start = torch.zeros_like(x)
         with frozen(model):  # a step of negative length descends: the loss is the target's
             return x + ascend(model, x, target, start, self.threat, self.steps, -self.step_size)
@@ -168,7 +168,7 @@ def other_classes(y: Tensor, classes: int) -> Tensor:
 
 
 def loss_surface(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> Surface:
-    """The cross-entropy loss of a model in eval mode around images x (n, C, H, W), labels y (n,).
+    """Return the cross-entropy loss of a model in eval mode around x (n, C, H, W), labels y (n,).
 
     The directions are the model's own steepest ascent at the image and a random one of -1 and 1
     in every pixel (Rademacher), which is the same for every model; each has the length eps in the

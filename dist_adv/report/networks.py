@@ -60,7 +60,7 @@ def _place(run: Run) -> int:
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
-    """The numbers behind the figures."""
+    """Return the numbers behind the figures."""
     return [_loss_table(comparison), _target_table(comparison)]
 
 

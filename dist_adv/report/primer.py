@@ -34,7 +34,7 @@ _CLASSES_NAMED = 3
 
 
 def explanation(runs: Sequence[Run]) -> list[str]:
-    """The terms, and what the images are."""
+    """Return the terms, and what the images are."""
     threats = " or ".join(sorted({threat_name(run) for run in runs}))
     return [
         "An adversarial image is an image changed so little that people hardly notice (here within "
@@ -47,7 +47,7 @@ def explanation(runs: Sequence[Run]) -> list[str]:
 
 
 def methods(runs: Sequence[Run]) -> Table:
-    """The methods of these runs, and what they cost."""
+    """Return the methods of these runs, and what they cost."""
     present = {run.config["method"]["name"] for run in runs}
     rows = []
     for name in (name for name in _METHODS if name in present):
@@ -98,5 +98,5 @@ def _data_sets(runs: Sequence[Run]) -> list[str]:
 
 
 def data_set(recorded: Record) -> str:
-    """What tells one data set from another of its name: folders of images have one name."""
+    """Return what tells one data set from another of its name: folders of images have one name."""
     return json.dumps([recorded.get(key) for key in ("name", "classes", "test")])

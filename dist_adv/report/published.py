@@ -49,7 +49,7 @@ class Source:
 
 
 def load_published(names: Sequence[str]) -> dict[str, Source]:
-    """The publications of these names, in their order. Raises UserError for an unknown one."""
+    """Return the publications of these names, in order. Raise UserError for an unknown one."""
     with Path(__file__).with_name("published.yaml").open(encoding="utf-8") as file:
         known = yaml.safe_load(file)
     for name in names:

@@ -11,7 +11,7 @@ from dist_adv.text import duration
 
 
 def seed_tables(runs: Sequence[Run]) -> list[Table]:
-    """A table of the finished runs that differ in their seeds alone; none where there are none."""
+    """Return a table of each set of finished runs that differ in their seeds alone."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if run.finished:
@@ -25,7 +25,7 @@ def _seed(run: Run) -> int:
 
 
 def _experiment(run: Run) -> str:
-    """The configuration without the seed, where the data lie, and where metrics go."""
+    """Return the configuration without the seed, where the data lie, and where metrics go."""
     config: dict[str, Any] = {**run.config, "track": None}
     config["train"] = {**config["train"], "seed": None}
     config["data"] = {**config["data"], "root": None}

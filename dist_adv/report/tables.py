@@ -66,13 +66,13 @@ class Table:
 
 
 def interval(evaluation: Evaluation) -> str:
-    """The 95 % interval of an accuracy in percent."""
+    """Return the 95 % interval of an accuracy in percent."""
     low, high = evaluation.interval
     return f"{percent(low)}\N{EN DASH}{percent(high)}"
 
 
 def attack_name(attack: str) -> str:
-    """An attack as readers know it: pgd-10 is PGD-10."""
+    """Return an attack as readers know it: pgd-10 is PGD-10."""
     family = attack.split("-")[0]
     return attack.upper() if family in ("fgsm", "pgd") else _ATTACK_TITLES.get(attack, attack)
 
@@ -86,22 +86,22 @@ def attack_order(attack: str) -> tuple[int, tuple[int, ...], str]:
 
 
 def threat_name(run: Run) -> str:
-    """The perturbations that a run trained against."""
+    """Return the perturbations that a run trained against."""
     return f"eps {pixels(run.config['threat']['eps'])} ({run.config['threat']['norm']})"
 
 
 def method_title(run: Run) -> str:
-    """The training method."""
+    """Return the training method as a title."""
     return _title(run.config["method"])
 
 
 def method_options(run: Run) -> str:
-    """The options that tell two runs of one method apart."""
+    """Return the options that tell two runs of one method apart."""
     return _options(run.config["method"])
 
 
 def method_name(run: Run) -> str:
-    """The training method with its options, for prose."""
+    """Return the training method with its options, for prose."""
     return name_method(run.config["method"])
 
 
@@ -144,12 +144,12 @@ def epochs(run: Run) -> str:
 
 
 def reference(runs: Sequence[Run]) -> list[Table]:
-    """What to look up: how the results were measured, and where."""
+    """Return what to look up: how the results were measured, and where."""
     return [_settings(runs), _environments(runs)]
 
 
 def results(runs: Sequence[Run]) -> Table:
-    """A row a run: its accuracies, and what they cost."""
+    """Return a row a run: its accuracies, and what they cost."""
     attacks = sorted({attack for run in runs for attack in run.evaluations}, key=attack_order)
     columns = {
         Column("Run"): [
@@ -189,7 +189,7 @@ def results(runs: Sequence[Run]) -> Table:
 
 
 def _settings_of_runs(runs: Sequence[Run]) -> dict[Column, list[Cell]]:
-    """What need not be told in a row of each run where it is the same for all."""
+    """Return what need not be told in a row of each run where it is the same for all."""
     return {
         Column("Model"): [Cell(_model_name(run)) for run in runs],
         Column("Batch size", numeric=True): [

@@ -10,7 +10,7 @@ from dist_adv.text import duration, percentage
 
 
 def headline(runs: Sequence[Run]) -> list[str]:
-    """What the tables say, in a few sentences."""
+    """Return what the tables say, in a few sentences."""
     sentences = _incomparable(runs)
     attack = strongest_attack(runs)
     if attack is None:
@@ -64,7 +64,7 @@ def _robustness(runs: Sequence[Run], attack: str) -> str:
 
 
 def _free_against_fast(runs: Sequence[Run], attack: str) -> list[str]:
-    """The most robust run of each, where both were evaluated."""
+    """Return the most robust run of each, where both were evaluated."""
     best = best_of_each_method([run for run in runs if attack in run.evaluations])
     if not {"free", "fast"} <= best.keys():
         return []
@@ -121,7 +121,7 @@ def _elsewhere(run: Run) -> list[str]:
 
 
 def _differences(runs: Sequence[Run]) -> list[str]:
-    """What the runs of one report should have in common and do not."""
+    """Return what the runs of one report should have in common and do not."""
     lines = []
     for attack in dict.fromkeys(name for run in runs for name in run.evaluations):
         records = [run.evaluations[attack].record for run in runs if attack in run.evaluations]
@@ -155,7 +155,7 @@ def _incomparable(runs: Sequence[Run]) -> list[str]:
 
 
 def _data_sets(runs: Sequence[Run]) -> list[str]:
-    """The names; of one that stands for several (folders of images) the sizes, too."""
+    """Return the names; of one that stands for several (folders of images) the sizes, too."""
     names: dict[str, dict[str, str]] = {}
     for run in runs:
         kinds = names.setdefault(run.config["data"]["name"], {})

@@ -100,7 +100,7 @@ class Writer:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """What a process left that was killed while it wrote or deleted. Nobody else may be writing."""
+    """Remove what a process left that was killed while it wrote. Nobody else may be writing."""
     for path in folder.glob(".partial-*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -138,7 +138,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def load_newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, Checkpoint] | None:
-    """The newest good checkpoint, having said which ones were passed over; None if there is none.
+    """Return the newest good checkpoint, and say which are passed over; None if there is none.
 
     Raises UserError where checkpoints exist but none is good: never a silent fresh start.
     """
@@ -161,7 +161,7 @@ def _path(folder: Path, step: int) -> Path:
 
 
 def _discard(path: Path) -> None:
-    """Renamed first: what a killed process deleted half of is not taken for a checkpoint."""
+    """Rename, then delete: half of one that a killed process left is not taken for a checkpoint."""
     if path.exists():
         shutil.rmtree(path.rename(path.with_name(f".partial-old-{path.name}")), ignore_errors=True)
 

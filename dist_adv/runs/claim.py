@@ -102,7 +102,7 @@ def _describe(
 
 
 def check_same_experiment(old: Config, new: Config, where: Path) -> None:
-    """Raises UserError listing what differs in anything that changes training."""
+    """Raise UserError listing what differs in anything that changes training."""
     differences = training_differences(old, new)
     if differences:
         raise UserError(

@@ -46,7 +46,7 @@ def cpu_name() -> str:
 
 
 def code_version() -> str:
-    """The version, and a hash of the sources that run: a commit would not tell what is changed."""
+    """Return the version and a hash of the sources that run: a commit tells no changes."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for source in sorted(package.rglob("*.py")):

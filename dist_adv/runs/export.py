@@ -72,7 +72,7 @@ model = dist_adv.load_model("path/to/this/folder")   # images in [0, 1], NCHW ->
 
 
 def _rows(figures: Sequence[Evaluation]) -> Iterator[list[str]]:
-    """The cells of a table: its titles, the rule below them, and an attack a row."""
+    """Yield the cells of a table: its titles, the rule below them, and an attack a row."""
     settings = [key for key in _SETTINGS if any(key in figure.record for figure in figures)]
     titles = [
         "attack",

@@ -58,7 +58,7 @@ class Lock:
 
 
 def held(run_dir: Path) -> bool | None:
-    """Has a process this folder? None where that cannot be seen: no locks on the file system."""
+    """Tell whether a process has this folder; None where the file system has no locks."""
     try:
         with (run_dir / _LOCK).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -55,7 +55,7 @@ class Run:
         return reading.read_metrics(self.folder).lines
 
     def curve(self, key: str) -> list[Record]:
-        """The epoch lines that hold `key`: the curves need not be evaluated after every epoch."""
+        """Return the epoch lines that hold `key`: not every epoch need have a curve."""
         return [record for record in self.epochs if key in record]
 
     @property
@@ -93,7 +93,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def strongest_attack(runs: Sequence[Run]) -> str | None:
-    """The attack to compare runs by: on the most runs, then with the lowest mean accuracy."""
+    """Return the attack to compare runs by: on the most runs, then of the lowest mean accuracy."""
     accuracies: dict[str, list[float]] = {}
     for run in runs:
         for evaluation in run.evaluations.values():
@@ -107,7 +107,7 @@ def strongest_attack(runs: Sequence[Run]) -> str | None:
 
 
 def best_of_each_method(runs: Sequence[Run]) -> dict[str, Run]:
-    """The most robust run of each method: by the strongest attack, else by its last curve."""
+    """Return the most robust run of each method: by the strongest attack, or its last curve."""
     attack = strongest_attack(runs)
 
     def robustness(run: Run) -> tuple[float, float]:
@@ -121,7 +121,7 @@ def best_of_each_method(runs: Sequence[Run]) -> dict[str, Run]:
 
 
 def _label(folder: Path, folders: Sequence[Path]) -> str:
-    """The shortest end of the path that no other folder shares."""
+    """Return the shortest end of the path that no other folder shares."""
     for depth in range(1, len(folder.parts)):
         end = folder.parts[-depth:]
         if sum(other.parts[-depth:] == end for other in folders) == 1:

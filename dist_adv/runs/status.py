@@ -98,7 +98,7 @@ def show(folders: Sequence[Path], watch: bool) -> None:
 
 
 def gather(folders: Sequence[Path]) -> list[Status]:
-    """The runs in these folders, sweeps in the order of their files."""
+    """Return the runs in these folders, sweeps in the order of their files."""
     queue = _queue()
     found: list[Status] = []
     for folder in folders:
@@ -124,12 +124,12 @@ def _sweep(folder: Path, queue: dict[str, tuple[str, str]]) -> Iterable[Status]:
 
 
 def log_of(sweep: Path, name: str) -> Path:
-    """What a run of a sweep said when it was started as a process of its own."""
+    """Return the file of what a run of a sweep says where it is a process of its own."""
     return sweep / "logs" / f"{name}.txt"
 
 
 def last_word(log: Path, start: int = 0) -> str:
-    """The last complaint of dist-adv after byte `start` of such a file; '' where there is none."""
+    """Return the last complaint of dist-adv after byte `start` of a log; '' where there is none."""
     with suppress(OSError), log.open("rb") as file:
         file.seek(start)
         for line in reversed(file.read().decode(errors="replace").splitlines()):
@@ -186,7 +186,7 @@ def _robust(run_dir: Path) -> tuple[str, float] | None:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none to be read."""
+    """Return a JSON object; empty where there is none to be read."""
     with suppress(OSError, ValueError, RecursionError):
         found = json.loads(path.read_text())
         if isinstance(found, dict):
@@ -250,7 +250,7 @@ def _state_of(run: Status) -> Text:
 
 
 def _cells(run: Status) -> dict[str, str]:
-    """What there is to say of a run, by what it is; empty where there is nothing."""
+    """Return what there is to say of a run, by what it is; empty where there is nothing."""
     live = run.state == "running"
     return {
         "steps": f"{run.step:,} of {run.total:,}" if run.total else "",

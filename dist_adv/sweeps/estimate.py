@@ -110,7 +110,7 @@ def estimate(sweep: Sweep) -> Estimate:
 
 @cache
 def _images(options: DataOptions) -> Images:
-    """The training split, whose files are looked at where the name does not say it all."""
+    """Return the training split, whose files are looked at where the name does not say it all."""
     if options.name in SETS:
         return SETS[options.name]
     files, listing = image_files(options, "train")
@@ -119,7 +119,7 @@ def _images(options: DataOptions) -> Images:
 
 
 def _time(jobs: list[_Job], precision: str, threads: int | None) -> tuple[StepTime, str]:
-    """A natural step of these runs' network, uncompiled, and the machine that took it."""
+    """Return a natural step of these runs' network, uncompiled, and the machine that took it."""
     AcceleratorState._reset_state()  # Accelerate has one precision a process otherwise
     accelerator = start_accelerator(precision, threads)
     config, images = jobs[0].config, jobs[0].images

@@ -155,7 +155,7 @@ class _Runs:
         return status.Overview(list(self.known.values()))
 
     def _know(self, name: str, state: str, reason: str = "") -> None:
-        """What is known here; status.json may not say it yet, or no more."""
+        """Note what is known here; status.json may not say it yet, or no more."""
         found = status.read(self.out / name, name)
         self.known[name] = replace(found, state=state, reason=reason)
 
@@ -185,7 +185,7 @@ def _start(run: SweepRun, out: Path, share: dict[str, str]) -> _Job:
 
 
 def _shares(jobs: int) -> list[dict[str, str]]:
-    """The environment of each of so many processes: its part of the cores, and a GPU in turn."""
+    """Return the environment of each of n processes: its part of the cores, and a GPU in turn."""
     threads = max(1, threads_per_rank() // jobs)
     common = {STARTED_BY_SWEEP: "1", "OMP_NUM_THREADS": str(threads)}
     gpus = _gpus()

@@ -17,7 +17,7 @@ from dist_adv.sweeps.sweep import REPORT, Sweep, claim
 
 
 def plan(sweep: Sweep, out: Path, limit: int | None) -> list[str]:
-    """The commands that `submit` would run; ARRAY stands for a number that only it knows."""
+    """Return the commands that `submit` would run; ARRAY stands for a number that only it knows."""
     array, report = _array(sweep, out, limit), _report(out, "ARRAY")
     return [_submit("--dry-run", *arguments) for arguments in (array, report)]
 
@@ -76,7 +76,7 @@ def _report(out: Path, array: str) -> list[str]:
 
 
 def _submit(*arguments: str) -> str:
-    """What submit.sh says; a job has one GPU (or process), unless RANKS says otherwise."""
+    """Return what submit.sh says; a job has one GPU (or process), unless RANKS says otherwise."""
     done = subprocess.run(
         ["bash", str(_scripts() / "submit.sh"), *arguments],
         env={"RANKS": "1", **os.environ},

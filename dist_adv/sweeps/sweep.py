@@ -74,7 +74,7 @@ class Sweep:
     runs: Sequence[SweepRun]
 
     def find(self, which: str) -> SweepRun:
-        """A run by its name, or by its number from 0. Raises UserError where there is none."""
+        """Return a run by its name, or its number from 0. Raises UserError where there is none."""
         for number, run in enumerate(self.runs):
             if which in (run.name, str(number)):
                 return run
@@ -122,7 +122,7 @@ def _explain(error: ErrorDetails) -> str:
 
 
 def _grid(grid: Mapping[str, Sequence[Any]]) -> Iterator[NamedRun]:
-    """A run for each combination, named `replays-4` or `alpha-10_255-batch_size-256`."""
+    """Yield a run for each combination, named `replays-4` or `alpha-10_255-batch_size-256`."""
     if not grid:
         return
     last = [key.split(".")[-1] for key in grid]
@@ -133,7 +133,7 @@ def _grid(grid: Mapping[str, Sequence[Any]]) -> Iterator[NamedRun]:
 
 
 def _word(value: Any) -> str:
-    """A value as a part of a file's name."""
+    """Return a value as a part of a file's name."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return re.sub(r"[^A-Za-z0-9.-]+", "_", text).strip("_")
 
@@ -210,7 +210,7 @@ def _check_same(old: Sweep, new: Sweep, out: Path) -> None:
 
 
 def listing(sweep: Sweep, seconds: Mapping[str, float] | None = None) -> Table:
-    """What would run; and how long, by the seconds of training of each run: ? where it has none."""
+    """Return what would run; and how long, by each run's seconds of training: ? without."""
     table = Table(title=sweep.name, box=SIMPLE, padding=0, show_edge=False)
     table.add_column(justify="right")
     table.add_column("run", overflow="fold")
@@ -257,7 +257,7 @@ def _model(options: Mapping[str, Any]) -> str:
 
 
 def as_wandb(sweep: Sweep, path: Path, overrides: Sequence[str], out: Path) -> str:
-    """A W&B sweep configuration in which each agent takes runs by their names.
+    """Return a W&B sweep configuration in which each agent takes runs by their names.
 
     W&B's own grids know nothing of named runs, nor of folders that a run can go on in.
     """

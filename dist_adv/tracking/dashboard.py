@@ -47,7 +47,7 @@ def make_dashboard(out: Path, project: str, entity: str | None) -> list[str]:
 
 
 def _is_own(content: bytes) -> bool:
-    """Is it the specification of a dashboard?"""
+    """Tell whether it is the specification of a dashboard."""
     try:
         return json.loads(content).keys() == {"workspace", "report"}
     except (ValueError, AttributeError, RecursionError):
@@ -96,7 +96,7 @@ def _sections(wr: Any) -> dict[str, list[Any]]:
 
 
 def _blocks(wr: Any) -> list[Any]:
-    """The report: all runs, then Free against Fast."""
+    """Return the report: all runs, then Free against Fast."""
     sections = _sections(wr)
     blocks = []
     for heading, panels in sections.items():

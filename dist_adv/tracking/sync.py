@@ -25,7 +25,7 @@ _STATUS = {"done": 0, "failed": 1}
 
 
 def sync_runs(run_dirs: Sequence[Path], offline: Path | None) -> Iterator[tuple[str, str]]:
-    """Yields (name of the run, where it is now) as each is pushed, or written under `offline`.
+    """Yield (name of the run, where it is now) as each is pushed, or written under `offline`.
 
     Raises UserError where nobody is logged in, before anything is done; RunFailure where W&B
     cannot be reached.
@@ -84,7 +84,7 @@ def _push(run: Run, offline: Path | None) -> str:
 
 
 def _image(run: Run, record: Record) -> str | None:
-    """The picture that a start has left for W&B with this line."""
+    """Return the picture that a start has left for W&B with this line."""
     name = f"examples_{place(record['step'], record['kind'])}_*.png"
     found = sorted(run.folder.glob(f"wandb/*run-*/files/media/images/epoch/{name}"))
     return str(found[0]) if found else None

@@ -79,7 +79,7 @@ class Tracker:
             self._alert(record)
 
     def results(self) -> None:
-        """The final figures on the dashboards; `write_results` keeps the record."""
+        """Show the final figures on the dashboards; `write_results` keeps the record."""
         if not (self.wandb or self.tensorboard):
             return
         with self._views():
@@ -132,7 +132,7 @@ class Tracker:
 
     @contextmanager
     def _views(self) -> Iterator[None]:
-        """A dashboard that fails is given up, aloud: W&B's helper process may have been killed."""
+        """Give up a dashboard that fails, aloud: W&B's helper process may have been killed."""
         try:
             yield
         except Exception as error:  # whatever a dashboard's client comes up with
@@ -143,7 +143,7 @@ class Tracker:
 def write_results(
     run: RunFolder, results: Sequence[Result], examples: Examples | None, about: Mapping[str, Any]
 ) -> None:
-    """The pictures in examples.safetensors, then lines of results.jsonl: what is there is done."""
+    """Write examples.safetensors, then lines of results.jsonl: what is there is done."""
     if examples:
         names = ("clean", "adversarial", "label", "clean_prediction", "adversarial_prediction")
         tensors = {name: getattr(examples, name).contiguous() for name in names}

@@ -44,13 +44,13 @@ def place(step: int, kind: str) -> int:
 
 
 def named(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line of metrics.jsonl as dashboards know them: `train/loss`, ..."""
+    """Return the numbers of a line of metrics.jsonl as dashboards know them: `train/loss`, ..."""
     kind = record["kind"]
     return {f"{kind}/{key}": v for key, v in record.items() if isinstance(v, int | float)}
 
 
 def final(run: "runs.Run") -> dict[str, float]:
-    """The accuracy of the final weights under each attack; `robust` is the lowest of them."""
+    """Return the accuracy of the final weights under each attack; `robust` is the lowest."""
     accuracies = {attack: each.accuracy for attack, each in run.evaluations.items()}
     attacked = [accuracies[attack] for attack in accuracies if attack != "natural"]
     found = accuracies | ({"robust": min(attacked)} if attacked else {})
@@ -67,7 +67,7 @@ def picture(examples: "Examples") -> np.ndarray:
 
 
 def caption(examples: "Examples") -> str:
-    """What each image is, what it is taken for, and what for after the attack."""
+    """Return what each image is, what it is taken for, and what for after the attack."""
     answers = (examples.label, examples.clean_prediction, examples.adversarial_prediction)
     names = ([shown(examples.classes[int(i)]) for i in numbers] for numbers in answers)
     each = ", ".join(
@@ -107,7 +107,7 @@ def start(
 
 
 def logged_in() -> bool:
-    """Does W&B know a key? Nothing is asked for, and no server either."""
+    """Tell whether W&B knows a key. Nothing is asked for, and no server either."""
     import wandb
 
     with wandb_env.hidden():
@@ -176,7 +176,7 @@ def saved_identity(run: RunFolder) -> dict[str, Any]:
 
 
 def _is_copy(run: RunFolder, known: Mapping[str, Any]) -> bool:
-    """Is the folder that this was written for still there, and has the same id?
+    """Tell whether the folder that this was written for is still there, and has the same id.
 
     A folder that was moved, or is mounted elsewhere, is no copy.
     """
@@ -232,7 +232,7 @@ class WandbRun:
         self.run.define_metric("epoch/*", step_metric="epoch")
 
     def metrics(self, record: Mapping[str, Any], image: Any = None, caption: str = "") -> None:
-        """A line of metrics.jsonl; image: a picture of `picture`, or the file of one."""
+        """Log a line of metrics.jsonl; image: a picture of `picture`, or the file of one."""
         import wandb
 
         row = named(record) | {"step": record["step"], "epoch": record["epoch"]}
@@ -241,7 +241,7 @@ class WandbRun:
         self._log(row, record["step"], record["kind"])
 
     def results(self, run: "runs.Run") -> None:
-        """What is known of the final weights: the accuracies, and images after the last attack."""
+        """Log the accuracies of the final weights, and images after the last attack."""
         import wandb
 
         self.run.summary.update(final(run))
@@ -250,7 +250,7 @@ class WandbRun:
             self._log({"final/examples": image}, run.steps, "final")
 
     def artifacts(self, run: "runs.Run") -> None:
-        """The final weights and the report on them.
+        """Log the final weights and the report on them.
 
         Files are referred to and not copied: an offline run would leave a copy of every model in
         the home directory.
@@ -273,7 +273,7 @@ class WandbRun:
             self.run.log_artifact(artifact)
 
     def alert(self, title: str, text: str) -> None:
-        """A message to whoever has asked W&B for them."""
+        """Send a message to whoever has asked W&B for them."""
         self.run.alert(title, text, level="ERROR")
 
     def finish(self, status: int = 0) -> None:

@@ -7,7 +7,7 @@ from dist_adv.text import few
 
 
 def check_statistics(config: Config, smallest_share: int) -> None:
-    """Raises UserError where BatchNorm would have a single image to take statistics of."""
+    """Raise UserError where BatchNorm would have a single image to take statistics of."""
     if config.model.norm == "batch" and smallest_share == 1:
         raise UserError(
             "train.batch_size: leaves a rank 1 image in some batch, of which BatchNorm has no "
@@ -16,7 +16,7 @@ def check_statistics(config: Config, smallest_share: int) -> None:
 
 
 def check_splits(train: Dataset, test: Dataset) -> None:
-    """Raises UserError where the splits have other classes, or images of other sizes."""
+    """Raise UserError where the splits have other classes, or images of other sizes."""
     for one, name, other in ((train, "train", test), (test, "test", train)):
         missing = [each for each in one.classes if each not in set(other.classes)]
         if missing:

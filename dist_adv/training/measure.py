@@ -107,7 +107,7 @@ def measure_the_rest(run: RunFolder, config: Config, accelerator: Accelerator) -
 
 
 def _missing(run: RunFolder, config: Config) -> list[str]:
-    """The configured attacks without a figure on as many images as are configured."""
+    """Return the configured attacks without a figure on as many images as are configured."""
     results = reading.read_results(run.path, config.threat.model_dump(), config.data.name)
     images = reading.read_environment(run.path).get("dataset", {}).get("test", 1)
     wanted = min(images, config.eval.limit or images)

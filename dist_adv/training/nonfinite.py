@@ -55,7 +55,7 @@ class NonFinite:
         self.counts = torch.zeros(4, dtype=torch.int64, device=device)
 
     def restart(self) -> None:
-        """The model has got other weights and statistics."""
+        """Start anew: the model has got other weights and statistics."""
         for buffer, good in zip(self.statistics, self.good, strict=True):
             good.copy_(buffer)
 
@@ -90,7 +90,7 @@ class NonFinite:
             buffer.copy_(good)
 
     def trouble(self, accelerator: Accelerator) -> Trouble | None:
-        """What happened so far, the same on every rank; waits for all of them."""
+        """Return what happened so far, the same on every rank; waits for all of them."""
         everyone = accelerator.gather(self.counts[None]).tolist()
         count = max(count for _, count, _, _ in everyone)
         if not count:

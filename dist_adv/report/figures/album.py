@@ -39,7 +39,7 @@ class Chapter:
 
 
 def time_unit(longest: float) -> tuple[float, str]:
-    """The unit for an axis that ends at `longest` seconds, and how many seconds it has."""
+    """Return the unit for an axis that ends at `longest` seconds, and how many seconds it has."""
     if longest < 3 * 60:
         return 1.0, "s"
     return (60.0, "min") if longest < 3 * 3600 else (3600.0, "h")
@@ -62,7 +62,7 @@ class Album:
         self._illustrations.append(Illustration(path, width, title, caption, look))
 
     def take(self) -> list[Illustration]:
-        """The illustrations added since the last call."""
+        """Return the illustrations added since the last call."""
         taken, self._illustrations = self._illustrations, []
         return taken
 

@@ -40,7 +40,7 @@ class Drawn:
 
 
 def give_looks(runs: Sequence[Run]) -> list[Drawn]:
-    """A colour of its own for each of a few runs; of many, one for each method, and own markers."""
+    """Return a colour for each of a few runs; of many, one for each method, with markers."""
     if len(runs) <= len(COLOURS):
         return [Drawn(*looks) for looks in zip(runs, COLOURS, MARKERS, strict=False)]
     drawn = []

@@ -48,7 +48,7 @@ def draw(album: Album, run: Run) -> None:
 
 
 def show(axes: Axes, image: np.ndarray) -> None:
-    """The image (C, H, W) in [0, 1]."""
+    """Show the image (C, H, W) in [0, 1]."""
     pixels = np.moveaxis(image, 0, -1)
     axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xticks=[], yticks=[])

@@ -62,7 +62,7 @@ def _convinced(comparison: Comparison) -> str:
 
 
 def surfaces(comparison: Comparison) -> Figure:
-    """An image, and its loss surface under each network."""
+    """Return an image, and its loss surface under each network."""
     seen, examples = comparison.landscape.surfaces, comparison.examples
     ranges, count = seen[0].range, len(comparison.runs)
     shown = int(ranges.argsort()[(len(ranges) - 1) // 2])
@@ -108,7 +108,7 @@ def surfaces(comparison: Comparison) -> Figure:
 
 
 def large_attacks(comparison: Comparison) -> Figure:
-    """A row of test images, and below it what the attack on each network makes of them."""
+    """Return a row of test images, and below it what the attack on each network makes of them."""
     landscape, examples = comparison.landscape, comparison.examples
     names = examples.classes
     rows, count = len(comparison.runs) + 1, len(examples.label)

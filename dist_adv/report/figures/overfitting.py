@@ -30,7 +30,7 @@ _GAP = 0.2
 
 
 def draw(album: Album, drawn: Sequence[Drawn]) -> None:
-    """A panel for each run that trains on adversarial images, those that collapsed first."""
+    """Draw a panel for each run that trains on adversarial images, collapsed ones first."""
     runs = {
         each: _collapse(each.run)
         for each in drawn
@@ -89,7 +89,7 @@ def draw(album: Album, drawn: Sequence[Drawn]) -> None:
 
 
 def _collapse(run: Run) -> float | None:
-    """The first epoch after which the run had collapsed, if it did not recover."""
+    """Return the first epoch after which the run had collapsed, if it did not recover."""
     begun = None
     for record in run.epochs:
         if _collapsed(record):

@@ -14,7 +14,7 @@ _MOST_CURVES = len(COLOURS)
 
 
 def draw(album: Album, drawn: Sequence[Drawn]) -> None:
-    """The curves over training time, then over epochs; of many runs the best stand out."""
+    """Draw the curves over training time, then over epochs; of many runs the best stand out."""
     curved = [each for each in drawn if each.run.curve("test_accuracy")]
     if not curved:
         return

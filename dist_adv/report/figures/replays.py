@@ -27,7 +27,7 @@ class _Series:
 
 
 def draw(album: Album, runs: Sequence[Run]) -> None:
-    """A figure for each setting of everything else in which more than one m was tried."""
+    """Draw a figure for each setting of everything else in which more than one m was tried."""
     settings: dict[str, list[Run]] = {}
     for run in runs:
         if "replays" in run.config["method"] and run.finished and run.evaluations:
@@ -118,7 +118,7 @@ def _plot(axes: Axes, x: np.ndarray, runs: Sequence[Run], attack: str, place: in
 
 
 def _look(series: _Series, attack: str) -> str:
-    """What the largest m gained over the smallest, and for how much."""
+    """Return what the largest m gained over the smallest, and for how much."""
     least, most = series.runs[0], series.runs[-1]
     before, after = (percentage(run.evaluations[attack].accuracy) for run in (least, most))
     cost = ""

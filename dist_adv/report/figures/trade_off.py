@@ -21,7 +21,7 @@ _CROWD = 5
 
 
 def draw(album: Album, drawn: Sequence[Drawn]) -> None:
-    """A point a run; where many are robust and some are not, the robust ones once more, larger."""
+    """Draw a point a run; where many are robust and some are not, the robust ones again, larger."""
     attack = strongest_attack([each.run for each in drawn])
     shown = [each for each in drawn if {"natural", attack} <= each.run.evaluations.keys()]
     if attack is None or not shown:
@@ -69,7 +69,7 @@ def draw(album: Album, drawn: Sequence[Drawn]) -> None:
 
 
 def _crowd(drawn: Sequence[Drawn], attack: str) -> list[Drawn]:
-    """The robust ones among many, where others lie so far below that they press them together."""
+    """Return the robust ones, where others lie so far below that they press them together."""
     accuracies = [each.run.evaluations[attack].accuracy for each in drawn]
     robust = [each for each, a in zip(drawn, accuracies, strict=True) if a > max(accuracies) / 2]
     return robust if _CROWD <= len(robust) < len(drawn) else []
@@ -100,7 +100,7 @@ def _plot(axes: Axes, drawn: Drawn, attack: str, longest: float) -> None:
 
 
 def _marker_size(seconds: float, longest: float) -> float:
-    """A diameter for which the marker's area grows with the time."""
+    """Return a diameter for which the marker's area grows with the time."""
     return 6 + 11 * float(np.sqrt(seconds / longest))
 
 

@@ -14,7 +14,7 @@ from dist_adv.runs.run import Record, Run
 
 
 def curve_attack(runs: Sequence[Run]) -> tuple[str, str]:
-    """The attack of the PGD curves as far as the runs agree, and a sentence on their sample."""
+    """Return the attack of the PGD curves as far as runs agree, and a sentence on their sample."""
     records = [record for run in runs for record in run.curve("pgd_accuracy")]
     attacks = {record.get("curve_attack", "pgd") for record in records}
     counts = {record["curve_n"] for record in records if "curve_n" in record}
