@@ -29,7 +29,7 @@ DIGITS = Path(__file__).parents[2] / "configs" / "digits"
 # Should a row ever be accepted, then what it starts is over soon.
 TINY = (
     "train.max_steps=1 train.batch_size=512 train.seed=0 threat.eps=0.2 model.width=4 "
-    "eval.attacks=[natural] eval.every=0"
+    "method.guard=none eval.attacks=[natural] eval.every=0"
 )
 TRAIN = "train DIGITS/fast.yaml "
 GRID = f"base: {DIGITS}/fast.yaml\ngrid: "

@@ -29,10 +29,10 @@ MIDDLE = Path("checkpoints") / "step-000000009"  # of Free: the third batch of e
 COUNTED = ("natural", "pgd-random")  # a step each: torch's profiler takes seconds a run
 # What differs for an engine: passes that give no weights gradients, a graph used several times, a
 # perturbation that is carried on. Where an attack starts is nothing that it sees.
-METHODS = ("natural", "pgd-random", "free", "fast-random", "fast-previous")
+METHODS = ("natural", "pgd-random", "free", "fast-previous")
 RUNS: list[dict[str, Any]] = [
     *({"name": case, "case": case} for case in METHODS),
-    {"name": "mixed", "case": "fast-random", "numbers": "bf16", "train": {"epochs": 1}},
+    {"name": "mixed", "case": "fast-previous", "numbers": "bf16", "train": {"epochs": 1}},
     {"name": "skips", "case": "natural", "norm": "batch", "train": {"on_nan": "skip"}},
     {"name": "shard", "case": "natural", "train": {"on_nan": "skip"}, "fault": "channel:1:3:5"},
     {"name": "stops", "case": "natural", "train": {"log_every": 1}},
@@ -98,7 +98,7 @@ def test_attacks_reduce_nothing(engine):
 def test_bf16_is_that_of_ddp(engine, ddp):
     out, _ = engine
     assert difference(ddp / "mixed", out / "mixed") < 1e-6
-    assert difference(ddp / "mixed", ddp / "fast-random") > 1e-4  # it is another experiment
+    assert difference(ddp / "mixed", ddp / "fast-previous") > 1e-4  # it is another experiment
 
 
 def test_no_update_is_taken_from_nan(engine):

@@ -228,7 +228,7 @@ SHAPES = {
     "a deep result": ("results.jsonl", f"{DEEP}\n{{}}\n"),
     "a deep metric": ("metrics.jsonl", f"{DEEP}\n{{}}\n"),
     "a deep environment": ("env.json", DEEP),
-    "a deep configuration": ("config.yaml", f"a: {DEEP}"),
+    "a deep configuration": ("config.yaml", f"a: {DEEP[:20_000]}"),
     "a month 13": ("config.yaml", "a: 2024-13-45"),
     "a deep manifest": ("checkpoints/step-000000024/manifest.json", DEEP),
 }

@@ -29,25 +29,17 @@ def truth(config: Path) -> str:
     return weights_hash(run_dir)
 
 
-def test_two_nodes_train_as_two_processes_here(cluster, config, truth, tmp_path):
-    job = cluster.submit("multinode.sbatch", str(config), at=tmp_path, RANKS="1")
-    cluster.wait_for(job, "COMPLETED")
-    run_dir = tmp_path / "runs" / f"{config.parent.name}-free"
-    assert weights_hash(run_dir) == truth
-    assert "start 1 on n[1-2], 1 process(es) a node" in cluster.log(job)
-
-
 def test_usr1_requeue_and_a_lost_node(cluster, config, truth, tmp_path):
-    """One run on two nodes: the notice before a time limit, an operator's requeue, a node that
-    dies with all that runs on it."""
-    run_dir = tmp_path / "run"
-    arguments = ("multinode.sbatch", str(config), "--run-dir", "run")
-    job = cluster.submit(*arguments, at=tmp_path, RANKS="1")
+    """One run on two nodes, which trains as two processes here: the notice before a time limit, an
+    operator's requeue, a node that dies with all that runs on it."""
+    run_dir = tmp_path / "runs" / f"{config.parent.name}-free"
+    job = cluster.submit("multinode.sbatch", str(config), at=tmp_path, RANKS="1")
     reaches(run_dir, 8 * EPOCH)
     cluster.ask("scancel", "--batch", "--signal=USR1", job)
     cluster.wait_for(job, "RUNNING", starts=2)
     first = status(run_dir)
     assert (first["state"], first["reason"]) == ("preempted", "stop file")
+    assert "start 1 on n[1-2], 1 process(es) a node" in cluster.log(job)
     assert 8 * EPOCH <= first["step"] < EPOCHS * EPOCH
 
     reaches(run_dir, 24 * EPOCH)
@@ -67,8 +59,9 @@ def test_usr1_requeue_and_a_lost_node(cluster, config, truth, tmp_path):
     assert not (run_dir / "STOP").exists()
 
 
-def test_scancel_leaves_a_checkpoint_to_go_on_from(cluster, config, truth, tmp_path):
-    """Two processes of one node. The same command is a new job, and ends the run."""
+def test_scancel_and_a_job_of_a_higher_priority(cluster, config, truth, tmp_path):
+    """Two processes of one node. After scancel the same command is a new job, which goes on; a job
+    that takes its node gives it back, and it goes on again to the end of the run."""
     run_dir = tmp_path / "run"
     arguments = ("train.sbatch", str(config), "--run-dir=run")
     job = cluster.submit(*arguments, at=tmp_path)
@@ -82,16 +75,8 @@ def test_scancel_leaves_a_checkpoint_to_go_on_from(cluster, config, truth, tmp_p
     assert checkpoint.load(newest).state["clock"]["step"] == stopped["step"]
     assert "back to the queue" not in cluster.log(job)
 
-    again = cluster.submit(*arguments, at=tmp_path)
-    cluster.wait_for(again, "COMPLETED")
-    assert weights_hash(run_dir) == truth
-
-
-def test_a_job_of_a_higher_priority_takes_the_node(cluster, config, truth, tmp_path):
-    """And gives it back: the run is told, stops within its time of grace, and goes on."""
-    run_dir = tmp_path / "run"
-    job = cluster.submit("train.sbatch", str(config), "--run-dir=run", at=tmp_path)
-    reaches(run_dir, 16 * EPOCH)
+    job = cluster.submit(*arguments, at=tmp_path)
+    reaches(run_dir, 32 * EPOCH)
     urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 1", "--wait")
     cluster.ask("sbatch", f"--output={tmp_path}/urgent.log", *urgent)
     assert "asked to stop (USR1)" in cluster.log(job)

@@ -24,7 +24,7 @@ from cases import config
 SUPPORT = Path(__file__).parent
 # Of a configuration on digits: a single step of a small network.
 TINY = (
-    *("model.width=4", "train.max_steps=1", "train.batch_size=512"),
+    *("model.width=4", "train.max_steps=1", "train.batch_size=512", "method.guard=none"),
     *("eval.attacks=[natural]", "eval.every=0", "track.wandb.mode=disabled"),
 )
 # Of images of noise: a fifth of the layers of the network of `cases.py`, for what takes many steps.

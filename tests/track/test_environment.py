@@ -73,7 +73,7 @@ def test_mode(said: dict[str, str], means: str, monkeypatch: pytest.MonkeyPatch)
     ("said", "found"),
     [
         ("a, b c,,", ["a", "b c"]),
-        (" , ", ["fast", "imagefolder", "preact_resnet18"]),
+        (" , ", ["fast", "imagefolder", "wide_resnet"]),
         ("x" * 64, ["x" * 64]),
     ],
 )

@@ -14,6 +14,9 @@ from dist_adv.distributed import stopping
 from dist_adv.distributed.stopping import REASONS, Stopping, catch_signals
 from dist_adv.errors import STOPPED, Preempted
 
+# What torchrun tells the second of two ranks.
+LAUNCHED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+LAUNCHED |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
@@ -258,7 +261,7 @@ cli._complain("something")
 """
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env=os.environ | {"RANK": "1", "WORLD_SIZE": "2"},
+        env=os.environ | LAUNCHED,
         capture_output=True,
         text=True,
         timeout=120,
