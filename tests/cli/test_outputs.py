@@ -24,6 +24,8 @@ from dist_adv.models import build_model, save_model
 from limits import limited
 from made_up_runs import evaluation, make_run
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 DIGITS = Path(__file__).parents[2] / "configs" / "digits" / "fast.yaml"
 PLAN = ["plan", str(DIGITS), "--gpus", "2", "--step-ms", "64:9", "--bandwidth", "10"]
 NOTES = "my notes"

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+import forked
 from launch import SMALL, checkpoints, free_port, status, write_config
+from limits import own_terminal
 
 pytestmark = pytest.mark.slow
 
@@ -83,16 +85,14 @@ def test_a_terminal_that_closes(
     """Its SIGHUP asks for a stop, and under nohup for nothing: then only what is shown is lost."""
     outside, inside = terminal
     run_dir = tmp_path / "run"
-    # setsid --ctty: the terminal is the process's own, whose end it is told of.
-    command = ["setsid", "--ctty", "--wait", *train(config, run_dir), "train.epochs=400"]
-    disposition = signal.SIG_IGN if nohup else signal.SIG_DFL
-    process = subprocess.Popen(
-        command,
+    process = forked.Popen(
+        [*train(config, run_dir), "train.epochs=400"],
         stdin=inside,
         stdout=inside,
         stderr=inside,
         env=environment(TERM="xterm"),
-        preexec_fn=partial(signal.signal, signal.SIGHUP, disposition),
+        start_new_session=True,
+        preexec_fn=partial(own_terminal, signal.SIG_IGN if nohup else signal.SIG_DFL),
     )
     os.close(inside)
     os.set_blocking(outside, False)
@@ -130,7 +130,7 @@ def test_a_rank_that_waits_for_others_can_be_stopped(config: Path, tmp_path: Pat
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         processes[number] = (
             port,
-            subprocess.Popen(
+            forked.Popen(
                 command,
                 stderr=subprocess.PIPE,
                 text=True,

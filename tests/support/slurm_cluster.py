@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import dist_adv
+import forked
 
 ROOT = Path(dist_adv.__file__).parents[1]
 SCRIPTS, DIGITS = ROOT / "launch" / "slurm", ROOT / "configs" / "digits"
@@ -48,7 +49,7 @@ class Cluster:
         site = at / "site.sh"
         if not site.exists():
             site.write_text(SITE)
-        return subprocess.run(
+        return forked.run(
             list(map(str, command)),
             cwd=at,
             env=self.environment | {"DIST_ADV_SITE": str(site)} | env,
