@@ -42,12 +42,13 @@ check: lint
 	$(RUN_TESTS) -n 2 $(SHARED_OUT) -m "not slow"
 
 # For two cores: three workers, as many a test waits for processes that it has started. The tests of
-# Slurm wait more than they work: they run beside the others, and are shown at the end.
-test: lint
-	@$(MAKE) --no-print-directory test-slurm > $(VENV)/slurm.log 2>&1 & slurm=$$!; \
+# Slurm wait more than they work: they and `lint` run beside the others, and are shown at the end.
+test: setup
+	@$(MAKE) --no-print-directory lint > $(VENV)/lint.log 2>&1 & lint=$$!; \
+	$(MAKE) --no-print-directory test-slurm > $(VENV)/slurm.log 2>&1 & slurm=$$!; \
 	$(RUN_TESTS) -n 3 $(SHARED_OUT) --durations=10 --ignore=tests/slurm; others=$$?; \
-	wait $$slurm; slurm=$$?; cat $(VENV)/slurm.log; \
-	exit $$((others || slurm))
+	wait $$lint; lint=$$?; wait $$slurm; slurm=$$?; cat $(VENV)/lint.log $(VENV)/slurm.log; \
+	exit $$((others || slurm || lint))
 
 # Installs Debian's slurm-wlm where that is allowed. Where no cluster can be had it says why.
 test-slurm: setup

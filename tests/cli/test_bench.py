@@ -70,6 +70,7 @@ def test_bad_arguments(arguments, said):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.shares
 @pytest.mark.parametrize("part", ["a", "c", "e"])
 def test_gpu_suite_at_toy_size(part, tmp_path_factory):
     out = tmp_path_factory.getbasetemp() / "gpu-suite"  # part e attacks the model of part c

@@ -35,7 +35,7 @@ def train(method: dict[str, Any], epochs: int, folder: Path) -> Path:
     tree = {
         "method": method,
         "threat": {"norm": "linf", "eps": 0.2},
-        "model": {"name": "preact_resnet18", "width": 4},
+        "model": {"name": "wide_resnet", "depth": 8, "widen": 1, "width": 4},
         "data": {"name": "digits"},
         "train": {"epochs": epochs, "batch_size": 256, "precision": "fp32", "threads": 1},
         "eval": {"attacks": ["natural", "fgsm", "pgd-3"], "limit": 60, "curve_limit": 60},
