@@ -48,8 +48,8 @@ CASES = {
     ),
 }
 
-# Those that are compiled with autotuning, too, which takes long: of the three graphs of a network
-# (trained, attacked, a short batch) Free has the first and the last, PGD all.
+# Those that are compiled with autotuning and in bf16, too, which takes long: of the three graphs of
+# a network (trained, attacked, a short batch) Free has the first and the last, PGD all.
 AUTOTUNED = ("pgd-random", "free")
 
 

@@ -1,8 +1,9 @@
 """Train every case with the framework, alone or under torchrun.
 
-Arguments: out, norm, images, numbers (fp32, fp64 or bf16; with `-` how to compile, or `small` for
-the small network of `cases.config`); then, to go on from what an earlier call left, its `out` and
-which checkpoint (0 is the first; there is one a batch).
+Arguments: out, norm, images, numbers (fp32, fp64 or bf16; with `-` how to compile, `-few` for the
+methods that have all graphs, or `small` for the small network of `cases.config`); then, to go on
+from what an earlier call left, its `out` and which checkpoint (0 is the first; there is one a
+batch).
 """
 
 import os
@@ -19,11 +20,12 @@ from dist_adv.training.run import train_run
 if __name__ == "__main__":
     out, norm, images = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     numbers, _, kind = sys.argv[4].partition("-")
+    kind, _, few = kind.partition("-")
     small, compile = kind == "small", kind.replace("small", "") or "none"
     if numbers == "fp64":
         torch.set_default_dtype(torch.float64)
     precision = "bf16" if numbers == "bf16" else "fp32"
-    for case in AUTOTUNED if compile == "max" else CASES:
+    for case in AUTOTUNED if few or compile == "max" else CASES:
         tree = config(case, norm, images, precision, compile, small)
         tree["train"] |= {"save_steps": 1, "keep": 100}
         resume = "none"
