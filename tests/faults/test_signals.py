@@ -227,7 +227,7 @@ def test_a_signal_while_a_checkpoint_is_written(images, truth, tmp_path):
     finished(Job(config, run_dir), truth(1))
 
 
-def test_a_signal_during_the_evaluation_of_a_pass(many_test_images, truth, tmp_path):
+def test_a_signal_during_the_evaluation_of_an_epoch(many_test_images, truth, tmp_path):
     """It stops before the epoch is closed; going on measures the epoch and writes its line."""
     curve = {"every": 8, "curve_attack": "pgd-2", "curve_limit": None, "batch_size": 1}
     config = settings(tmp_path, many_test_images, eval=curve)

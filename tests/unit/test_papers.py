@@ -116,7 +116,7 @@ def test_nothing_is_missing() -> None:
 
 
 @pytest.mark.parametrize("name", SHAFAHI)
-def test_80000_steps_end_in_the_last_pass(name: str) -> None:
+def test_80000_steps_end_in_the_last_epoch(name: str) -> None:
     config = runs("papers_compared")[name]
     epochs = 80_000 / (50_000 // 128) / getattr(config.method, "replays", 1)
     assert config.train.epochs - 1 < epochs <= config.train.epochs

@@ -493,7 +493,7 @@ def test_checkpoint_of_the_best_pass_stays(images, tmp_path, monkeypatch):
     assert checkpoint.load(killed / "checkpoints" / "step-000000010").state["best"] == best
 
 
-def test_test_images_choose_no_best_pass(images, tmp_path):
+def test_test_images_choose_no_best_epoch(images, tmp_path):
     data = {**case("natural", "batch", images, small=True)["data"], "validation": 0}
     train_run(best_run(images, data=data), tmp_path / "run", "none")
     assert len(steps(tmp_path / "run")) == 1
