@@ -28,7 +28,7 @@ from dist_adv.data.loader import split
 from dist_adv.distributed import start
 from dist_adv.plan.measure import (
     Images,
-    count_passes,
+    cost,
     gradient_buckets,
     measure_link,
     measure_steps,
@@ -86,8 +86,7 @@ def compare(name: str, ranks: int, found: dict[int, Any], options: argparse.Name
     """A line of the table: what the plan says of N processes, and what they did."""
     config = configuration(METHODS[name], options)
     points = {int(size): seconds for size, seconds in found[1]["alone"][name].items()}
-    steps, attack_passes = count_passes(config)
-    step = StepTime.fit(points, attack_passes)
+    step = StepTime.fit(points, cost(config))
     sharing = max(1.0, ranks / len(os.sched_getaffinity(0)))
     slowed = replace(step, fixed=sharing * step.fixed, per_image=sharing * step.per_image)
     work = Work(
@@ -95,7 +94,7 @@ def compare(name: str, ranks: int, found: dict[int, Any], options: argparse.Name
         gradient_buckets(config, IMAGES),
         options.batch_size,
         config.train.epochs,
-        steps,
+        step.cost.steps,
         config.optim.lr,
         lambda batch, n: split(IMAGES.n, batch, False, n)[0],
         overlap=False,  # the same cores compute and send

@@ -329,7 +329,7 @@ def _use(config: Config | None) -> Findings:
 def _steps(config: Config, images: int) -> Finding:
     from dist_adv.attacks.threat import build as build_threat
     from dist_adv.data.loader import split
-    from dist_adv.methods import build_method
+    from dist_adv.methods.cost import cost_of
     from dist_adv.training.checks import check_statistics
 
     train = config.train
@@ -338,8 +338,7 @@ def _steps(config: Config, images: int) -> Finding:
         check_statistics(config, smallest)
     except UserError as error:
         return Finding("steps", str(error), "problem")
-    method = build_method(config.method, build_threat(config.threat.norm, config.threat.eps))
-    replays = method.steps_per_batch
+    replays = cost_of(config.method, build_threat(config.threat.norm, config.threat.eps)).steps
     found = f"{train.epochs * batches * replays}: {train.epochs} epochs of {batches} batches"
     found += f", {replays} times each" if replays > 1 else ""
     found += f"; train.max_steps ends it at {train.max_steps}" if train.max_steps else ""

@@ -1,10 +1,21 @@
 """Building blocks of the configuration: strict models, and numbers that may be fractions."""
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    WithJsonSchema,
+)
 from pydantic.functional_validators import AfterValidator
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 
 class Options(BaseModel):
@@ -60,14 +71,47 @@ def _pixel_units(value: float) -> float:
 
 StepSize = Annotated[Real, AfterValidator(_pixel_units)]
 PositiveInt = Annotated[int, Field(ge=1)]
-Guard = Literal["none", "warn", "stop"]
-"""Against catastrophic overfitting: do nothing, say so, or stop with the last good weights."""
 
 
-class MethodOptions(Options):
-    """What every training method has."""
+@dataclass(frozen=True)
+class Open:
+    """Annotates a section of which the `name` says the kind: dist_adv's own, or somebody else's.
 
-    guard: Guard = "none"
-    guard_rule: Literal["gap", "wong"] = "gap"
-    """When an epoch has collapsed: PGD-5 accuracy on fixed training images parted from FGSM
-    accuracy; or fell by more than 0.2 from batch to batch, as Wong et al. 2020 have it."""
+    own: the options of dist_adv's kinds, by name; find: those of any name, or ValueError.
+    """
+
+    own: Callable[[], Mapping[str, type[Options]]]
+    find: Callable[[str], type[Options]]
+
+    def _choose(self, value: Any) -> Any:
+        """Check a section by the options of its kind; what is none is left to who asks for one."""
+        if not isinstance(value, Mapping):
+            return value
+        if "name" not in value:
+            names = ", ".join(self.own())
+            raise PydanticCustomError("name", "missing; choose from {names}", {"names": names})
+        name = value["name"]
+        if not isinstance(name, str):
+            context = {"name": repr(name), "names": ", ".join(self.own())}
+            raise PydanticCustomError("name", "{name} is no name; choose from {names}", context)
+        try:
+            options = self.find(name)
+        except ValueError as error:
+            raise PydanticCustomError("name", "{why}", {"why": str(error)}) from error
+        return options.model_validate(dict(value))
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self._choose, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        kinds = []
+        for name, each in self.own().items():
+            kind = each.model_json_schema()
+            kind["properties"]["name"] = {"const": name}
+            kinds.append(kind)
+        reference = {"name": {"type": "string", "pattern": ":"}}
+        return {"anyOf": [*kinds, {"type": "object", "properties": reference}]}

@@ -7,6 +7,7 @@ no weight gradient is computed and DDP has nothing to communicate.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -22,20 +23,33 @@ Loss = Literal["ce", "margin", "dlr"]
 # that a sample's gradient does not depend on how many share the batch: the same at any number of
 # ranks and after compaction. 512, which is exact in fp32 and bf16 and in fp16 keeps small input
 # gradients from underflowing: GradScaler's first 65536 times the mean over a batch of 128.
-_LOSS_SCALE = 512.0
+LOSS_SCALE = 512.0
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the model with the gradients of its parameters off, and restore them in the end."""
+def frozen(model: nn.Module, mode: Literal["train", "eval"] | None = None) -> Iterator[nn.Module]:
+    """Yield the model with the gradients of its parameters off, and restore them in the end.
+
+    mode: of its layers meanwhile (None: as it is); in eval mode BatchNorm uses its running
+    statistics and moves none.
+    """
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    switched = [] if mode is None else _others_than(model, mode == "train")
     for parameter in wanted:
         parameter.requires_grad_(False)
+    for module in switched:
+        module.training = not module.training
     try:
         yield model
     finally:
+        for module in switched:
+            module.training = not module.training
         for parameter in wanted:
             parameter.requires_grad_(True)
+
+
+def _others_than(model: nn.Module, training: bool) -> list[nn.Module]:
+    return [module for module in model.modules() if module.training != training]
 
 
 def correct(logits: Tensor, y: Tensor) -> Tensor:
@@ -62,25 +76,41 @@ def _dlr(logits: Tensor, y: Tensor) -> Tensor:
     return _margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
-def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Return a loss a sample, (n,)."""
     return F.cross_entropy(logits, y, reduction="none")
 
 
 _LOSSES: dict[Loss, Callable[[Tensor, Tensor], Tensor]] = {
-    "ce": _cross_entropy,
+    "ce": cross_entropy,
     "margin": _margin,
     "dlr": _dlr,
 }
 
 
-def _forward(
-    model: nn.Module, x: Tensor, delta: Tensor, y: Tensor, loss: Loss
+def _loss(of: Callable[[Tensor, Tensor], Tensor], y: Tensor, logits: Tensor) -> Tensor:
+    return of(logits, y)
+
+
+def input_gradient(
+    model: nn.Module, x: Tensor, delta: Tensor, loss: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """(logits, gradient with respect to delta) at x + delta; the model must be frozen."""
+    """Differentiate a loss with respect to a perturbation.
+
+    Args:
+        model: frozen (`frozen`, or a method's `net.frozen`), in whatever mode and precision.
+        x: images (n, C, H, W) in [0, 1].
+        delta: where the gradient is taken, of the shape of x.
+        loss: logits (n, classes) to a loss a sample (n,).
+
+    Returns:
+        Logits at x + delta, and the gradient of 512 times the sum of the losses (see
+        `LOSS_SCALE`), of the shape of x.
+    """
     delta = delta.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(x + delta)
-        total = _LOSSES[loss](logits, y).sum() * _LOSS_SCALE
+        total = loss(logits).sum() * LOSS_SCALE
     return logits.detach(), torch.autograd.grad(total, delta)[0]
 
 
@@ -92,16 +122,28 @@ def ascend(
     threat: Threat,
     steps: int,
     step_size: float,
+    loss: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Attack for training: ascend and project `steps` times, on the model as it is.
 
-    Every sample takes every step, in whatever mode (train, as in the papers) and precision the
-    model is in. x: (n, C, H, W) in [0, 1]; returns delta in the threat's ball, x + delta in
-    [0, 1].
+    Every sample takes every step: delta <- project(delta + step_size * direction of the gradient).
+
+    Args:
+        model: frozen, in whatever mode (train, as in the papers) and precision it is in.
+        x: images (n, C, H, W) in [0, 1]; y: their labels (n,).
+        delta: where the ascent starts, of the shape of x.
+        threat: the ball.
+        steps: how many gradients are taken.
+        step_size: in pixel units, of the full ball: shrinks with it while it is warmed up.
+        loss: logits (n, classes) to a loss a sample (n,), where it is not their cross-entropy.
+
+    Returns:
+        delta in the ball, x + delta in [0, 1].
     """
+    objective = loss or partial(_loss, cross_entropy, y)
     for _ in range(steps):
-        _, gradient = _forward(model, x, delta, y, "ce")
-        delta = threat.project(threat.ascend(delta, gradient, step_size), x)
+        _, gradient = input_gradient(model, x, delta, objective)
+        delta = threat.project(threat.ascend(delta, gradient, threat.share * step_size), x)
     return delta
 
 
@@ -174,7 +216,8 @@ class PGD:
                 if len(active) == 0:
                     break
                 if step < self.steps:
-                    logits, gradient = _forward(model, x[active], delta, y[active], self.loss)
+                    loss = partial(_loss, _LOSSES[self.loss], y[active])
+                    logits, gradient = input_gradient(model, x[active], delta, loss)
                 else:  # where the last step led
                     with torch.no_grad():
                         logits, gradient = model(x[active] + delta), delta

@@ -5,8 +5,8 @@ Shapes: x, delta and gradients are (n, C, H, W); keys are (n,) from `rng.sample_
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -15,12 +15,20 @@ from dist_adv import rng
 
 
 class Threat(Protocol):
-    """A ball of radius `eps` around an image, cut with the valid pixels."""
+    """A ball of radius `eps` around an image, cut with the valid pixels.
+
+    share: of the full radius; below 1 while it is warmed up (`threat.warmup`).
+    """
 
     @property
     def norm(self) -> str: ...
     @property
     def eps(self) -> float: ...
+    @property
+    def share(self) -> float: ...
+
+    def at(self, share: float) -> Self:
+        """Return a part of this full ball, with this share of its radius."""
 
     def random(self, keys: Tensor, shape: torch.Size) -> Tensor:
         """Return a perturbation of `shape`, uniform in the ball; one key a sample."""
@@ -35,8 +43,11 @@ class Threat(Protocol):
         """Return the perturbation moved into the ball, then so that x + delta is in [0, 1]."""
 
 
-def _to_pixels(delta: Tensor, x: Tensor) -> Tensor:
-    """Shrinks components only (x itself is valid), so a delta in the ball stays in the ball."""
+def to_pixels(delta: Tensor, x: Tensor) -> Tensor:
+    """Return the perturbation moved so that x + delta is in [0, 1]; both (n, C, H, W).
+
+    Shrinks components only (x itself is valid), so a delta in the ball stays in the ball.
+    """
     return torch.clamp(delta, min=-x, max=1 - x)
 
 
@@ -45,7 +56,11 @@ class Linf:
     """max |delta_i| <= eps; the steepest step is eps * sign(gradient) (Goodfellow et al. 2015)."""
 
     eps: float
+    share: float = 1.0
     norm: str = "linf"
+
+    def at(self, share: float) -> Self:
+        return replace(self, eps=share * self.eps, share=share)
 
     def random(self, keys: Tensor, shape: torch.Size) -> Tensor:
         return rng.uniform(keys, tuple(shape[1:])).mul_(2 * self.eps).sub_(self.eps)
@@ -54,7 +69,7 @@ class Linf:
         return delta + step_size * torch.nan_to_num(grad).sign()
 
     def project(self, delta: Tensor, x: Tensor) -> Tensor:
-        return _to_pixels(delta.clamp(-self.eps, self.eps), x)
+        return to_pixels(delta.clamp(-self.eps, self.eps), x)
 
 
 @dataclass(frozen=True)
@@ -62,7 +77,11 @@ class L2:
     """sqrt(sum delta_i^2) <= eps; the steepest step is along the normalised gradient."""
 
     eps: float
+    share: float = 1.0
     norm: str = "l2"
+
+    def at(self, share: float) -> Self:
+        return replace(self, eps=share * self.eps, share=share)
 
     def random(self, keys: Tensor, shape: torch.Size) -> Tensor:
         # A uniform point of a d-ball: a uniform direction times radius * u^(1/d).
@@ -80,7 +99,7 @@ class L2:
         return delta + step_size * grad / _norm(grad)
 
     def project(self, delta: Tensor, x: Tensor) -> Tensor:
-        return _to_pixels(delta * (self.eps / _norm(delta)).clamp(max=1), x)
+        return to_pixels(delta * (self.eps / _norm(delta)).clamp(max=1), x)
 
 
 def _norm(v: Tensor) -> Tensor:

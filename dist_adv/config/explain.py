@@ -31,6 +31,8 @@ def explain(error: ErrorDetails, tree: Mapping[str, Any]) -> str:
             return f"{key}.name: {found!r} is not known{nearest(found, kinds)}"
         case "union_tag_not_found":
             return f"{key}.name: missing{nearest('', _kinds(place[0]))}"
+        case "name":
+            return f"{key}.name: {error['msg']}"
         case "literal_error":
             found = error["input"]
             kinds = re.findall("'(.*?)'", context["expected"])
@@ -77,27 +79,15 @@ def _elsewhere(place: list[str], tree: Mapping[str, Any]) -> str:
     homes = [key for key in keys if key.split(".")[-1] == place[-1]]
     if homes:
         return f"; did you mean {' or '.join(map(repr, homes))}?"
-    return nearest(place[-1], _known_keys(place[:-1]))
+    section: Any = known
+    for part in place[:-1]:
+        section = getattr(section, part, section)  # one of several kinds has its kind there
+    return nearest(place[-1], list(type(section).model_fields))
 
 
 def _names_a_key(reason: str) -> bool:
     """Tell whether a message names its key, as those of checks of a whole section do."""
     return reason.split(":")[0].isidentifier() and ":" in reason
-
-
-def _known_keys(place: list[str]) -> list[str]:
-    """Return the keys of the section at `place`, from the JSON Schema."""
-    schema = Config.model_json_schema()
-    node: dict[str, Any] = schema
-    for part in place:
-        node = node.get("properties", {}).get(part) or _kind(schema, node, part)
-        if "$ref" in node:
-            node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
-    return list(node.get("properties", {}))
-
-
-def _kind(schema: dict[str, Any], node: dict[str, Any], name: str) -> dict[str, Any]:
-    return {"$ref": node.get("discriminator", {}).get("mapping", {}).get(name, "")}
 
 
 def _kinds(section: str) -> list[str]:

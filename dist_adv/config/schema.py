@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from dist_adv.attacks.spec import parse_attack
 from dist_adv.config.yaml_text import to_yaml
 from dist_adv.data.datasets import DataOptions
-from dist_adv.methods import MethodChoice
+from dist_adv.methods import MethodChoice, find_method
 from dist_adv.models import ModelOptions, PreActResNet18Options
 from dist_adv.options import Options, PositiveInt, Real, StepSize
 
@@ -22,6 +22,9 @@ class ThreatOptions(Options):
 
     norm: Literal["linf", "l2"] = "linf"
     eps: Real = 8 / 255
+    warmup: Annotated[Real, Field(ge=0)] = 0.0
+    """Epochs in which the ball of training grows from nothing to eps, and attacks' steps with it;
+    what is measured is measured at eps."""
 
     @model_validator(mode="after")
     def _pixel_units(self) -> "ThreatOptions":
@@ -36,16 +39,25 @@ class ThreatOptions(Options):
 
 
 class OptimOptions(Options):
-    """SGD and its schedule over all optimiser steps of the run.
+    """The optimiser and its schedule over all optimiser steps of the run.
 
-    rise: the share of the run in which the rate of `cyclic` rises; short runs like 0.25.
+    momentum: of SGD; of AdamW its first beta. decay_norms: false leaves norms and biases, whatever
+    has one dimension, without weight decay. clip: the largest norm of all gradients together.
+    rise: the share of the run in which the rate of `cyclic` rises; short runs like 0.25. warmup:
+    epochs in which any other rate rises to what it would be.
     """
 
+    name: Literal["sgd", "adamw"] = "sgd"
     lr: Annotated[Real, Field(gt=0)] = 0.2
     momentum: Annotated[Real, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    beta2: Annotated[Real, Field(ge=0, lt=1)] = 0.999
     weight_decay: Annotated[Real, Field(ge=0)] = 5e-4
+    decay_norms: bool = True
+    clip: Annotated[Real, Field(gt=0)] | None = None
     schedule: Schedule = "cyclic"
     rise: Annotated[Real, Field(gt=0, lt=1)] = 0.5
+    warmup: Annotated[Real, Field(ge=0)] = 0.0
     cycle_momentum: bool = False
     """Momentum m -> m - 0.1 -> m over the run, as torch's CyclicLR does unless told otherwise."""
 
@@ -53,15 +65,44 @@ class OptimOptions(Options):
     def _momentum_to_cycle(self) -> "OptimOptions":
         if self.cycle_momentum and self.momentum < 0.1:
             raise ValueError("cycle_momentum: needs a momentum of at least 0.1 to take 0.1 from")
+        if self.nesterov and (self.name != "sgd" or self.momentum == 0):
+            raise ValueError("nesterov: is a way of SGD with momentum; use false")
+        if self.warmup and self.schedule == "cyclic":
+            raise ValueError("warmup: the cyclic rate rises by itself, for optim.rise; use 0")
         return self
+
+
+class AverageOptions(Options):
+    """An exponential average of the weights, which is evaluated, guarded and saved in their place.
+
+    epochs: its horizon, the same at any batch size: an optimiser step's decay is 1 - 1 / (the
+    steps of so many epochs). bn: BatchNorm's statistics are averaged too, or recomputed from
+    training images where the average is measured or saved.
+    """
+
+    epochs: Annotated[Real, Field(gt=0)] = 4.0
+    bn: Literal["average", "recompute"] = "average"
+
+
+class AWPOptions(Options):
+    """Adversarial weight perturbation: a step's gradient is taken at the worst weights nearby.
+
+    gamma: how far, as a share of each layer's norm; 0.01 for PGD, 0.005 for TRADES as published.
+    start: epochs without it. It costs a forward and a backward pass, and a second all-reduce.
+    """
+
+    gamma: Annotated[Real, Field(gt=0, lt=1)] = 0.01
+    start: Annotated[Real, Field(ge=0)] = 0.0
 
 
 class TrainOptions(Options):
     """How long, how large, how precise.
 
     epochs: how often all images are seen (Free's replays come on top). batch_size: the global one.
-    max_steps: stop at the first batch boundary at or after this many optimiser steps; the
-    schedule is fitted to it. log_every: batches between two lines of metrics. compile: `default`
+    label_smoothing: s, of the training loss: the true class counts 1 - s + s / classes, each other
+    s / classes; attacks go by the labels as they are. max_steps: stop at the first batch boundary
+    at or after this many optimiser steps; the schedule is fitted to it. log_every: batches between
+    two lines of metrics. compile: `default`
     fuses the network's layers with torch.compile, which takes a minute or two at the start and a
     C++ compiler; `max` tunes longer and on GPUs replays whole passes as CUDA graphs.
     sync_batchnorm: BatchNorm's statistics are of the global batch instead of each rank's share (on
@@ -78,6 +119,7 @@ class TrainOptions(Options):
 
     epochs: PositiveInt = 45
     batch_size: PositiveInt = 128
+    label_smoothing: Annotated[Real, Field(ge=0, lt=1)] = 0.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: Literal["none", "default", "max"] = "none"
     sync_batchnorm: bool = False
@@ -165,6 +207,8 @@ class Config(Options):
     data: DataOptions = DataOptions()
     optim: OptimOptions = OptimOptions()
     train: TrainOptions = TrainOptions()
+    average: AverageOptions | None = None
+    awp: AWPOptions | None = None
     eval: EvalOptions = EvalOptions()
     track: TrackOptions = TrackOptions()
 
@@ -172,6 +216,21 @@ class Config(Options):
     def _something_to_synchronise(self) -> "Config":
         if self.train.sync_batchnorm and self.model.norm != "batch":
             raise ValueError("train.sync_batchnorm: there is no BatchNorm with model.norm=group")
+        return self
+
+    @model_validator(mode="after")
+    def _method_that_can(self) -> "Config":
+        method, name = find_method(self.method.name), self.method.name
+        if self.threat.norm not in method.norms:
+            raise ValueError(
+                f"threat.norm: {name} is made for {' and '.join(method.norms)}, not for "
+                f"{self.threat.norm}"
+            )
+        if "double backward" in method.needs and self.train.compile != "none":
+            raise ValueError(
+                f"train.compile: {name} differentiates a gradient, which compiled networks cannot; "
+                f"use none"
+            )
         return self
 
     def dump(self) -> str:

@@ -2,7 +2,7 @@
 
 from dist_adv.data.datasets import DataOptions, Dataset, data_root, load_dataset
 from dist_adv.data.fingerprint import Fingerprints, what_changed
-from dist_adv.data.loader import Batch, Loader
+from dist_adv.data.loader import Batch, Loader, When
 
 __all__ = [
     "Batch",
@@ -10,6 +10,7 @@ __all__ = [
     "Dataset",
     "Fingerprints",
     "Loader",
+    "When",
     "data_root",
     "load_dataset",
     "what_changed",

@@ -24,18 +24,37 @@ from dist_adv.errors import UserError
 
 
 @dataclass(frozen=True)
+class When:
+    """Where in the run a batch is, the same on every rank: a schedule is a function of it.
+
+    epoch, batch: counted from 0; batches: of an epoch; progress: the share of the run's optimiser
+    steps that is done, in [0, 1); key: a random number of this global batch.
+    """
+
+    epoch: int
+    batch: int
+    batches: int
+    key: int
+    progress: float = 0.0
+
+
+@dataclass(frozen=True)
 class Batch:
     """This rank's share of a global batch.
 
-    x: float (n, C, H, W) in [0, 1]; y: int64 (n,); keys: int64 (n,), the random numbers that
-    belong to these samples in this epoch; weight: n * ranks / size of the global batch, by which
-    the mean loss is multiplied so that DDP's average over ranks is the global batch's mean.
+    x: float (n, C, H, W) in [0, 1]; y: int64 (n,), labels; samples: int64 (n,), which images of
+    the data set these are; keys: int64 (n,), the random numbers that belong to these samples in
+    this epoch; total: images of the global batch; weight: n * ranks / total, by which the mean
+    loss is multiplied so that DDP's average over ranks is the global batch's mean.
     """
 
     x: Tensor
     y: Tensor
+    samples: Tensor
     keys: Tensor
+    total: int
     weight: float
+    when: When
 
 
 def split(images: int, batch_size: int, drop_last: bool, world_size: int) -> tuple[int, int]:
@@ -111,14 +130,19 @@ class Loader:
         # Of the whole epoch at once: a batch of 128 would take longer to launch than to compute.
         keys = rng.sample_keys(rng.stream_key(self.seed, "samples", epoch), order)
         crops, flipped = self._augmentation(keys)
-        for (first, end), mine, pixels in zip(spans, shares, read, strict=True):
+        for batch, ((first, end), mine, pixels) in enumerate(
+            zip(spans, shares, read, strict=True), start
+        ):
             samples = order[mine]
             # Read ahead, the batch is all the pixels there are.
             numbers = samples if self.pixels is not None else torch.arange(len(samples)).to(samples)
             x = self._gather(pixels, numbers, crops[mine], flipped[mine])
             x = x.to(torch.get_default_dtype()).div_(255)
             weight = len(x) * self.world_size / (end - first)
-            yield Batch(x, self.labels[samples], keys[mine], weight)
+            key = rng.stream_key(self.seed, "batch", epoch, batch)
+            when = When(epoch, batch, self.batches, key)
+            y = self.labels[samples]
+            yield Batch(x, y, samples, keys[mine], end - first, weight, when)
 
     def _read_ahead(self, shares: list[Tensor]) -> Iterable[Tensor]:
         """Yield for each batch the pixels that it is gathered from: all, or its own off disk."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
@@ -91,3 +92,15 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
 def sum_over_ranks(accelerator: Accelerator, value: Tensor) -> Tensor:
     """Return the sum over ranks, of counts or of sums of losses."""
     return accelerator.reduce(value, reduction="sum")
+
+
+def mean_statistics(accelerator: Accelerator, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a network's state with BatchNorm's running statistics averaged over ranks."""
+    names = [name for name in state if name.endswith(("running_mean", "running_var"))]
+    if accelerator.num_processes == 1 or not names:
+        return state
+    flat = torch.cat([state[name].flatten() for name in names])
+    mean = accelerator.reduce(flat, reduction="mean")
+    parts = mean.split([state[name].numel() for name in names])
+    means = {name: part.view_as(state[name]) for name, part in zip(names, parts, strict=True)}
+    return state | means

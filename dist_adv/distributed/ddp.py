@@ -1,7 +1,8 @@
 """DDP, or a single process: the network as methods see it, and its fused optimiser."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 
 from dist_adv.attacks import frozen
 from dist_adv.config import OptimOptions
+from dist_adv.distributed.collectives import sum_over_ranks
+from dist_adv.distributed.optimizers import fused_optimizer, kept
+from dist_adv.errors import UserError
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
@@ -25,21 +29,36 @@ class TrainNet:
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, options: OptimOptions) -> None:
         self.accelerator, self.bare = accelerator, model
-        self.sgd = fused_sgd(model, options)
-        self.prepared, self.optimizer = accelerator.prepare(model, self.sgd)
+        self.plain = fused_optimizer(model, options)
+        self.prepared, self.optimizer = accelerator.prepare(model, self.plain)
+        self.average: nn.Module | None = None
         # The optimiser that can be told on the device to skip an update; None where the engine
         # skips by itself.
-        self.skippable: torch.optim.Optimizer | None = self.sgd
+        self.skippable: torch.optim.Optimizer | None = self.plain
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.prepared(x)
 
-    def frozen(self) -> AbstractContextManager[nn.Module]:
-        return frozen(self.bare)
+    def frozen(self, mode: Literal["train", "eval"] = "train") -> AbstractContextManager[nn.Module]:
+        return frozen(self.bare, mode)
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        return sum_over_ranks(self.accelerator, value.detach())
+
+    def averaged(self, x: Tensor) -> Tensor:
+        if self.average is None:
+            raise UserError("average: this method needs averaged weights; set average.epochs=4")
+        with torch.no_grad(), self.accelerator.autocast():
+            return self.average(x).float()
 
     def gradient_norm(self) -> Tensor:
         """Return the norm of this update's gradients, the same on every rank."""
         return gradient_norm(self.bare)
+
+    def clip_gradients(self, limit: float) -> None:
+        """Shorten this update's gradients together to a norm of `limit` where it is larger."""
+        self.accelerator.unscale_gradients(self.optimizer)
+        torch.nn.utils.clip_grads_with_norm_(self.bare.parameters(), limit, self.gradient_norm())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return whole weights, and this rank's buffers. Every rank calls this."""
@@ -52,39 +71,27 @@ class TrainNet:
         """
         self.bare.load_state_dict(state)
 
-    def momentum(self) -> list[Tensor]:
-        """Return a whole tensor a parameter; none without momentum. Every rank calls this."""
-        return self._own_momentum()
+    def optimizer_state(self) -> dict[str, list[Tensor]]:
+        """Return by name what is kept of each parameter, whole. Every rank calls this.
 
-    def load_momentum(self, momentum: Sequence[Tensor]) -> None:
-        """Take what `momentum` gave. Every rank calls this."""
-        for own, whole in zip(self._own_momentum(), momentum, strict=True):
-            own.copy_(whole)
+        AdamW's count of steps is one number for all, `step`.
+        """
+        state = {key: self._whole_state(key) for key in kept(self.plain)}
+        return state | ({"step": self._counts()[:1]} if self._counts() else {})
 
-    def _own_momentum(self) -> list[Tensor]:
-        """Return this rank's part of each."""
-        return [state["momentum_buffer"] for state in self.sgd.state.values() if state]
+    def load_optimizer_state(self, state: Mapping[str, Sequence[Tensor]]) -> None:
+        """Take what `optimizer_state` gave. Every rank calls this."""
+        for key in kept(self.plain):
+            self._load_whole_state(key, state[key])
+        for count in self._counts():
+            count.copy_(state["step"][0])
 
+    def _whole_state(self, key: str) -> list[Tensor]:
+        return [self.plain.state[parameter][key] for parameter in self.bare.parameters()]
 
-def fused_sgd(model: nn.Module, options: OptimOptions) -> torch.optim.SGD:
-    """One kernel for all parameters, which can be told on the device not to take a step.
+    def _load_whole_state(self, key: str, whole: Sequence[Tensor]) -> None:
+        for own, each in zip(self._whole_state(key), whole, strict=True):
+            own.copy_(each)
 
-    Momentum starts at zero instead of at the first gradient: the same numbers, also where the
-    first update is not taken.
-    """
-    sgd = torch.optim.SGD(
-        model.parameters(),
-        options.lr,
-        options.momentum,
-        weight_decay=options.weight_decay,
-        fused=True,
-    )
-    start_momentum(sgd, model.parameters())
-    return sgd
-
-
-def start_momentum(sgd: torch.optim.SGD, parameters: Iterable[Tensor]) -> None:
-    sgd.state.clear()
-    if sgd.defaults["momentum"]:
-        for parameter in parameters:
-            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    def _counts(self) -> list[Tensor]:
+        return [state["step"] for state in self.plain.state.values() if "step" in state]

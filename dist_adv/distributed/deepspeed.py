@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from dist_adv.config import OptimOptions
 from dist_adv.distributed.accelerator import EngineAccelerator, autocast
-from dist_adv.distributed.ddp import TrainNet, start_momentum
+from dist_adv.distributed.ddp import TrainNet
+from dist_adv.distributed.optimizers import start_state
 from dist_adv.errors import UserError
 
 
@@ -96,10 +97,10 @@ class ZeroNet(TrainNet):
         self.shared_out = accelerator.state.deepspeed_plugin.zero_stage == 3
         zero = self.prepared.optimizer
         if self.shared_out:
-            start_momentum(self.sgd, zero.fp32_partitioned_groups_flat)
+            start_state(self.plain, zero.fp32_partitioned_groups_flat)
         else:
-            start_momentum(self.sgd, zero.single_partition_of_fp32_groups)
-            self._link_momentum()
+            start_state(self.plain, zero.single_partition_of_fp32_groups)
+            self._link_state()
 
     def gradient_norm(self) -> Tensor:
         norm = self.prepared.get_global_grad_norm()
@@ -120,32 +121,26 @@ class ZeroNet(TrainNet):
             else:
                 safe_set_full_fp32_param(parameter, state[name])
 
-    def momentum(self) -> list[Tensor]:
+    def _whole_state(self, key: str) -> list[Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        if not self._own_momentum():
-            return []
-        return [
-            safe_get_full_optimizer_state(parameter, "momentum_buffer")
-            for parameter in self.parameters.values()
-        ]
+        return [safe_get_full_optimizer_state(each, key) for each in self.parameters.values()]
 
-    def load_momentum(self, momentum: Sequence[Tensor]) -> None:
+    def _load_whole_state(self, key: str, whole: Sequence[Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        for parameter, whole in zip(self.parameters.values(), momentum, strict=False):
+        for parameter, each in zip(self.parameters.values(), whole, strict=True):
             if self.shared_out:
-                part = self._part(parameter, whole)
-                safe_set_local_optimizer_state(parameter, part, "momentum_buffer")
+                safe_set_local_optimizer_state(parameter, self._part(parameter, each), key)
             else:
-                safe_set_full_optimizer_state(parameter, whole, "momentum_buffer")
+                safe_set_full_optimizer_state(parameter, each, key)
 
-    def _link_momentum(self) -> None:
-        """DeepSpeed does it in its first step, which is too late for `load_momentum`."""
+    def _link_state(self) -> None:
+        """DeepSpeed does it in its first step, which is too late for `_load_whole_state`."""
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-        for flat in self.sgd.state:
-            lazy_init_hp_params_optimizer_state(self.parameters.values(), flat, self.sgd.state)
+        for flat in self.plain.state:
+            lazy_init_hp_params_optimizer_state(self.parameters.values(), flat, self.plain.state)
 
     def _part(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
         """Return this rank's part of a tensor. Parts are of one size, the last padded with zeros.

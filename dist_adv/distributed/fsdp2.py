@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
@@ -12,7 +11,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dist_adv.config import OptimOptions
 from dist_adv.distributed.accelerator import EngineAccelerator, autocast
-from dist_adv.distributed.ddp import TrainNet, start_momentum
+from dist_adv.distributed.ddp import TrainNet
+from dist_adv.distributed.optimizers import start_state
 from dist_adv.errors import UserError
 
 
@@ -42,13 +42,15 @@ class ShardedNet(TrainNet):
     def __init__(self, accelerator: Accelerator, model: nn.Module, options: OptimOptions) -> None:
         super().__init__(accelerator, autocast(accelerator, model), options)
         self.parameters: list[Any] = list(model.parameters())  # DTensors
-        (group,) = self.sgd.param_groups
-        group["params"] = [parameter.detach().to_local() for parameter in self.parameters]
-        start_momentum(self.sgd, group["params"])
-        self.sgd.register_step_pre_hook(self._hand_over_gradients)
+        self.parts = [parameter.detach().to_local() for parameter in self.parameters]
+        part_of = dict(zip(self.parameters, self.parts, strict=True))
+        for group in self.plain.param_groups:
+            group["params"] = [part_of[parameter] for parameter in group["params"]]
+        start_state(self.plain, self.parts)
+        self.plain.register_step_pre_hook(self._hand_over_gradients)
 
-    def _hand_over_gradients(self, sgd: torch.optim.Optimizer, *_: Any) -> None:
-        for parameter, own in zip(self.parameters, sgd.param_groups[0]["params"], strict=True):
+    def _hand_over_gradients(self, *_: Any) -> None:
+        for parameter, own in zip(self.parameters, self.parts, strict=True):
             own.grad, parameter.grad = parameter.grad.to_local(), None
 
     def gradient_norm(self) -> Tensor:
@@ -71,20 +73,26 @@ class ShardedNet(TrainNet):
             }
         )
 
-    def momentum(self) -> list[Tensor]:
+    def clip_gradients(self, limit: float) -> None:
+        shorter = (limit / (self.gradient_norm() + 1e-6)).clamp(max=1)
+        for parameter in self.parameters:
+            parameter.grad.to_local().mul_(shorter)
+
+    def _whole_state(self, key: str) -> list[Tensor]:
         return [
             DTensor.from_local(
-                own, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+                self.plain.state[own][key],
+                like.device_mesh,
+                like.placements,
+                shape=like.shape,
+                stride=like.stride(),
             ).full_tensor()
-            for own, like in zip(self._own_momentum(), self.parameters, strict=False)
+            for own, like in zip(self.parts, self.parameters, strict=True)
         ]
 
-    def load_momentum(self, momentum: Sequence[Tensor]) -> None:
-        shares = [
-            _share(whole, like).to_local()
-            for whole, like in zip(momentum, self.parameters, strict=False)
-        ]
-        super().load_momentum(shares)
+    def _load_whole_state(self, key: str, whole: Sequence[Tensor]) -> None:
+        for own, each, like in zip(self.parts, whole, self.parameters, strict=True):
+            self.plain.state[own][key].copy_(_share(each, like).to_local())
 
 
 def _share(whole: Tensor, like: DTensor) -> DTensor:

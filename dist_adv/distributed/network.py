@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_adv.data import Dataset
+from dist_adv.distributed.collectives import mean_statistics
 from dist_adv.distributed.ddp import TrainNet
 from dist_adv.errors import UserError
 
@@ -68,11 +69,4 @@ def snapshot(accelerator: Accelerator, net: TrainNet, into: nn.Module) -> None:
     The model in training is left alone, so that evaluating or saving at any moment does not
     change what comes after it; and what is evaluated is what is saved.
     """
-    state = net.state_dict()
-    names = [name for name in state if name.endswith(("running_mean", "running_var"))]
-    if accelerator.num_processes > 1 and names:
-        flat = torch.cat([state[name].flatten() for name in names])
-        mean = accelerator.reduce(flat, reduction="mean")
-        parts = mean.split([state[name].numel() for name in names])
-        state |= {name: part.view_as(state[name]) for name, part in zip(names, parts, strict=True)}
-    into.load_state_dict(state)
+    into.load_state_dict(mean_statistics(accelerator, net.state_dict()))

@@ -1,17 +1,17 @@
 """Fast adversarial training: one FGSM step from a random start (Wong, Rice and Kolter 2020)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dist_adv.attacks import ascend
 from dist_adv.attacks.threat import Threat
 from dist_adv.data import Batch
-from dist_adv.methods.base import CarriedDelta, Net, Step
-from dist_adv.options import Guard, MethodOptions, StepSize
+from dist_adv.methods.base import Guard, Method, MethodOptions, Net, Objective, Task
+from dist_adv.methods.carried import ByPosition
+from dist_adv.options import StepSize
 
 
 class FastOptions(MethodOptions):
@@ -20,41 +20,34 @@ class FastOptions(MethodOptions):
     init: `random` in the ball; `zero`; `previous`, the last batch's perturbation.
     """
 
-    name: Literal["fast"] = "fast"
+    name: str = "fast"
     alpha: StepSize = 10 / 255
     init: Literal["random", "zero", "previous"] = "random"
     guard: Guard = "warn"
 
 
-class Fast:
+class Fast(Method[FastOptions]):
     """delta = start; delta = clip(delta + alpha sign(grad)); one ordinary step at x + delta."""
 
-    steps_per_batch = 1
+    title = "Fast"
+    about = "On adversarial images made in one step of size alpha."
 
-    def __init__(self, options: FastOptions, threat: Threat) -> None:
-        self.options, self.threat = options, threat
-        self.previous = CarriedDelta()
+    def __init__(self, options: FastOptions, task: Task) -> None:
+        super().__init__(options, task)
+        self.delta = ByPosition()
 
-    def steps(self, net: Net, batch: Batch) -> Iterator[Step]:
+    def steps(self, net: Net, batch: Batch, threat: Threat) -> Iterator[Objective]:
         x, y = batch.x, batch.y
-        delta = self._start(batch)
+        delta = self._start(batch, threat)
         with net.frozen() as model:
-            delta = ascend(model, x, y, delta, self.threat, 1, self.options.alpha)
+            delta = ascend(model, x, y, delta, threat, 1, self.options.alpha)
         if self.options.init == "previous":
-            self.previous.write(delta)
-        logits = net(x + delta)
-        yield Step(F.cross_entropy(logits, y), logits)
+            self.delta.write(delta)
+        yield self.minimise(net, x + delta, y)
 
-    def _start(self, batch: Batch) -> Tensor:
+    def _start(self, batch: Batch, threat: Threat) -> Tensor:
         if self.options.init == "random":
-            delta = self.threat.random(batch.keys, batch.x.shape)
-            return self.threat.project(delta, batch.x)
+            return threat.project(threat.random(batch.keys, batch.x.shape), batch.x)
         if self.options.init == "previous":
-            return self.previous.read(batch.x)
+            return self.delta.read(batch.x)
         return torch.zeros_like(batch.x)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.previous.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.previous.load_state_dict(state)

@@ -1,15 +1,15 @@
 """Free adversarial training (Shafahi et al. 2019; Algorithm 2 of Free against Fast)."""
 
-from collections.abc import Iterator, Mapping
-from typing import Literal
+from collections.abc import Iterator
+from typing import Annotated
 
-import torch.nn.functional as F
-from torch import Tensor
+from pydantic import Field
 
 from dist_adv.attacks.threat import Threat
 from dist_adv.data import Batch
-from dist_adv.methods.base import CarriedDelta, Net, Step
-from dist_adv.options import MethodOptions, PositiveInt
+from dist_adv.methods.base import Method, MethodOptions, Net, Objective, Task
+from dist_adv.methods.carried import ByPosition
+from dist_adv.options import PositiveInt
 
 
 class FreeOptions(MethodOptions):
@@ -20,35 +20,33 @@ class FreeOptions(MethodOptions):
     epochs, write that number.
     """
 
-    name: Literal["free"] = "free"
-    replays: PositiveInt = 8
+    name: str = "free"
+    replays: Annotated[PositiveInt, Field(title="m")] = 8
 
 
-class Free:
+class Free(Method[FreeOptions]):
     """m replays a minibatch; one backward gives the weights' gradient and delta's.
 
     After each update delta takes a step of the whole radius along its gradient. It is carried
-    from minibatch to minibatch (`CarriedDelta`), so early replays start from the last images'.
+    from minibatch to minibatch, so early replays start from the last images'.
     """
 
-    def __init__(self, options: FreeOptions, threat: Threat) -> None:
+    title = "Free"
+    about = (
+        "On each batch m times in a row: the backward pass that gives the weights' gradient also "
+        "gives the perturbation's, so attacking costs no pass of its own."
+    )
+
+    def __init__(self, options: FreeOptions, task: Task) -> None:
+        super().__init__(options, task)
         self.steps_per_batch = options.replays
-        self.threat = threat
-        self.carried = CarriedDelta()
+        self.delta = ByPosition()
 
-    def steps(self, net: Net, batch: Batch) -> Iterator[Step]:
-        delta = self.carried.read(batch.x)
-        for _ in range(self.steps_per_batch):
+    def steps(self, net: Net, batch: Batch, threat: Threat) -> Iterator[Objective]:
+        delta = self.delta.read(batch.x)
+        for _ in range(self.options.replays):
             delta = delta.detach().requires_grad_()
-            logits = net(batch.x + delta)
-            yield Step(F.cross_entropy(logits, batch.y), logits)
+            yield self.minimise(net, batch.x + delta, batch.y)
             assert delta.grad is not None
-            moved = self.threat.ascend(delta.detach(), delta.grad, self.threat.eps)
-            delta = self.threat.project(moved, batch.x)
-        self.carried.write(delta)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.carried.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.carried.load_state_dict(state)
+            delta = threat.project(threat.ascend(delta.detach(), delta.grad, threat.eps), batch.x)
+        self.delta.write(delta)

@@ -96,7 +96,7 @@ def run_plan(config: Config, asked: Asked) -> None:
             source = about(accelerator.device, precision)
         if not accelerator.is_main_process:
             return
-    work = replace(work, step=StepTime.fit(points, work.step.attack_passes))
+    work = replace(work, step=StepTime.fit(points, work.step.cost))
     rows = [predict(work, cluster, n) for n in gpus]
     console = Console()
     console.print(_table(rows, asked.price))
@@ -235,8 +235,8 @@ def _assumptions(
     megabytes = sum(work.buckets) / 1e6
     yield (
         f"Gradients: {megabytes:.1f} MB (fp32 in every precision) in {len(work.buckets)} "
-        f"bucket(s), one all-reduce an optimiser step, {work.steps_per_batch} step(s) a batch; the "
-        f"attack ({step.attack_passes:g} pass(es) a step) sends nothing."
+        f"bucket(s), one all-reduce an optimiser step, {work.steps_per_batch} step(s) a batch; an "
+        f"attack sends nothing. A step is {step.cost.passes:g} passes, natural training's 3."
     )
     yield (
         f"They travel during the training pass's backward, {step.backward_share:.0%} of the step; "

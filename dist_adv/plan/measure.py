@@ -1,24 +1,21 @@
 """What goes into a plan, measured or counted here: step times, passes, the link."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor, nn
 
-from dist_adv.attacks import frozen
 from dist_adv.attacks.threat import build as build_threat
 from dist_adv.bench.timing import alternate, noise
 from dist_adv.config import Config
-from dist_adv.data import Batch, DataOptions
+from dist_adv.data import DataOptions
 from dist_adv.data.loader import split
 from dist_adv.distributed.failures import plain_failures
 from dist_adv.errors import UserError
-from dist_adv.methods import build_method
+from dist_adv.methods.cost import Cost, cost_of
 from dist_adv.models import build_model
 from dist_adv.plan.model import Link, StepTime, Work, buckets, sent
 from dist_adv.training.checks import check_statistics
@@ -52,7 +49,7 @@ def without_validation(data: DataOptions, images: Images) -> Images:
 
 
 def work_of(config: Config, images: Images, weak: bool = False) -> Work:
-    """Everything but the step time, of which only the passes of the attack are known yet.
+    """Everything but the step time, of which only the passes are known yet.
 
     `predict` then raises UserError for a batch size that the images do not fit.
     """
@@ -68,13 +65,13 @@ def work_of(config: Config, images: Images, weak: bool = False) -> Work:
         check_statistics(config, smallest)
         return number
 
-    steps, attack_passes = count_passes(config)
+    passes = cost(config)
     return Work(
-        StepTime(0.0, 1.0, attack_passes),
+        StepTime(0.0, 1.0, passes),
         gradient_buckets(config, images),
         train.batch_size,
         train.epochs,
-        steps,
+        passes.steps,
         config.optim.lr,
         batches,
         train.max_steps,
@@ -91,34 +88,9 @@ def gradient_buckets(config: Config, images: Images) -> list[int]:
     return buckets([4 * parameter.numel() for parameter in reversed(list(model.parameters()))])
 
 
-class _Counted:
-    """A network of one layer, as methods see it, that counts its forward passes."""
-
-    def __init__(self) -> None:
-        self.model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-        self.passes = 0
-        self.model.register_forward_pre_hook(self._count)
-
-    def _count(self, *_: object) -> None:
-        self.passes += 1
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.model(x)
-
-    def frozen(self) -> AbstractContextManager[nn.Module]:
-        return frozen(self.model)
-
-
-def count_passes(config: Config) -> tuple[int, float]:
-    """(optimiser steps of a batch, passes of the attack in each), counted and not known."""
-    net, two = _Counted(), torch.arange(2)
-    batch = Batch(torch.full((2, 1, 2, 2), 0.5), two, two, 1.0)
-    steps = 0
-    threat = build_threat(config.threat.norm, config.threat.eps)
-    for step in build_method(config.method, threat).steps(net, batch):
-        step.loss.backward()
-        steps += 1
-    return steps, net.passes / steps - 1
+def cost(config: Config) -> Cost:
+    """Return what a batch of this method costs."""
+    return cost_of(config.method, build_threat(config.threat.norm, config.threat.eps))
 
 
 def measure_steps(
@@ -146,7 +118,7 @@ def measure_steps(
             learn = partial(learner.learn, batch, Meter(accelerator.device))
             sides[str(size)] = learn if communicate else partial(_alone, learner, learn)
         timings = alternate(sides, accelerator.device, rounds, tick=tick)
-    per_batch = count_passes(config)[0]
+    per_batch = cost(config).steps
     return {size: timings.median(str(size)) / per_batch for size in sizes}
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dist_adv.errors import UserError
+from dist_adv.methods.cost import Cost
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,15 @@ class Cluster:
 class StepTime:
     """One optimiser step of one GPU: fixed + per_image x images, without communication.
 
-    attack_passes: forward and backward passes of the attack in it.
+    cost: the passes in it.
     """
 
     fixed: float
     per_image: float
-    attack_passes: float
+    cost: Cost
 
     @classmethod
-    def fit(cls, seconds: Mapping[int, float], attack_passes: float) -> "StepTime":
+    def fit(cls, seconds: Mapping[int, float], cost: Cost) -> "StepTime":
         """Fit a line through step times by batch size; through zero where there is one of them.
 
         A line that noise has tilted below zero is one through zero, too.
@@ -76,27 +77,22 @@ class StepTime:
         if len(sizes) > 1:
             slope, fixed = statistics.linear_regression(sizes, times)
             if fixed >= 0 and slope >= 0:
-                return cls(fixed, slope, attack_passes)
+                return cls(fixed, slope, cost)
         slope, _ = statistics.linear_regression([0, *sizes], [0.0, *times], proportional=True)
-        return cls(0.0, slope, attack_passes)
+        return cls(0.0, slope, cost)
 
     def seconds(self, images: float) -> float:
         return self.fixed + self.per_image * images
 
-    def with_passes(self, attack_passes: float) -> "StepTime":
-        """Return the step of another method, by `backward_share`'s count of its passes."""
-        other = StepTime(self.fixed, self.per_image, attack_passes)
-        longer = self.backward_share / other.backward_share
-        return StepTime(longer * self.fixed, longer * self.per_image, attack_passes)
+    def at_cost(self, cost: Cost) -> "StepTime":
+        """Return the step of another method, by the number of its passes."""
+        longer = cost.passes / self.cost.passes
+        return StepTime(longer * self.fixed, longer * self.per_image, cost)
 
     @property
     def backward_share(self) -> float:
-        """Share of the step that is the training pass's backward, in which gradients can travel.
-
-        A forward pass counts 1, a backward pass 1 for the images' gradients and 1 for the
-        weights': the training step is 1 + 2, each pass of the attack 1 + 1.
-        """
-        return 2 / (3 + 2 * self.attack_passes)
+        """Share of the step that is the training pass's backward, in which gradients can travel."""
+        return self.cost.backward / self.cost.passes
 
 
 _FIRST_BUCKET, _BUCKET = 2**20, 25 * 2**20  # DDP's defaults

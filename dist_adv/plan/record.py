@@ -11,15 +11,16 @@ from typing import Any
 from dist_adv.bench.timing import network
 from dist_adv.config import Config
 from dist_adv.errors import UserError
+from dist_adv.methods import find_method
 from dist_adv.plan.measure import Images
 from dist_adv.plan.model import Row
 
 
 def _label(config: Config) -> str:
-    """Return the method's name in benchmarks."""
-    method = config.method
-    names = {"free": "Free", "fast": "Fast"}
-    return f"PGD-{method.steps}" if method.name == "pgd" else names.get(method.name, method.name)
+    """Return the method's name in benchmarks: PGD-7, Fast."""
+    steps = getattr(config.method, "steps", None)
+    title = find_method(config.method.name).title
+    return title if steps is None else f"{title}-{steps}"
 
 
 _CASE = re.compile(r"([\w-]+)[^,]*, (\w+), batch (\d+), compile (\w+)")
@@ -59,7 +60,9 @@ def read_step_times(
     if measured != wanted:
         raise UserError(f"--step-times: {path}: was measured with {measured}, not with {wanted}")
     label, train = _label(config), config.train
-    found = [case for case in cases if case[0] == label and case[2] == train.compile]
+    found = [
+        case for case in cases if case[0].lower() == label.lower() and case[2] == train.compile
+    ]
     order = ("bf16", "fp16", "fp32") if train.precision == "auto" else (train.precision,)
     for precision in order:
         points = {batch: seconds for _, p, _, batch, seconds in found if p == precision}

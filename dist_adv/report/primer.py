@@ -8,27 +8,6 @@ from dist_adv.report.tables import Cell, Column, Table, method_title, threat_nam
 from dist_adv.runs.run import Run
 from dist_adv.text import shown
 
-# How each method trains; its forward-backward passes and its optimiser steps on a batch; the
-# option that these depend on and its letter.
-_METHODS = {
-    "natural": ("On the images as they are.", "1", "1", "", ""),
-    "pgd": (
-        "On adversarial images, made anew for each batch in K steps.",
-        "K + 1",
-        "1",
-        "steps",
-        "K",
-    ),
-    "free": (
-        "On each batch m times in a row: the backward pass that gives the weights' gradient also "
-        "gives the perturbation's, so attacking costs no pass of its own.",
-        "m",
-        "m",
-        "replays",
-        "m",
-    ),
-    "fast": ("On adversarial images made in one step of size alpha.", "2", "1", "", ""),
-}
 _SPLITS = (("train", "training"), ("test", "test"))
 _CLASSES_NAMED = 3
 
@@ -47,32 +26,35 @@ def explanation(runs: Sequence[Run]) -> list[str]:
 
 
 def methods(runs: Sequence[Run]) -> Table:
-    """Return the methods of these runs, and what they cost."""
-    present = {run.config["method"]["name"] for run in runs}
+    """Return the methods of the runs that recorded theirs, the cheapest first, and the cost."""
+    alike: dict[str, list[Run]] = {}
+    for run in sorted(filter(_cost, runs), key=_cost):
+        alike.setdefault(method_title(run), []).append(run)
     rows = []
-    for name in (name for name in _METHODS if name in present):
-        text, passes, steps, option, letter = _METHODS[name]
-        alike = [run for run in runs if run.config["method"]["name"] == name]
-        values = sorted(
-            {run.config["method"][option] for run in alike if option in run.config["method"]}
-        )
-        used = f"{letter} = {', '.join(map(str, values))}" if values else ""
-        rows.append(
-            [Cell(method_title(alike[0])), Cell(text), Cell(passes, detail=used), Cell(steps)]
-        )
+    for title, group in alike.items():
+        steps = dict.fromkeys(str(run.env["method"]["steps"]) for run in group)
+        costs = dict.fromkeys(f"{_cost(run):.3g}" for run in group)
+        about = group[-1].env["method"].get("about", "")
+        rows.append([Cell(title), Cell(about), Cell(", ".join(steps)), Cell(", ".join(costs))])
     return Table(
         "The methods",
-        "A forward and a backward pass are nearly all of the time that a batch takes, so their "
-        "number is what an epoch costs. At the same number of epochs, Free takes m times as many "
-        "optimiser steps as the others.",
+        "Passes through the network, forward and back, are nearly all of the time that a batch "
+        "takes, so their number is what an epoch costs: natural training's three are 1 here. At "
+        "the same number of epochs, Free takes m times as many optimiser steps as the others.",
         [
             Column("Method"),
             Column("Trains"),
-            Column("Forward-backward passes a batch", numeric=True),
             Column("Optimiser steps a batch", numeric=True),
+            Column("Cost of a batch", numeric=True),
         ],
         rows,
     )
+
+
+def _cost(run: Run) -> float:
+    """Return how many batches of natural training a batch takes; 0 where it was not recorded."""
+    method = run.env.get("method", {})
+    return method.get("steps", 0) * method.get("passes", 0) / 3
 
 
 def _data_sets(runs: Sequence[Run]) -> list[str]:

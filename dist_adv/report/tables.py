@@ -27,7 +27,8 @@ SETTINGS = {
     "seed": "Seed",
 }
 
-# A method's options in the configuration and how each is introduced.
+# Of runs from before a run recorded its method's description, and of publications: a method's
+# options and how each is introduced.
 _METHOD_OPTIONS = {
     "pgd": {"steps": "K = ", "alpha": "alpha ", "init": "init "},
     "free": {"replays": "m = ", "alpha": "alpha "},
@@ -92,17 +93,18 @@ def threat_name(run: Run) -> str:
 
 def method_title(run: Run) -> str:
     """Return the training method as a title."""
-    return _title(run.config["method"])
+    return run.env.get("method", {}).get("title") or _title(run.config["method"])
 
 
 def method_options(run: Run) -> str:
     """Return the options that tell two runs of one method apart."""
-    return _options(run.config["method"])
+    recorded = run.env.get("method", {}).get("settings")
+    return _options(run.config["method"]) if recorded is None else recorded
 
 
 def method_name(run: Run) -> str:
     """Return the training method with its options, for prose."""
-    return name_method(run.config["method"])
+    return ", ".join(filter(None, (method_title(run), method_options(run))))
 
 
 def name_method(method: Mapping[str, Any]) -> str:

@@ -23,7 +23,14 @@ from dist_adv.data.datasets import image_files
 from dist_adv.distributed.start import resolve_precision, start_accelerator
 from dist_adv.errors import RunFailure, UserError
 from dist_adv.methods.natural import NaturalOptions
-from dist_adv.plan.measure import SETS, Images, measure_steps, without_validation, work_of
+from dist_adv.plan.measure import (
+    SETS,
+    Images,
+    cost,
+    measure_steps,
+    without_validation,
+    work_of,
+)
 from dist_adv.plan.model import Cluster, Link, StepTime, Work, predict
 from dist_adv.sweeps.sweep import Sweep, listing
 from dist_adv.terminal import bar
@@ -53,7 +60,7 @@ class _Job:
     work: Work
 
     def seconds(self, natural: StepTime) -> float:
-        step = natural.with_passes(self.work.step.attack_passes)
+        step = natural.at_cost(self.work.step.cost)
         return predict(replace(self.work, step=step), Cluster(Link(math.inf)), 1).run_s
 
 
@@ -132,7 +139,7 @@ def _time(jobs: list[_Job], precision: str, threads: int | None) -> tuple[StepTi
             break
     here = about(accelerator.device, precision)
     count = f", {here['threads']} in use" if accelerator.device.type == "cpu" else ""
-    return StepTime.fit(points, attack_passes=0), f"{here['hardware']}{count}, {precision}"
+    return StepTime.fit(points, cost(natural)), f"{here['hardware']}{count}, {precision}"
 
 
 def _sizes(batch: int) -> Iterator[int]:

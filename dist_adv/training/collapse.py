@@ -32,7 +32,7 @@ from dist_adv.data import Batch, Dataset
 from dist_adv.distributed.collectives import sum_over_ranks
 from dist_adv.evaluation.evaluate import Supervision, evaluate
 from dist_adv.evaluation.images import subset
-from dist_adv.options import MethodOptions
+from dist_adv.methods import MethodOptions
 from dist_adv.training.clock import Clock
 
 log = logging.getLogger("dist_adv")

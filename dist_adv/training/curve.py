@@ -36,7 +36,7 @@ class Curve:
         self.best: Best | None = None
 
     def measure(
-        self, model: nn.Module, clock: Clock, epochs: float, between: Callable[[], None]
+        self, model: nn.Module, between: Callable[[], None]
     ) -> tuple[dict[str, Any], Examples | None]:
         """Return the figures of a network by their names in metrics.jsonl, and example images.
 
@@ -50,8 +50,6 @@ class Curve:
             self.accelerator,
             Supervision(between=between),
         )
-        if self.held_out and (not self.best or pgd.accuracy > self.best.accuracy):
-            self.best = Best(clock.step, epochs, pgd.accuracy)
         figures = {
             "curve_split": "held-out" if self.held_out else "test",
             "test_loss": natural.loss,
@@ -63,3 +61,9 @@ class Curve:
             "curve_n": pgd.n,
         }
         return figures, examples
+
+    def remember(self, figures: dict[str, Any], clock: Clock, epochs: float) -> None:
+        """Take an epoch for the best so far where its figures on held-out images say so."""
+        accuracy = figures["pgd_accuracy"]
+        if self.held_out and (not self.best or accuracy > self.best.accuracy):
+            self.best = Best(clock.step, epochs, accuracy)

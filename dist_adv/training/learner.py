@@ -4,23 +4,33 @@
 `Trainer`'s; plans and benchmarks time a learner alone.
 """
 
+import copy
 import logging
 import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
 
+import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 
 from dist_adv.attacks.threat import build as build_threat
 from dist_adv.config import Config
-from dist_adv.data import Batch, Dataset, Loader
+from dist_adv.data import Batch, Dataset, Loader, When
 from dist_adv.distributed import engines
 from dist_adv.distributed.network import compile_network, settle, snapshot, synchronised
+from dist_adv.distributed.optimizers import set_rates
 from dist_adv.errors import RunFailure
-from dist_adv.methods import build_method
+from dist_adv.methods import Objective, Task, build_method
+from dist_adv.methods.checked import checked_steps
 from dist_adv.models import Classifier, build_model
+from dist_adv.training.averages import Average, recompute_statistics
 from dist_adv.training.checks import check_statistics
 from dist_adv.training.clock import Clock
 from dist_adv.training.meter import Meter
 from dist_adv.training.nonfinite import NonFinite
+from dist_adv.training.perturbation import WeightPerturbation
 from dist_adv.training.schedule import lr_at, momentum_at
 
 log = logging.getLogger("dist_adv")
@@ -49,7 +59,7 @@ class Learner:
         )
         check_statistics(config, self.loader.smallest_share)
         self.threat = build_threat(config.threat.norm, config.threat.eps)
-        self.method = build_method(config.method, self.threat)
+        self.method = build_method(config.method, self._task())
         # One network trains; the other is its plain fp32 copy, which is evaluated and saved.
         network, self.copy = self._build(), self._build()
         trained = synchronised(accelerator, network) if train.sync_batchnorm else network
@@ -62,7 +72,28 @@ class Learner:
             train.on_nan,
             scaled=accelerator.scaler is not None,
         )
+        self.average = self._average() if config.average else None
+        self.net.average = self.average.network if self.average else None
+        self.perturbation = (
+            WeightPerturbation(accelerator, self.net, config.awp.gamma) if config.awp else None
+        )
         self.clock, self.skipped = Clock(), 0
+        self.copied_at: int | None = None  # the step of the weights in `copy`
+
+    def _task(self) -> Task:
+        data, smoothing = self.data, self.config.train.label_smoothing
+        return Task(
+            loss=partial(F.cross_entropy, label_smoothing=smoothing),
+            samples=len(data),
+            shape=torch.Size(data.images.shape[1:]),
+            classes=len(data.classes),
+            device=self.accelerator.device,
+        )
+
+    def _average(self) -> Average:
+        assert self.config.average
+        steps = self.config.average.epochs * self.loader.batches * self.method.steps_per_batch
+        return Average(self._build(), self.net, max(0.0, 1 - 1 / steps))
 
     def _build(self) -> Classifier:
         mean, std = self.data.statistics()
@@ -83,39 +114,79 @@ class Learner:
         """Epochs so far, replays not counted."""
         return self.clock.epochs(self.loader.batches)
 
+    @property
+    def progress(self) -> float:
+        """The share of the schedule that is done."""
+        return self.clock.step / self.total_steps
+
     def settle(self) -> None:
         """Prepare for the first step of a start (`network.settle`). Every rank calls this."""
         settle(self.accelerator, self.net, self.data)
 
     def learn(self, batch: Batch, meter: Meter) -> None:
-        """Take one optimiser step for each loss that the method yields; wait for no device."""
-        for out in self.method.steps(self.net, batch):
+        """Take one optimiser step for each of the method's objectives; wait for no device."""
+        batch = replace(batch, when=replace(batch.when, progress=self.progress))
+        threat = self.threat.at(self._warmth(self.config.threat.warmup, batch.when))
+        for objective in checked_steps(self.method, self.net, batch, threat):
             self._set_lr_and_momentum()
-            weight = self.nonfinite.mark(out.loss, batch.weight)
-            self.accelerator.backward(out.loss * weight)
+            with self._perturbed(objective, batch):
+                out = objective()
+                weight = self.nonfinite.mark(out.loss, batch.weight)
+                self.accelerator.backward(out.loss * weight)
+            if self.config.optim.clip:
+                self.net.clip_gradients(self.config.optim.clip)
             self.nonfinite.before_update(out.loss)
             self.net.optimizer.step()
             self.net.optimizer.zero_grad()
+            if self.average:
+                self.average.update(self.clock.step)
             self.clock.step += 1
             meter.add(out, batch.y)
+
+    def _perturbed(self, objective: Objective, batch: Batch) -> AbstractContextManager[None]:
+        awp = self.config.awp
+        if self.perturbation is None or awp is None or batch.when.epoch < awp.start:
+            return nullcontext()
+        return self.perturbation.worst_weights_nearby(objective, batch.weight)
+
+    @staticmethod
+    def _warmth(epochs: float, when: When) -> float:
+        """Return the share that a batch has of what grows over the first `epochs`; 1 from there."""
+        batches = epochs * when.batches
+        return min(1.0, (when.epoch * when.batches + when.batch + 1) / batches) if batches else 1.0
 
     def lr_and_momentum(self, step: int) -> tuple[float, float]:
         """Return those of an optimiser step, counted from 0."""
         optim, total = self.config.optim, self.total_steps
+        warmup = optim.warmup * self.loader.batches * self.method.steps_per_batch
         return (
-            lr_at(optim.schedule, optim.lr, step, total, optim.rise),
+            lr_at(optim.schedule, optim.lr, step, total, optim.rise, warmup),
             momentum_at(optim.momentum, optim.cycle_momentum, step, total, optim.rise),
         )
 
     def _set_lr_and_momentum(self) -> None:
         """Before the backward pass: some engines take the step inside it."""
         lr, momentum = self.lr_and_momentum(self.clock.step)
-        for group in self.net.optimizer.param_groups:
-            group["lr"], group["momentum"] = lr, momentum
+        set_rates(self.net.optimizer, lr, momentum)
 
     def update_copy(self) -> None:
-        """Put the weights, BatchNorm's statistics averaged, into `copy`. Every rank calls this."""
-        snapshot(self.accelerator, self.net, self.copy)
+        """Put the weights that are to be judged into `copy`. Every rank calls this.
+
+        Those in training, or their average; BatchNorm's statistics averaged over ranks.
+        """
+        if self.average is None:
+            snapshot(self.accelerator, self.net, self.copy)
+        elif self.copied_at != self.clock.step:
+            self.average.copy_into(self.accelerator, self.copy)
+            if self.config.average and self.config.average.bn == "recompute":
+                recompute_statistics(self.accelerator, self.copy, self.loader, self.clock.epoch)
+            self.copied_at = self.clock.step
+
+    def raw_copy(self) -> Classifier:
+        """Return another network with the weights in training. Every rank calls this."""
+        raw = copy.deepcopy(self.copy)
+        snapshot(self.accelerator, self.net, raw)
+        return raw
 
     def check_updates(self) -> None:
         """Warn of skipped updates; raise RunFailure, on every rank, where they end the run."""

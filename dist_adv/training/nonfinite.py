@@ -29,8 +29,8 @@ class Trouble:
 class NonFinite:
     """Watches the updates of a fused optimiser.
 
-    sgd: None where the engine leaves such updates out by itself. norm: of the gradients of this
-    update, the same on every rank.
+    optimizer: None where the engine leaves such updates out by itself. norm: of the gradients of
+    this update, the same on every rank.
 
     `stop`: from the first bad update on none is taken. `skip`: bad updates are passed over, and
     what their forwards did to BatchNorm's statistics is undone.
@@ -39,12 +39,13 @@ class NonFinite:
     def __init__(
         self,
         model: nn.Module,
-        sgd: torch.optim.Optimizer | None,
+        optimizer: torch.optim.Optimizer | None,
         norm: Callable[[], Tensor],
         on_nan: Literal["stop", "skip"],
         scaled: bool,
     ) -> None:
-        self.sgd, self.norm, self.skip, self.scaled = sgd, norm, on_nan == "skip", scaled
+        self.optimizer, self.norm = optimizer, norm
+        self.skip, self.scaled = on_nan == "skip", scaled
         statistics = [b for name, b in model.named_buffers() if "running_" in name]
         self.statistics = statistics if self.skip else []
         self.good = [buffer.clone() for buffer in self.statistics]
@@ -82,9 +83,10 @@ class NonFinite:
         count += bad
         first += (bad & (first == 0)) * seen
         first_mine += (mine & (first_mine == 0)) * seen
-        if self.sgd:
+        if self.optimizer:
             # A fused optimiser leaves weights and momentum alone where this is 1.
-            self.sgd.found_inf = (bad if self.skip else count > 0).float()  # type: ignore[attr-defined]
+            unwanted = bad if self.skip else count > 0
+            self.optimizer.found_inf = unwanted.float()  # type: ignore[attr-defined]
         for buffer, good in zip(self.statistics, self.good, strict=True):
             good.copy_(torch.where(bad, good, buffer))
             buffer.copy_(good)

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from dist_adv.config import Config, longer, parse_config
@@ -13,6 +14,7 @@ from dist_adv.distributed.collectives import on_main
 from dist_adv.distributed.failures import plain_failures
 from dist_adv.distributed.start import precision_of, start_accelerator, warn_of_unused_precision
 from dist_adv.errors import Preempted, RunFailure, UserError
+from dist_adv.methods.description import describe
 from dist_adv.models import save_model
 from dist_adv.runs import checkpoint, claim
 from dist_adv.runs.checkpoint import Checkpoint
@@ -149,6 +151,12 @@ def _about(trainer: Trainer) -> dict[str, Any]:
     return {
         "precision": precision_of(trainer.accelerator),
         "total_steps": learner.total_steps,
+        "method": describe(
+            trainer.config.method,
+            learner.threat,
+            torch.Size(learner.data.images.shape[1:]),
+            len(learner.data.classes),
+        ),
         "dataset": {
             "name": trainer.config.data.name,
             "train": len(learner.data),

@@ -8,8 +8,13 @@ import math
 from dist_adv.config.schema import Schedule
 
 
-def lr_at(schedule: Schedule, peak: float, step: int, total: int, rise: float = 0.5) -> float:
+def lr_at(
+    schedule: Schedule, peak: float, step: int, total: int, rise: float = 0.5, warmup: float = 0.0
+) -> float:
     """Learning rate of update number `step` (from 0) of `total`.
+
+    warmup: updates over which any rate but the cyclic one rises by equal parts to what it is
+    without; the cosine is over the rest.
 
     cyclic: a triangle, 0 -> peak -> 0, which rises for the share `rise` of the run (Wong et al.
     2020, torch's CyclicLR: one half); the first update has rate 0. multistep: x 0.1 at total / 2
@@ -18,10 +23,12 @@ def lr_at(schedule: Schedule, peak: float, step: int, total: int, rise: float = 
     done = step / total
     if schedule == "cyclic":
         return peak * (1 - _from_peak(done, rise))
+    if step + 1 < warmup:
+        return peak * (step + 1) / warmup
     if schedule == "multistep":
         return peak * 0.1 ** (int(step >= total // 2) + int(step >= total * 3 // 4))
     if schedule == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * done))
+        return peak * 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (total - warmup)))
     return peak
 
 

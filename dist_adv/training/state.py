@@ -2,17 +2,21 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dist_adv.data import Fingerprints, what_changed
+from dist_adv.distributed.collectives import mean_statistics
 from dist_adv.distributed.session import Session
 from dist_adv.errors import UserError
+from dist_adv.methods import ByPosition, BySample, Everywhere
 from dist_adv.runs.checkpoint import Checkpoint
+from dist_adv.training.averages import statistics
 from dist_adv.training.clock import Best, Clock
 from dist_adv.training.collapse import Guard, Measured
 from dist_adv.training.curve import Curve
@@ -45,12 +49,20 @@ def collect(
     """
     accelerator = learner.accelerator
     learner.update_copy()
-    momentum = learner.net.momentum()
-    buffers = dict(learner.net.bare.named_buffers())
+    optimizer = learner.net.optimizer_state()
+    average, raw = learner.average, {}
+    if average:  # else they are in the copy
+        raw = mean_statistics(accelerator, learner.net.state_dict())
+    carried = learner.method.carried()
+    for each in carried.values():
+        if isinstance(each, BySample):
+            each.merge(learner.net.sum_over_ranks)
+    rows = {name: each.rows for name, each in carried.items() if isinstance(each, ByPosition)}
     ranks = session.gather(
         {
-            "method": _copied(learner.method.state_dict()),
-            "buffers": _copied({name: buffers[name] for name in buffers if "running_" in name}),
+            "method": _copied({name: own for name, own in rows.items() if own is not None}),
+            "buffers": _copied(statistics(learner.net.bare)),
+            "average": _copied(statistics(average.network)) if average else {},
         }
     )
     if not accelerator.is_main_process:
@@ -59,18 +71,21 @@ def collect(
     groups = {
         "model": _copied(learner.copy.state_dict()),
         "optimizer": _copied(
-            {f"{index}.momentum_buffer": tensor for index, tensor in enumerate(momentum)}
+            {f"{i}.{key}": each for key, all_ in optimizer.items() for i, each in enumerate(all_)}
         ),
         "method": {
             key: _interleave([rank["method"][key] for rank in ranks]) for key in ranks[0]["method"]
         },
-        "ranks": {
-            f"{rank}.{name}": tensor
-            for rank, own in enumerate(ranks)
-            for name, tensor in own["buffers"].items()
-        },
+        "ranks": _by_rank(ranks, "buffers"),
         "good": _copied(good[1]) if good else {},
     }
+    if average:
+        groups["raw"] = _copied(raw)
+        groups["ranks_average"] = _by_rank(ranks, "average")
+    for kind, of_kind in (("tables", BySample), ("everywhere", Everywhere)):
+        chosen = {name: each for name, each in carried.items() if isinstance(each, of_kind)}
+        if chosen:
+            groups[kind] = _copied({name: _whole(each) for name, each in chosen.items()})
     scaler = accelerator.scaler
     state = {
         "clock": asdict(learner.clock),
@@ -130,31 +145,32 @@ def restore(learner: Learner, kept: Kept, saved: Checkpoint, path: Path) -> None
             f"{path}: was trained in {before} and train.precision=auto means {now} here; "
             f"go on where {before} is at hand"
         )
-    weights = dict(saved.groups["model"])
+    judged = dict(saved.groups["model"])
+    weights = dict(saved.groups.get("raw", {})) or judged
+    own = state["world_size"] == ranks
     try:
-        learner.copy.load_state_dict(weights)
-        if state["world_size"] == ranks:
-            weights |= {
-                name.split(".", 1)[1]: tensor
-                for name, tensor in saved.groups["ranks"].items()
-                if name.startswith(f"{rank}.")
-            }
-        learner.net.load_state_dict(weights)
+        learner.copy.load_state_dict(judged)
+        mine = _of_rank(rank, saved.groups["ranks"]) if own else {}
+        learner.net.load_state_dict(weights | mine)
+        if learner.average:
+            mine = _of_rank(rank, saved.groups["ranks_average"]) if own else {}
+            learner.average.network.load_state_dict(judged | mine)
     except RuntimeError as error:
         problem = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
         raise UserError(f"{path}: is of another model ({problem}); check 'model'") from None
-    momentum = saved.groups["optimizer"]
-    learner.net.load_momentum([momentum[f"{i}.momentum_buffer"] for i in range(len(momentum))])
-    learner.method.load_state_dict(
-        {
-            key: _on_device(tensor[rank::ranks], accelerator.device)
-            for key, tensor in saved.groups["method"].items()
-        }
+    optimizer: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in saved.groups["optimizer"].items():
+        index, key = name.split(".")
+        optimizer.setdefault(key, {})[int(index)] = tensor
+    learner.net.load_optimizer_state(
+        {key: [found[i] for i in sorted(found)] for key, found in optimizer.items()}
     )
+    _restore_carried(learner, saved, path)
     if accelerator.scaler and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
     learner.nonfinite.restart()
     learner.clock = Clock(**state["clock"])
+    learner.copied_at = learner.clock.step
     kept.sums = torch.tensor(state["pass_sums"], dtype=torch.float64)
     # Earlier versions saved the accuracy on one batch, which no accuracy on the sample is like.
     kept.guard.reference = Measured(**state["guard"]) if state.get("guard") else None
@@ -164,6 +180,50 @@ def restore(learner: Learner, kept: Kept, saved: Checkpoint, path: Path) -> None
             name: tensor.to(accelerator.device) for name, tensor in saved.groups["good"].items()
         }
         kept.guard.good = Clock(**state["good_clock"]), good
+
+
+def _restore_carried(learner: Learner, saved: Checkpoint, path: Path) -> None:
+    """Give the method what it carried, each kind as this rank needs it.
+
+    Raises UserError for a checkpoint without something that this method carries.
+    """
+    accelerator, device = learner.accelerator, learner.accelerator.device
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    kinds = {BySample: "tables", Everywhere: "everywhere"}
+    for name, each in learner.method.carried().items():
+        if isinstance(each, ByPosition):  # none before the first batch that asked for it
+            rows = saved.groups["method"].get(name)
+            each.rows = None if rows is None else _on_device(rows[rank::ranks], device)
+            continue
+        whole = saved.groups.get(kinds[type(each)], {}).get(name)
+        now = _whole(each)
+        if whole is None or whole.shape != now.shape or whole.dtype != now.dtype:
+            raise UserError(
+                f"{path}: has no {name!r} of the method as it is now; go on with the method that "
+                f"wrote it, or start a new run with --run-dir"
+            )
+        now.copy_(whole)
+
+
+def _whole(carried: BySample | Everywhere) -> Tensor:
+    return carried.rows if isinstance(carried, BySample) else carried.value
+
+
+def _by_rank(ranks: Sequence[Mapping[str, Any]], what: str) -> dict[str, Tensor]:
+    """Return each rank's own tensors with its number before their names."""
+    return {
+        f"{rank}.{name}": tensor
+        for rank, own in enumerate(ranks)
+        for name, tensor in own[what].items()
+    }
+
+
+def _of_rank(rank: int, group: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.split(".", 1)[1]: tensor
+        for name, tensor in group.items()
+        if name.startswith(f"{rank}.")
+    }
 
 
 def _on_device(rows: Tensor, device: torch.device) -> Tensor:

@@ -124,9 +124,9 @@ class Trainer:
             self.kept.sums += latest
             clock.seconds += latest[3].item()
             if latest[2] > 0:  # else every update was skipped
-                record = metrics.line("train", self.learner, latest) | metrics.speeds(
-                    self.learner, meter
-                )
+                record = metrics.line("train", self.learner, latest)
+                record |= metrics.speeds(self.learner, meter)
+                record |= {f"method_{name}": mean for name, mean in meter.means.items()}
                 around.display.update(record)
                 if around.tracker:
                     around.tracker.metrics(record)
@@ -151,14 +151,20 @@ class Trainer:
         self.kept.sums = torch.zeros_like(self.kept.sums)
 
     def point(self, session: Session) -> tuple[dict[str, Any], Examples | None]:
-        """Copy the weights and, where it is time for a point of the curve, measure the copy."""
-        learner, every = self.learner, self.config.eval.every
+        """Copy the weights and, where it is time for a point of the curve, measure the copy.
+
+        Where they are an average, those in training are measured as well, as `raw_...`.
+        """
+        learner, every, curve = self.learner, self.config.eval.every, self.kept.curve
         learner.update_copy()
         if not every or (learner.clock.epoch % every and not self.finished):
             return {}, None
-        return self.kept.curve.measure(
-            learner.copy, learner.clock, learner.epochs, session.between_chunks
-        )
+        figures, examples = curve.measure(learner.copy, session.between_chunks)
+        curve.remember(figures, learner.clock, learner.epochs)
+        if learner.average:
+            raw, _ = curve.measure(learner.raw_copy(), session.between_chunks)
+            figures |= {f"raw_{key}": raw[key] for key in raw if key.endswith("_accuracy")}
+        return figures, examples
 
     def _look_for_collapse(self, around: Surroundings) -> dict[str, Any]:
         learner, guard = self.learner, self.kept.guard

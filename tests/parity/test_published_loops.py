@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cases import AUTOTUNED, CASES, ROOT_CONFIG, TRAIN, config
+from cases import AUTOTUNED, CASES, TRAIN, config
 from dist_adv import load_model, rng
 from dist_adv.config import parse_config
 from dist_adv.data import Loader, load_dataset
@@ -51,7 +51,7 @@ def reference(
     settings = parse_config(config(case, norm, images, precision, compile, small), case)
     data = load_dataset(settings.data, "train")
     loader = Loader(data, settings.train.batch_size, TRAIN["seed"], torch.device("cpu"))
-    method, loop = CASES[case]
+    method, loop, _, extras = CASES[case]
     numbers = torch.get_default_dtype()
     torch.set_default_dtype(first or numbers)
     model = build_model(settings.model, *data.statistics(), data.classes, TRAIN["seed"])
@@ -60,7 +60,9 @@ def reference(
     epochs = settings.train.epochs
     total = epochs * loader.batches * method.get("replays", 1)
     seen = Autocast(model) if precision == "bf16" else model
-    run = Recipe(seen, ROOT_CONFIG["threat"]["eps"], ROOT_CONFIG["optim"]["lr"], total, fused)
+    run = Recipe(
+        seen, settings.threat.eps, settings.optim.lr, total, fused, extras, total // epochs
+    )
 
     def batches():
         for epoch in range(epochs):
@@ -69,7 +71,8 @@ def reference(
 
     loop(run, batches(), lambda keys: rng.uniform(keys, (3, 8, 8)))
     assert run.done == total
-    return model.state_dict()
+    done = run.result()
+    return (done.model if isinstance(done, Autocast) else done).state_dict()
 
 
 @pytest.mark.shares("norm")

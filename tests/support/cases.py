@@ -4,7 +4,9 @@ The images are noise. Digits have black borders, where activations lie within ro
 kink and input gradients within rounding of 0, and one ulp then decides a sign.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -25,26 +27,88 @@ ROOT_CONFIG = {
 # batch of 21, in each of two epochs.
 TRAIN = {"epochs": 2, "batch_size": 33, "seed": 4, "threads": 1}
 
+
+class Case(NamedTuple):
+    """A method's section, the published loop, and what else is configured: for ours, for it."""
+
+    method: dict[str, Any]
+    loop: Callable
+    sections: dict[str, dict[str, Any]] = {}
+    extras: published.Extras = published.Extras()
+
+
 CASES = {
-    "natural": ({"name": "natural"}, published.natural),
-    "pgd-random": (
+    "natural": Case({"name": "natural"}, published.natural),
+    "pgd-random": Case(
         {"name": "pgd", "steps": 3, "alpha": 0.04, "init": "random"},
         published.pgd(3, 0.04, True),
     ),
-    "pgd-zero": (
+    "pgd-zero": Case(
         {"name": "pgd", "steps": 2, "alpha": 0.06, "init": "zero"},
         published.pgd(2, 0.06, False),
     ),
-    "free": ({"name": "free", "replays": 3}, published.free(3)),
+    "free": Case({"name": "free", "replays": 3}, published.free(3)),
     # With its guard, which attacks training images after each epoch; the others are without.
-    "fast-random": ({"name": "fast", "alpha": 0.125}, published.fast(0.125, "random")),
-    "fast-zero": (
+    "fast-random": Case({"name": "fast", "alpha": 0.125}, published.fast(0.125, "random")),
+    "fast-zero": Case(
         {"name": "fast", "alpha": 0.1, "init": "zero", "guard": "none"},
         published.fast(0.1, "zero"),
     ),
-    "fast-previous": (
+    "fast-previous": Case(
         {"name": "fast", "alpha": 0.1, "init": "previous", "guard": "none"},
         published.fast(0.1, "previous"),
+    ),
+    "n-fgsm": Case({"name": "n-fgsm", "guard": "none"}, published.n_fgsm(2.0)),
+    "trades": Case(
+        {"name": "trades", "steps": 3, "alpha": 0.04, "beta": 4},
+        published.trades(3, 0.04, 4),
+    ),
+    "gradalign": Case(
+        {"name": "gradalign", "strength": 0.5, "guard": "none"},
+        published.gradalign(0.5),
+    ),
+    # What the engine adds to any method, several at a time.
+    "adamw": Case(
+        {"name": "pgd", "steps": 2, "alpha": 0.06, "init": "zero"},
+        published.pgd(2, 0.06, False),
+        {
+            "optim": {
+                "name": "adamw",
+                "lr": 0.01,
+                "beta2": 0.99,
+                "decay_norms": False,
+                "clip": 0.7,
+            },
+            "train": {"label_smoothing": 0.2},
+        },
+        published.Extras(smoothing=0.2, adamw=True, decay_norms=False, clip=0.7),
+    ),
+    "warm-up": Case(
+        {"name": "fast", "alpha": 0.125, "guard": "none"},
+        published.fast(0.125, "random"),
+        {
+            "optim": {"schedule": "cosine", "warmup": 0.75, "nesterov": True},
+            "threat": {"warmup": 1.5},
+        },
+        published.Extras(nesterov=True, cosine_after=0.75, eps_after=1.5),
+    ),
+    "average": Case(
+        {"name": "free", "replays": 3},
+        published.free(3),
+        {"average": {"epochs": 0.5}},
+        published.Extras(average=0.5),
+    ),
+    "awp": Case(
+        {"name": "pgd", "steps": 3, "alpha": 0.04, "init": "random"},
+        published.pgd(3, 0.04, True),
+        {"awp": {"gamma": 0.02, "start": 1}},
+        published.Extras(awp=0.02, awp_after=1),
+    ),
+    "awp-trades": Case(
+        {"name": "trades", "steps": 3, "alpha": 0.04, "beta": 4},
+        published.trades(3, 0.04, 4),
+        {"awp": {"gamma": 0.01}, "average": {"epochs": 1}},
+        published.Extras(awp=0.01, average=1),
     ),
 }
 
@@ -89,5 +153,7 @@ def config(
         # Attacks here differentiate the sum of the losses, the published ones the mean: the same
         # bits only where the mean divides by a power of two. All batches are full then.
         train |= {"batch_size": 8, "epochs": 1}
-    sections = {"data": data, "train": train, "model": model, "method": CASES[case][0]}
-    return ROOT_CONFIG | sections
+    tree = ROOT_CONFIG | {"data": data, "train": train, "model": model}
+    for name, section in CASES[case].sections.items():
+        tree[name] = tree.get(name, {}) | section
+    return tree | {"method": CASES[case].method}

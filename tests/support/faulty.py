@@ -14,12 +14,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
 
 from dist_adv import cli
-from dist_adv.methods import Step, build_method
+from dist_adv.methods import Objective, Step, build_method
 from dist_adv.training import learner
 
 
@@ -34,15 +35,16 @@ class Faulty:
     def __getattr__(self, name: str) -> object:
         return getattr(self.method, name)
 
-    def steps(self, net: object, batch: object) -> Iterator[Step]:
+    def steps(self, net: object, batch: object, threat: object) -> Iterator[Objective]:
         mine = os.environ.get("RANK", "0") == self.rank
         next_one = mine and str(self.done + 1) in self.at
         if self.kind == "poison" and next_one:
             batch = replace(batch, x=batch.x * float("nan"))
         with spoilt(net.bare) if self.kind == "channel" and next_one else nullcontext():
-            for out in self.method.steps(net, batch):
+            for objective in self.method.steps(net, batch, threat):
                 self.done += 1
-                yield fault(self.kind, out) if mine and str(self.done) in self.at else out
+                faulty = mine and str(self.done) in self.at
+                yield partial(fault, self.kind, objective) if faulty else objective
 
 
 @contextmanager
@@ -59,7 +61,8 @@ def spoilt(model: nn.Module) -> Iterator[None]:
     handle.remove()
 
 
-def fault(kind: str, out: Step) -> Step:
+def fault(kind: str, objective: Objective) -> Step:
+    out = objective()
     match kind:
         case "nan":
             return Step(out.loss * float("nan"), out.logits)

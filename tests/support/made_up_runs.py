@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from safetensors.numpy import save_file
+
+from dist_adv.attacks.threat import Linf
+from dist_adv.config import parse_config
+from dist_adv.methods.description import describe
 
 PLANNED = 4
 
@@ -87,7 +92,9 @@ def make_run(
         "train": {"epochs": PLANNED, "batch_size": 128, "precision": "auto", "seed": seed},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    options = parse_config({"method": config["method"]}, "made up").method
     env = {
+        "method": describe(options, Linf(eps), torch.Size((1, 8, 8)), 10),
         "torch": "2.14.1",
         "git_commit": "0123456789ab-dirty",
         "hardware": {"device": "cpu", "name": "Some CPU", "cores": 2, "threads": 2},

@@ -1,54 +1,159 @@
 """The published training loops, written plainly from the papers' pseudocode.
 
 Nothing of dist_adv's attacks, methods, threats or schedules is used: these loops are what the
-framework is compared with. They take the same batches and the same uniform noise.
+framework is compared with. They take the same batches and the same random numbers.
 """
 
+import copy
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dist_adv import rng
 
 
 def clamp(x: Tensor, low, high) -> Tensor:
     return torch.max(torch.min(x, torch.as_tensor(high)), torch.as_tensor(low))
 
 
+@dataclass
+class Extras:
+    """What a run may have besides its method. Times are in epochs."""
+
+    smoothing: float = 0.0
+    adamw: bool = False
+    nesterov: bool = False
+    decay_norms: bool = True
+    clip: float | None = None
+    cosine_after: float | None = None  # of linear warm-up, before a cosine
+    eps_after: float | None = None  # in which eps grows
+    awp: float | None = None
+    awp_after: int = 0
+    average: float | None = None  # horizon
+
+
+NO_EXTRAS = Extras()
+
+
 class Recipe:
-    """One run: SGD with the triangular learning rate over `total` updates.
+    """One run: SGD with the triangular learning rate over `total` updates, or as `extras` say.
+
+    epoch: the updates of one.
 
     fused: torch's fused SGD rounds some elements otherwise than its plain one (1 ulp an update).
     """
 
     def __init__(
-        self, model: nn.Module, eps: float, lr: float, total: int, fused: bool = False
+        self,
+        model: nn.Module,
+        eps: float,
+        lr: float,
+        total: int,
+        fused: bool = False,
+        extras: Extras = NO_EXTRAS,
+        epoch: int = 0,
     ) -> None:
-        self.model, self.eps, self.lr, self.total = model.train(), eps, lr, total
-        weights = model.parameters()
-        self.sgd = torch.optim.SGD(weights, lr, momentum=0.9, weight_decay=5e-4, fused=fused)
+        self.model, self.full_eps, self.lr, self.total = model.train(), eps, lr, total
+        self.extras, self.epoch = extras, epoch
+        weights = list(model.parameters())
+        groups = [{"params": weights}]
+        if not extras.decay_norms:
+            groups = [
+                {"params": [w for w in weights if w.dim() > 1]},
+                {"params": [w for w in weights if w.dim() < 2], "weight_decay": 0.0},
+            ]
+        if extras.adamw:
+            self.optimizer = torch.optim.AdamW(
+                groups, lr, (0.9, 0.99), weight_decay=5e-4, fused=fused
+            )
+        else:
+            self.optimizer = torch.optim.SGD(
+                groups,
+                lr,
+                momentum=0.9,
+                weight_decay=5e-4,
+                nesterov=extras.nesterov,
+                fused=fused,
+            )
         self.done = 0
+        self.averaged = copy.deepcopy(model)
 
-    def update(self, loss: Tensor) -> None:
-        t, half = self.done, self.total / 2
-        rate = self.lr * (t / half if t <= half else (self.total - t) / half)
-        self.sgd.param_groups[0]["lr"] = rate
-        self.sgd.zero_grad()
-        loss.backward()
-        self.sgd.step()
+    @property
+    def eps(self) -> float:
+        return self.step_size(self.full_eps)
+
+    def step_size(self, alpha: float) -> float:
+        """Steps grow with the ball."""
+        after = self.extras.eps_after
+        return alpha * min(1.0, (self.done + 1) / (after * self.epoch)) if after else alpha
+
+    def rate(self) -> float:
+        t, half, warm = self.done, self.total / 2, self.extras.cosine_after
+        if warm is None:
+            return self.lr * (t / half if t <= half else (self.total - t) / half)
+        warm *= self.epoch
+        if t + 1 < warm:
+            return self.lr * (t + 1) / warm
+        return self.lr * 0.5 * (1 + math.cos(math.pi * max(0, t - warm) / (self.total - warm)))
+
+    def cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(logits, y, label_smoothing=self.extras.smoothing)
+
+    def update(self, loss: Callable[[], Tensor]) -> None:
+        extras, weights = self.extras, list(self.model.parameters())
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate()
+        kept = None
+        if extras.awp and self.done >= extras.awp_after * self.epoch:
+            kept = self.perturb(loss, extras.awp)
+        self.optimizer.zero_grad()
+        loss().backward()
+        if kept:
+            for w, before in zip(weights, kept, strict=True):
+                w.data.copy_(before)
+        if extras.clip:
+            torch.nn.utils.clip_grad_norm_(weights, extras.clip)
+        self.optimizer.step()
+        if extras.average is not None:
+            decay = 1 - 1 / (extras.average * self.epoch)
+            d = min(decay, (1 + self.done) / (10 + self.done))
+            now = self.model.state_dict()
+            for name, mean in self.averaged.state_dict().items():
+                if mean.is_floating_point():
+                    mean.copy_(torch.lerp(mean, now[name], 1 - d))
         self.done += 1
 
-    def gradient(self, x: Tensor, delta: Tensor, y: Tensor) -> Tensor:
+    def perturb(self, loss: Callable[[], Tensor], gamma: float) -> list[Tensor]:
+        """Wu et al.: a copy of the network does the probe, so that its BatchNorm stays."""
+        own, self.model = self.model, copy.deepcopy(self.model)
+        self.model.zero_grad()
+        loss().backward()
+        probe, self.model = self.model, own
+        kept = [w.detach().clone() for w in own.parameters()]
+        for w, p in zip(own.parameters(), probe.parameters(), strict=True):
+            if w.dim() > 1:
+                w.data += p.grad * (gamma * w.data.norm() / (p.grad.norm() + 1e-20))
+        return kept
+
+    def result(self) -> nn.Module:
+        """What is evaluated and saved in the end."""
+        return self.model if self.extras.average is None else self.averaged
+
+    def gradient(self, x: Tensor, delta: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
         """As the published code does it: a full backward, and delta's gradient out of it."""
         delta = delta.clone().requires_grad_()
         self.model.zero_grad()
-        F.cross_entropy(self.model(x + delta), y).backward()
+        F.cross_entropy(self.model(x + delta), y, reduction=reduction).backward()
         return delta.grad
 
 
 def natural(run: Recipe, batches: Iterable, noise: Callable) -> None:
     for x, y, _ in batches:
-        run.update(F.cross_entropy(run.model(x), y))
+        run.update(lambda x=x, y=y: run.cross_entropy(run.model(x), y))
 
 
 def pgd(steps: int, alpha: float, random: bool) -> Callable:
@@ -60,9 +165,9 @@ def pgd(steps: int, alpha: float, random: bool) -> Callable:
             if random:
                 delta = clamp(-run.eps + 2 * run.eps * noise(keys), -x, 1 - x)
             for _ in range(steps):
-                delta = delta + alpha * run.gradient(x, delta, y).sign()
+                delta = delta + run.step_size(alpha) * run.gradient(x, delta, y).sign()
                 delta = clamp(clamp(delta, -run.eps, run.eps), -x, 1 - x)
-            run.update(F.cross_entropy(run.model(x + delta), y))
+            run.update(lambda x=x, y=y, delta=delta: run.cross_entropy(run.model(x + delta), y))
 
     return loop
 
@@ -80,11 +185,11 @@ def fast(alpha: float, init: str) -> Callable:
                 "previous": lambda x, keys, kept=kept: kept[: len(x)],
             }[init]
             delta = start(x, keys)
-            delta = clamp(delta + alpha * run.gradient(x, delta, y).sign(), -run.eps, run.eps)
-            delta = clamp(delta, -x, 1 - x)
+            moved = delta + run.step_size(alpha) * run.gradient(x, delta, y).sign()
+            delta = clamp(clamp(moved, -run.eps, run.eps), -x, 1 - x)
             if init == "previous":
                 kept[: len(x)] = delta
-            run.update(F.cross_entropy(run.model(x + delta), y))
+            run.update(lambda x=x, y=y, delta=delta: run.cross_entropy(run.model(x + delta), y))
 
     return loop
 
@@ -98,8 +203,77 @@ def free(replays: int) -> Callable:
             kept = torch.zeros_like(x) if kept is None else kept
             for _ in range(replays):
                 delta = kept[: len(x)].clone().requires_grad_()
-                run.update(F.cross_entropy(run.model(x + delta), y))
+                run.update(lambda x=x, y=y, delta=delta: run.cross_entropy(run.model(x + delta), y))
                 moved = clamp(delta.detach() + run.eps * delta.grad.sign(), -run.eps, run.eps)
                 kept[: len(x)] = clamp(moved, -x, 1 - x)
+
+    return loop
+
+
+def n_fgsm(noise_in_eps: float) -> Callable:
+    """De Jorge et al.: noise around the ball, one step of eps, no projection onto the ball."""
+
+    def loop(run: Recipe, batches: Iterable, noise: Callable) -> None:
+        for x, y, keys in batches:
+            delta = clamp(noise_in_eps * (-run.eps + 2 * run.eps * noise(keys)), -x, 1 - x)
+            delta = clamp(delta + run.eps * run.gradient(x, delta, y).sign(), -x, 1 - x)
+            run.update(lambda x=x, y=y, delta=delta: run.cross_entropy(run.model(x + delta), y))
+
+    return loop
+
+
+def trades(steps: int, alpha: float, beta: float) -> Callable:
+    """Zhang et al.'s loop, but that x goes through the network once in train mode and not twice."""
+
+    def loop(run: Recipe, batches: Iterable, noise: Callable) -> None:
+        for x, y, keys in batches:
+            run.model.eval()
+            clean = F.softmax(run.model(x), dim=1).detach()
+            delta = clamp(0.001 * rng.normal(keys, tuple(x.shape[1:])).to(x), -x, 1 - x)
+            for _ in range(steps):
+                delta = delta.detach().requires_grad_()
+                log_p = F.log_softmax(run.model(x + delta), dim=1)
+                kl = F.kl_div(log_p, clean, reduction="sum")
+                (gradient,) = torch.autograd.grad(kl, delta)
+                moved = delta.detach() + run.step_size(alpha) * gradient.sign()
+                delta = clamp(clamp(moved, -run.eps, run.eps), -x, 1 - x)
+            run.model.train()
+
+            def loss(x: Tensor = x, y: Tensor = y, delta: Tensor = delta) -> Tensor:
+                logits = run.model(x)
+                log_p = F.log_softmax(run.model(x + delta), dim=1)
+                robust = F.kl_div(log_p, F.softmax(logits, dim=1), reduction="batchmean")
+                return run.cross_entropy(logits, y) + beta * robust
+
+            run.update(loss)
+
+    return loop
+
+
+def gradalign(strength: float) -> Callable:
+    """Andriushchenko and Flammarion: FGSM from x, and the cosine of two input gradients."""
+
+    def loop(run: Recipe, batches: Iterable, noise: Callable) -> None:
+        for x, y, keys in batches:
+            here = run.gradient(x, torch.zeros_like(x), y, "sum")
+            delta = clamp(run.eps * here.sign(), -x, 1 - x)
+            other = -run.eps + 2 * run.eps * noise(keys)
+
+            def loss(
+                x: Tensor = x,
+                y: Tensor = y,
+                here: Tensor = here,
+                delta: Tensor = delta,
+                other: Tensor = other,
+            ) -> Tensor:
+                near = (x + other).requires_grad_()
+                wrong = F.cross_entropy(run.model(near), y, reduction="sum")
+                (there,) = torch.autograd.grad(wrong, near, create_graph=True)
+                a, b = here.flatten(1), there.flatten(1)
+                cosine = F.cosine_similarity(a, b, dim=1)
+                loss = run.cross_entropy(run.model(x + delta), y)
+                return loss + strength * (1 - cosine.mean())
+
+            run.update(loss)
 
     return loop

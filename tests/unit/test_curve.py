@@ -17,7 +17,9 @@ def test_a_point(
 ) -> None:
     options = EvalOptions(curve_attack="pgd-2", curve_limit=50, limit=7)
     curve = Curve(options, digits, held_out, Linf(0.2), accelerator)
-    figures, examples = curve.measure(digits_net, Clock(epoch=3, step=12), 3.0, lambda: None)
+    figures, examples = curve.measure(digits_net, lambda: None)
+    assert curve.best is None
+    curve.remember(figures, Clock(epoch=3, step=12), 3.0)
     assert (figures["curve_attack"], figures["curve_n"]) == ("pgd-2", 50)
     assert figures["curve_split"] == ("held-out" if held_out else "test")
     accuracies = [figures[f"{name}_accuracy"] for name in ("test", "pgd", "fgsm")]

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_adv.config import OptimOptions
-from dist_adv.distributed.ddp import fused_sgd, gradient_norm
+from dist_adv.distributed.ddp import gradient_norm
+from dist_adv.distributed.optimizers import fused_optimizer
 from dist_adv.training.nonfinite import NonFinite, Trouble
 
 OPTIM = OptimOptions(lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -58,7 +59,7 @@ class Guarded:
 
     def __init__(self, on_nan: str, optim: OptimOptions = OPTIM, scaled: bool = False) -> None:
         self.model = network()
-        self.sgd = fused_sgd(self.model, optim)
+        self.sgd = fused_optimizer(self.model, optim)
         self.watch = NonFinite(
             self.model, self.sgd, partial(gradient_norm, self.model), on_nan, scaled
         )
@@ -124,7 +125,7 @@ def test_fused_sgd_is_plain_sgd(momentum_of, weight_decay):
     """Also while a schedule changes both rates, and with a momentum that starts at zero."""
     optim = OptimOptions(lr=0.1, momentum=momentum_of, weight_decay=weight_decay)
     ours, theirs = network(), network()
-    one = fused_sgd(ours, optim)
+    one = fused_optimizer(ours, optim)
     two = torch.optim.SGD(
         theirs.parameters(), 0.1, momentum_of, weight_decay=weight_decay, fused=True
     )

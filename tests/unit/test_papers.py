@@ -68,6 +68,8 @@ SHAFAHI = {
     "shafahi-pgd-7": (PGD, WRN, 0.1, 206, 128),
 }
 SGD = {"momentum": 0.9, "weight_decay": 5e-4, "schedule": "cyclic", "rise": 0.5}
+SGD |= {"name": "sgd", "nesterov": False, "decay_norms": True, "clip": None, "warmup": 0.0}
+SGD |= {"beta2": 0.999}  # AdamW's
 CYCLIC = SGD | {"cycle_momentum": True}
 MULTISTEP = SGD | {"cycle_momentum": False, "weight_decay": 2e-4, "schedule": "multistep"}
 CIFAR10 = {"name": "cifar10", "augment": True, "validation": 0}
@@ -102,11 +104,18 @@ def test_settings(
         config = found[name].model_dump()
         assert config["method"] == {"guard_rule": "gap"} | method, name
         assert config["model"] == model, name
-        assert config["threat"] == {"norm": "linf", "eps": 8 / 255}, name
+        assert config["threat"] == {"norm": "linf", "eps": 8 / 255, "warmup": 0.0}, name
         assert config["optim"] == optim | {"lr": lr}, name
         assert config["data"].items() >= data.items(), name
         assert set(config["eval"]["attacks"]) >= {"natural"} | attacks, name
-        train = {"epochs": epochs, "batch_size": batch, "precision": precision, "max_steps": steps}
+        assert config["average"] is config["awp"] is None, name
+        train = {
+            "epochs": epochs,
+            "label_smoothing": 0.0,
+            "batch_size": batch,
+            "precision": precision,
+            "max_steps": steps,
+        }
         assert config["train"].items() >= train.items(), name
 
 

@@ -9,9 +9,10 @@ import pytest
 
 from dist_adv.config import Config, parse_config
 from dist_adv.errors import UserError
+from dist_adv.methods.cost import Cost
 from dist_adv.models import build_model
 from dist_adv.plan.command import LINKS
-from dist_adv.plan.measure import Images, count_passes, gradient_buckets
+from dist_adv.plan.measure import Images, cost, gradient_buckets
 from dist_adv.plan.model import Cluster, Link, StepTime, Work, buckets, exposed, predict, sent
 from dist_adv.plan.record import read_step_times
 
@@ -24,10 +25,15 @@ def config(method: dict, model: dict | None = None, **train: object) -> Config:
     return parse_config({"method": method, "model": model, "train": train}, "test")
 
 
+def attacked(passes: float) -> Cost:
+    """Of a step with so many passes of an attack."""
+    return Cost(1, 3 + 2 * passes, 2)
+
+
 def work(attack_passes: float = 1, **changes: object) -> Work:
     """128 images a batch, 12,800 in all; a training forward takes 1 ms and 0.01 ms an image."""
     units = 1e-3 * (3 + 2 * attack_passes)
-    step = StepTime(units, units / 100, attack_passes)
+    step = StepTime(units, units / 100, attacked(attack_passes))
     usual = Work(step, [10 * MB, 10 * MB, 2 * MB], 128, 3, 1, 0.2, lambda batch, _: 12_800 // batch)
     return replace(usual, **changes)
 
@@ -102,7 +108,7 @@ def test_the_line_through_two_batch_sizes():
 @pytest.mark.parametrize("points", [{128: 0.032}, {64: 0.010, 128: 0.0375}])
 def test_no_floor_below_zero(points: dict[int, float]):
     """Of one batch size, and of times that noise has tilted."""
-    step = StepTime.fit(points, 1)
+    step = StepTime.fit(points, attacked(1))
     assert step.fixed == 0
     squares = sum(size**2 for size in points)
     assert step.per_image == pytest.approx(sum(b * t for b, t in points.items()) / squares)
@@ -110,36 +116,42 @@ def test_no_floor_below_zero(points: dict[int, float]):
 
 @pytest.mark.parametrize(("attack_passes", "share"), [(0, 2 / 3), (1, 2 / 5), (7, 2 / 17)])
 def test_the_share_of_the_step_in_which_gradients_travel(attack_passes: int, share: float):
-    assert StepTime(0, 1, attack_passes).backward_share == pytest.approx(share)
+    assert StepTime(0, 1, attacked(attack_passes)).backward_share == pytest.approx(share)
 
 
 def test_a_step_with_more_passes_is_longer_by_them():
     """A training pass counts 3, an attack's 2: natural 3, Fast 5, PGD-7 17."""
-    natural, fast = StepTime(3, 6, 0), StepTime(5, 10, 1)
-    for step in (natural.with_passes(1), natural.with_passes(7).with_passes(1)):
+    natural, fast = StepTime(3, 6, attacked(0)), StepTime(5, 10, attacked(1))
+    for step in (
+        natural.at_cost(attacked(1)),
+        natural.at_cost(attacked(7)).at_cost(attacked(1)),
+    ):
         assert (step.fixed, step.per_image) == pytest.approx((fast.fixed, fast.per_image))
-        assert step.attack_passes == 1
+        assert step.cost == attacked(1)
 
 
 @pytest.mark.parametrize(
-    ("method", "steps", "passes"),
+    ("method", "passes"),
     [
-        ({"name": "natural"}, 1, 0),
-        ({"name": "fast"}, 1, 1),
-        ({"name": "fast", "init": "previous"}, 1, 1),
-        ({"name": "pgd", "steps": 7}, 1, 7),
-        ({"name": "free", "replays": 8}, 8, 0),
+        ({"name": "natural"}, attacked(0)),
+        ({"name": "fast"}, attacked(1)),
+        ({"name": "fast", "init": "previous"}, attacked(1)),
+        ({"name": "pgd", "steps": 7}, attacked(7)),
+        ({"name": "free", "replays": 8}, Cost(8, 3, 2)),
+        ({"name": "n-fgsm"}, attacked(1)),
+        # A clean forward, ten passes of the attack, two forwards and two backwards in training.
+        ({"name": "trades", "steps": 10}, Cost(1, 1 + 20 + 6, 4)),
     ],
 )
-def test_passes_are_counted(method: dict, steps: int, passes: int):
-    assert count_passes(config(method)) == (steps, passes)
+def test_passes_are_counted(method: dict, passes: Cost):
+    assert cost(config(method)) == passes
 
 
 # The whole.
 
 
 def test_a_perfect_network_and_no_floor_scale_perfectly():
-    ideal = work(step=StepTime(0.0, 1e-4, 1))
+    ideal = work(step=StepTime(0.0, 1e-4, attacked(1)))
     for gpus in (1, 2, 8, 64):
         row = predict(ideal, Cluster(Link(math.inf)), gpus)
         assert row.efficiency == pytest.approx(1)

@@ -165,8 +165,8 @@ def test_methods_are_explained(report: Report) -> None:
     """What a batch costs by each method that there is a run of."""
     assert [[row[0], *row[2:]] for row in markdown_table(report, "The methods")[2:]] == [
         ["Natural", "1", "1"],
-        ["Free", "m (m = 8)", "m"],
-        ["Fast", "2", "1"],
+        ["Fast", "1", "1.67"],
+        ["Free", "8", "8"],
     ]
     assert "Data: digits, 1,437 training images, 360 test images, 8 x 8 pixels." in report.markdown
 
@@ -366,7 +366,7 @@ def test_headline_claims_no_order_within_the_intervals(tmp_path: Path) -> None:
         ]
     )
     said = headline(runs)[0]
-    assert "b (PGD) has the best accuracy" in said
+    assert "b (PGD, K = 7, alpha 2/255, init random) has the best accuracy" in said
     assert said.endswith("Its interval overlaps with that of a, so their order is open.")
 
 

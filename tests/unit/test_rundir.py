@@ -23,6 +23,7 @@ from dist_adv.config import Config, differences, longer, parse_config, training_
 from dist_adv.data import Dataset
 from dist_adv.errors import RunFailure, UserError
 from dist_adv.evaluation.evaluate import evaluate
+from dist_adv.methods.registry import own_methods
 from dist_adv.runs import checkpoint, claim
 from dist_adv.runs.folder import RunFolder
 from dist_adv.runs.lock import Lock
@@ -203,7 +204,7 @@ def test_status_of_a_run_that_ends_well_and_of_one_that_fails(images, tmp_path, 
 
 # --- may this run go on? -------------------------------------------------------------------------
 
-METHODS = ("natural", "pgd", "free", "fast")
+METHODS = tuple(own_methods())
 MODELS = ("preact_resnet18", "wide_resnet", "resnet50")
 
 # Every key: another value than the one below or the default, and whether a run may go on with it.
@@ -215,8 +216,16 @@ DECIDED: dict[str, tuple[Any, str]] = {
     "method.replays": (3, "no"),
     "method.alpha": (0.01, "no"),
     "method.init": ("zero", "no"),
+    "method.noise": (1.0, "no"),
+    "method.beta": (1.0, "no"),
+    "method.strength": (1.0, "no"),
     "threat.norm": ("l2", "no"),
     "threat.eps": (0.02, "no"),
+    "threat.warmup": (1.0, "no"),
+    "average.epochs": (2.0, "no"),
+    "average.bn": ("recompute", "no"),
+    "awp.gamma": (0.02, "no"),
+    "awp.start": (1.0, "no"),
     "model.name": ("resnet50", "no"),
     "model.width": (4, "no"),
     "model.norm": ("group", "no"),
@@ -234,15 +243,22 @@ DECIDED: dict[str, tuple[Any, str]] = {
     "data.size": (8, "no"),
     "data.resident_gb": (0.0, "yes"),
     "data.workers": (1, "yes"),
+    "optim.name": ("adamw", "no"),
     "optim.lr": (0.1, "no"),
+    "optim.nesterov": (True, "no"),
+    "optim.beta2": (0.99, "no"),
+    "optim.decay_norms": (False, "no"),
+    "optim.clip": (1.0, "no"),
     "optim.momentum": (0.8, "no"),
     "optim.weight_decay": (0.0, "no"),
     "optim.schedule": ("constant", "no"),
     "optim.rise": (0.25, "no"),
     "optim.cycle_momentum": (True, "no"),
+    "optim.warmup": (1.0, "no"),
     "train.epochs": (46, "longer"),
     "train.max_steps": (10, "shorter"),
     "train.batch_size": (64, "no"),
+    "train.label_smoothing": (0.1, "no"),
     "train.precision": ("fp32", "no"),
     "train.compile": ("default", "no"),
     "train.sync_batchnorm": (True, "no"),
@@ -291,6 +307,7 @@ def build(method: str = "fast", model: str = "preact_resnet18", **changes: Any) 
     """The configuration of these names, with `changes` at `section__key`."""
     data = {"name": "imagefolder"}  # data.size is of no other
     tree: dict[str, Any] = {"method": {"name": method}, "model": {"name": model}, "data": data}
+    tree |= {"average": {}, "awp": {}, "optim": {"schedule": "cosine"}}  # warm-up is of no cyclic
     for place, value in changes.items():
         node = tree
         *parents, leaf = place.split("__")
@@ -323,6 +340,14 @@ EVERY_KEY = sorted(
         for key in flat(build(method, model).model_dump())
     }
 )
+
+
+@pytest.mark.parametrize("section", ["average", "awp"])
+def test_a_run_goes_on_without_what_it_had_no_more_than_with_what_it_had_not(section):
+    on, off = build(), build(**{section: None})
+    assert training_differences(on, off)
+    assert training_differences(off, on)
+    assert training_differences(off, off) == []
 
 
 @pytest.mark.parametrize("key", EVERY_KEY)

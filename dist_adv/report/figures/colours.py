@@ -1,5 +1,6 @@
 """Colours, markers and the style of all figures: a run looks the same wherever it appears."""
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ STYLE: Any = {  # matplotlib versions differ in how they type the keys
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _METHOD_COLOURS = {"natural": "#000000", "pgd": "#CC79A7", "free": "#0072B2", "fast": "#D55E00"}
-_OTHER_METHOD = "#009E73"
+_OTHER_METHODS = ("#009E73", "#E69F00", "#56B4E9")
 GREY = "#767676"
 
 
@@ -45,9 +46,12 @@ def give_looks(runs: Sequence[Run]) -> list[Drawn]:
         return [Drawn(*looks) for looks in zip(runs, COLOURS, MARKERS, strict=False)]
     drawn = []
     seen: Counter[str] = Counter()
+    colours, others = dict(_METHOD_COLOURS), itertools.cycle(_OTHER_METHODS)
     for run in runs:
         method = run.config["method"]["name"]
-        colour = _METHOD_COLOURS.get(method, _OTHER_METHOD)
+        if method not in colours:
+            colours[method] = next(others)
+        colour = colours[method]
         drawn.append(Drawn(run, colour, MARKERS[seen[method] % len(MARKERS)]))
         seen[method] += 1
     return drawn

@@ -1,0 +1,136 @@
+"""What a step of a method costs, counted on a network of a few layers and not known."""
+
+import itertools
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dist_adv import plugins
+from dist_adv.attacks import frozen
+from dist_adv.attacks.threat import Threat
+from dist_adv.data import Batch, When
+from dist_adv.errors import RunFailure, UserError
+from dist_adv.methods.base import MethodOptions, Task
+from dist_adv.methods.checked import checked_steps
+from dist_adv.methods.registry import build_method
+from dist_adv.text import one_line
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a batch takes, in forward passes of an image; each gradient's backward is one, too.
+
+    steps: optimiser steps; passes: of each, natural training has 3 (forward, gradients of the
+    activations, gradients of the weights); backward: those of them in which the weights'
+    gradients become ready to be sent.
+    """
+
+    steps: int
+    passes: float
+    backward: float
+
+    @property
+    def against_natural(self) -> float:
+        """How many batches of natural training take as long."""
+        return self.steps * self.passes / 3
+
+
+_LAYERS = 4
+_SMALL = torch.Size((1, 4, 4))
+
+
+class _Passes(TorchDispatchMode):
+    """Counts products of matrices: each of the toy's layers has one in every pass."""
+
+    done = 0.0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        if func is torch.ops.aten.mm.default:
+            self.done += 1 / _LAYERS
+        return func(*args, **(kwargs or {}))
+
+
+class _Toy(nn.Module):
+    """Linear layers. The factor asks for the first one's input gradient, as images do not."""
+
+    def __init__(self, pixels: int, classes: int) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(pixels))
+        sizes = [pixels, *[8] * (_LAYERS - 1), classes]
+        self.layers = nn.Sequential(
+            *(
+                layer
+                for inner, outer in itertools.pairwise(sizes)
+                for layer in (nn.Tanh(), nn.Linear(inner, outer, bias=False))
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(self.factor * x.flatten(1))
+
+
+class _ToyNet:
+    """A network as methods see it, on one rank."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def frozen(self, mode: Literal["train", "eval"] = "train") -> AbstractContextManager[nn.Module]:
+        return frozen(self.model, mode)
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        return value.detach()
+
+    def averaged(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.model(x)
+
+
+def cost_of(
+    options: MethodOptions,
+    threat: Threat,
+    shape: torch.Size = _SMALL,
+    classes: int = 10,
+) -> Cost:
+    """Return what a batch costs with these options, from a batch of two made-up images.
+
+    shape: (C, H, W) of an image.
+
+    Raises UserError naming file and line where the method fails, or yields what it may not.
+    """
+    x, two = torch.full((2, *shape), 0.5), torch.arange(2)
+    task = Task(F.cross_entropy, samples=2, shape=shape, classes=classes, device=x.device)
+    batch = Batch(x, two % classes, two, two, total=2, weight=1.0, when=When(0, 0, 1, key=0))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = _ToyNet(_Toy(shape.numel(), classes))
+    steps, backward = 0, 0.0
+    try:
+        method = build_method(options, task)
+        with _Passes() as passes:
+            for objective in checked_steps(method, net, batch, threat):
+                loss = objective().loss
+                before = passes.done
+                loss.backward()
+                backward += passes.done - before
+                steps += 1
+    except UserError:
+        raise
+    except RunFailure as fault:
+        raise UserError(f"method.name: {options.name}: {fault}") from fault
+    except Exception as error:
+        raise UserError(
+            f"method.name: {options.name} fails on two images: "
+            f"{plugins.place(error)}{one_line(error) or type(error).__name__}"
+        ) from error
+    return Cost(steps, round(passes.done / steps, 4), round(backward / steps, 4))
