@@ -228,6 +228,7 @@ _FILES = {
 
 def _data(config: Config | None) -> Findings:
     from dist_adv.data import DataOptions, data_root
+    from dist_adv.data.datasets import NAMES
 
     root = data_root(config.data if config else DataOptions())
     if config is None:
@@ -238,6 +239,8 @@ def _data(config: Config | None) -> Findings:
         )
     elif config.data.name == "digits":
         yield Finding("data", "digits, embedded")
+    elif config.data.name not in NAMES:
+        yield Finding("data", f"{config.data.name}, which is somebody's own: not looked at")
     elif _is_there(config.data.name, root):
         yield Finding("data", f"{config.data.name} in {root.absolute()}")
     elif config.data.name == "imagefolder":

@@ -77,20 +77,22 @@ PositiveInt = Annotated[int, Field(ge=1)]
 class Open:
     """Annotates a section of which the `name` says the kind: dist_adv's own, or somebody else's.
 
-    own: the options of dist_adv's kinds, by name; find: those of any name, or ValueError.
+    own: the options of dist_adv's kinds, by name; find: those of any name, or ValueError. usual:
+    the kind of a section that names none.
     """
 
     own: Callable[[], Mapping[str, type[Options]]]
     find: Callable[[str], type[Options]]
+    usual: str | None = None
 
     def _choose(self, value: Any) -> Any:
         """Check a section by the options of its kind; what is none is left to who asks for one."""
         if not isinstance(value, Mapping):
             return value
-        if "name" not in value:
+        name = value.get("name", self.usual)
+        if name is None:
             names = ", ".join(self.own())
             raise PydanticCustomError("name", "missing; choose from {names}", {"names": names})
-        name = value["name"]
         if not isinstance(name, str):
             context = {"name": repr(name), "names": ", ".join(self.own())}
             raise PydanticCustomError("name", "{name} is no name; choose from {names}", context)

@@ -11,15 +11,29 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache, reduce
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
+from dist_adv.options import Options
 from dist_adv.text import nearest, one_line
 
-_IN_PROGRAM: dict[str, Any] = {}
+_FOUND: dict[tuple[str, str], "Found"] = {}
+
+
+_GIVEN = "given:"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Somebody's object, and a hash of the source that it comes from."""
+
+    thing: Any
+    source: str
 
 
 @cache
@@ -28,30 +42,55 @@ def installed(group: str) -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=group)}
 
 
-def find(name: str, group: str, own: Mapping[str, Any]) -> Any:
+def find(name: str, group: str, own: Mapping[str, Any], may_import: bool = True) -> Any:
     """Return what a name in a configuration stands for.
 
-    group: of the entry points. own: what dist_adv has by its names.
+    group: of the entry points. own: what dist_adv has, by its names. may_import: false for a name
+    that no configuration of the user's gave, but a file: what is imported already is taken.
 
     Raises ValueError saying why there is no such thing, with the nearest name, or where its code
     fails.
     """
     if name in own:
         return own[name]
-    if name in _IN_PROGRAM:
-        return _IN_PROGRAM[name]
-    if ":" in name:
-        return _imported(name, name)
-    if name in installed(group):
-        return _imported(name, installed(group)[name].value)
-    raise ValueError(f"{name!r} is not known{nearest(name, [*own, *installed(group)])}")
+    if (group, name) not in _FOUND:
+        if name.startswith(_GIVEN):
+            raise ValueError(
+                f"{name!r} was given in Python; give it again: dist_adv.train, dist_adv.evaluate"
+            )
+        known = installed(group)
+        if ":" not in name and name not in known:
+            raise ValueError(f"{name!r} is not known{nearest(name, [*own, *known])}")
+        reference = name if ":" in name else known[name].value
+        module = reference.partition(":")[0]
+        if not may_import and module not in sys.modules:
+            raise ValueError(f"{name!r} is not imported for a file; 'import {module}' first")
+        thing = _imported(name, reference)
+        _FOUND[group, name] = Found(thing, _source(thing))
+    return _FOUND[group, name].thing
 
 
-def refer(thing: Any) -> str:
+def refer(thing: Any, group: str) -> str:
     """Return the reference of an object of this program, by which `find` has it from now on."""
     name = f"{thing.__module__}:{thing.__qualname__}"
-    _IN_PROGRAM[name] = thing
+    _FOUND[group, name] = Found(thing, _source(thing))
     return name
+
+
+def give(name: str, group: str, thing: Any) -> str:
+    """Return a name for an object that a program gives, by which `find` has it in this process."""
+    _FOUND[group, f"{_GIVEN}{name}"] = Found(thing, "")
+    return f"{_GIVEN}{name}"
+
+
+def sources(names: Iterable[str]) -> dict[str, str]:
+    """Return the hashes of the sources of those of these names that are somebody else's."""
+    wanted = set(names)
+    return {
+        name: found.source
+        for (_, name), found in _FOUND.items()
+        if name in wanted and not name.startswith(_GIVEN)
+    }
 
 
 def _imported(name: str, reference: str) -> Any:
@@ -64,6 +103,20 @@ def _imported(name: str, reference: str) -> Any:
         raise ValueError(
             f"{name!r} cannot be imported ({place(error)}{one_line(error)})"
         ) from error
+
+
+def options_of(name: str, thing: Any, base: type[Options]) -> type[Any]:
+    """Return the class of an object's options, its attribute `Options`.
+
+    Raises ValueError where it has none.
+    """
+    options = getattr(thing, "Options", None)
+    if not (isinstance(options, type) and issubclass(options, base)):
+        raise ValueError(
+            f"{name!r} has no options; give it an attribute Options, a class of "
+            f"dist_adv.{base.__name__}"
+        )
+    return options
 
 
 def place(error: BaseException) -> str:
@@ -79,7 +132,7 @@ def place(error: BaseException) -> str:
     return f"{frames[-1].filename}, line {frames[-1].lineno}: " if frames else ""
 
 
-def fingerprint(thing: Any) -> str:
+def _source(thing: Any) -> str:
     """Return a hash of the source that defines an object: its file, or its whole package."""
     digest = hashlib.sha256()
     module = sys.modules.get(thing.__module__.partition(".")[0])
@@ -87,8 +140,9 @@ def fingerprint(thing: Any) -> str:
     files = sorted(path for folder in folders for path in folder.rglob("*.py"))
     if not files and getattr(module, "__file__", None):
         files = [Path(module.__file__)]  # type: ignore[union-attr, arg-type]
-    if not files:  # typed at a prompt
-        digest.update(inspect.getsource(thing).encode())
     for file in files:
         digest.update(file.name.encode() + file.read_bytes())
+    if not files:  # typed at a prompt or in a notebook
+        with suppress(OSError):
+            digest.update(inspect.getsource(thing).encode())
     return digest.hexdigest()[:12]

@@ -11,15 +11,17 @@ from dist_adv.attacks.pgd import (
     frozen,
     input_gradient,
 )
-from dist_adv.attacks.spec import AttackSpec, parse_attack
+from dist_adv.attacks.spec import AttackOptions, AttackSpec, attack_kind, parse_attack
 
 __all__ = [
     "LOSS_SCALE",
     "PGD",
+    "AttackOptions",
     "AttackSpec",
     "Loss",
     "Outcome",
     "ascend",
+    "attack_kind",
     "correct",
     "cross_entropy",
     "frozen",

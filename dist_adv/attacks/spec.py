@@ -1,10 +1,18 @@
-"""Names of attacks: natural, fgsm, pgd-K, pgd-K-R, autoattack."""
+"""Names of attacks: natural, fgsm, pgd-K, pgd-K-R, autoattack, and those of somebody's own."""
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from dist_adv import plugins
+from dist_adv.options import Options
 from dist_adv.text import nearest
+
+GROUP = "dist_adv.attacks"
+
+
+class AttackOptions(Options):
+    """The options of somebody's own attack, with their defaults."""
 
 
 @dataclass(frozen=True)
@@ -12,7 +20,7 @@ class AttackSpec:
     """A parsed name. `steps` counts for FGSM and PGD alone."""
 
     name: str
-    kind: Literal["natural", "fgsm", "pgd", "autoattack"]
+    kind: Literal["natural", "fgsm", "pgd", "autoattack", "other"]
     steps: int
     restarts: int
 
@@ -28,6 +36,9 @@ def parse_attack(name: str) -> AttackSpec:
         return AttackSpec(name, "fgsm", 1, 1)
     if name == "autoattack":
         return AttackSpec(name, "autoattack", 0, 1)
+    if ":" in name or name in plugins.installed(GROUP):
+        attack_kind(name)
+        return AttackSpec(name, "other", 0, 1)
     match = re.fullmatch(r"pgd-([0-9]{1,6})(?:-([0-9]{1,6}))?", name)
     if match is None:
         known = ["natural", "fgsm", "pgd-10", "pgd-20", "pgd-50", "pgd-50-10", "autoattack"]
@@ -37,3 +48,9 @@ def parse_attack(name: str) -> AttackSpec:
     if steps == 0 or restarts == 0:
         raise ValueError(f"{name!r} needs at least 1 step and 1 restart, for example 'pgd-10'")
     return AttackSpec(name, "pgd", steps, restarts)
+
+
+def attack_kind(name: str) -> tuple[Any, type[AttackOptions]]:
+    """Return somebody's own attack and its options. Raises ValueError saying why there is none."""
+    found = plugins.find(name, GROUP, {})
+    return found, plugins.options_of(name, found, AttackOptions)

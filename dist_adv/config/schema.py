@@ -1,17 +1,20 @@
 """The sections of a configuration, each with its keys, their types and defaults."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
-from dist_adv.attacks.spec import parse_attack
+from dist_adv import plugins
+from dist_adv.attacks.spec import attack_kind, parse_attack
 from dist_adv.config.yaml_text import to_yaml
-from dist_adv.data.datasets import DataOptions
+from dist_adv.data.datasets import DataChoice, DataOptions
 from dist_adv.methods import MethodChoice, find_method
-from dist_adv.models import ModelOptions, PreActResNet18Options
+from dist_adv.models import ModelChoice, PreActResNet18Options
 from dist_adv.options import Options, PositiveInt, Real, StepSize
 
-Schedule = Literal["cyclic", "multistep", "cosine", "constant"]
+SCHEDULE_GROUP = "dist_adv.schedules"
+TRACKER_GROUP = "dist_adv.trackers"
+SCHEDULES = ("cyclic", "multistep", "cosine", "constant")
 Minutes = Annotated[Real, Field(gt=0)]
 
 _MAX_EPS = {"linf": 1.0, "l2": 8.0}
@@ -38,13 +41,18 @@ class ThreatOptions(Options):
         return self
 
 
+_SCHEDULE = {"anyOf": [{"enum": list(SCHEDULES)}, {"type": "string", "pattern": ":"}]}
+
+
 class OptimOptions(Options):
     """The optimiser and its schedule over all optimiser steps of the run.
 
     momentum: of SGD; of AdamW its first beta. decay_norms: false leaves norms and biases, whatever
     has one dimension, without weight decay. clip: the largest norm of all gradients together.
     rise: the share of the run in which the rate of `cyclic` rises; short runs like 0.25. warmup:
-    epochs in which any other rate rises to what it would be.
+    epochs in which any other rate rises to what it would be. schedule: cyclic, multistep, cosine,
+    constant, or a reference to a function of the share of the run that is done, in [0, 1], to the
+    share of `lr`.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -55,11 +63,18 @@ class OptimOptions(Options):
     weight_decay: Annotated[Real, Field(ge=0)] = 5e-4
     decay_norms: bool = True
     clip: Annotated[Real, Field(gt=0)] | None = None
-    schedule: Schedule = "cyclic"
+    schedule: Annotated[str, WithJsonSchema(_SCHEDULE)] = "cyclic"
     rise: Annotated[Real, Field(gt=0, lt=1)] = 0.5
     warmup: Annotated[Real, Field(ge=0)] = 0.0
     cycle_momentum: bool = False
     """Momentum m -> m - 0.1 -> m over the run, as torch's CyclicLR does unless told otherwise."""
+
+    @field_validator("schedule")
+    @classmethod
+    def _known_schedule(cls, name: str) -> str:
+        if not callable(plugins.find(name, SCHEDULE_GROUP, dict.fromkeys(SCHEDULES, float))):
+            raise ValueError(f"{name!r} is no function; give one of the share of the run done")
+        return name
 
     @model_validator(mode="after")
     def _momentum_to_cycle(self) -> "OptimOptions":
@@ -160,6 +175,15 @@ class EvalOptions(Options):
     every: Annotated[int, Field(ge=0)] = 1
     curve_attack: str = "pgd-10"
     curve_limit: PositiveInt | None = 1000
+    attack_options: dict[str, dict[str, Any]] = {}
+    """Of somebody's own attacks, by their names in `attacks`."""
+
+    @field_validator("attack_options")
+    @classmethod
+    def _options_fit(cls, given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, options in given.items():
+            attack_kind(name)[1].model_validate(options)
+        return given
 
     @field_validator("attacks")
     @classmethod
@@ -191,11 +215,25 @@ class WandbOptions(Options):
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = []
 
 
+class TrackerOptions(Options):
+    """The options of somebody's own tracker, with their defaults."""
+
+
 class TrackOptions(Options):
     """Where metrics go besides metrics.jsonl and results.jsonl."""
 
     wandb: WandbOptions = WandbOptions()
     tensorboard: bool = False
+    others: dict[str, dict[str, Any]] = {}
+    """Trackers of somebody's own, by reference or entry point, with their options."""
+
+    @field_validator("others")
+    @classmethod
+    def _trackers_fit(cls, given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, options in given.items():
+            kind = plugins.find(name, TRACKER_GROUP, {})
+            plugins.options_of(name, kind, TrackerOptions).model_validate(options)
+        return given
 
 
 class Config(Options):
@@ -203,8 +241,8 @@ class Config(Options):
 
     method: MethodChoice
     threat: ThreatOptions = ThreatOptions()
-    model: ModelOptions = PreActResNet18Options()
-    data: DataOptions = DataOptions()
+    model: ModelChoice = PreActResNet18Options()
+    data: DataChoice = DataOptions()
     optim: OptimOptions = OptimOptions()
     train: TrainOptions = TrainOptions()
     average: AverageOptions | None = None
@@ -214,7 +252,7 @@ class Config(Options):
 
     @model_validator(mode="after")
     def _something_to_synchronise(self) -> "Config":
-        if self.train.sync_batchnorm and self.model.norm != "batch":
+        if self.train.sync_batchnorm and getattr(self.model, "norm", "batch") != "batch":
             raise ValueError("train.sync_batchnorm: there is no BatchNorm with model.norm=group")
         return self
 
@@ -232,6 +270,11 @@ class Config(Options):
                 f"use none"
             )
         return self
+
+    def sources(self) -> dict[str, str]:
+        """Return the hashes of the sources of whatever in it is somebody else's, by name."""
+        names = [self.method.name, self.model.name, self.data.name, self.optim.schedule]
+        return plugins.sources([*names, *self.eval.attacks, *self.track.others])
 
     def dump(self) -> str:
         """Return the resolved configuration as YAML, which `load_config` reads back to the same."""

@@ -1,10 +1,18 @@
 """Data sets as uint8 tensors, and the loader that keeps them on the device."""
 
-from dist_adv.data.datasets import DataOptions, Dataset, data_root, load_dataset
+from dist_adv.data.datasets import (
+    GROUP,
+    DataOptions,
+    Dataset,
+    data_root,
+    load_dataset,
+    of_tensors,
+)
 from dist_adv.data.fingerprint import Fingerprints, what_changed
 from dist_adv.data.loader import Batch, Loader, When
 
 __all__ = [
+    "GROUP",
     "Batch",
     "DataOptions",
     "Dataset",
@@ -13,5 +21,6 @@ __all__ = [
     "When",
     "data_root",
     "load_dataset",
+    "of_tensors",
     "what_changed",
 ]

@@ -15,22 +15,25 @@ from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 from torch import Tensor
 
-from dist_adv import packages, rng
+from dist_adv import packages, plugins, rng
 from dist_adv.data import fingerprint
 from dist_adv.data.files import Files, Listing, list_images
 from dist_adv.data.fingerprint import Fingerprint
 from dist_adv.errors import UserError
-from dist_adv.options import Options, PositiveInt, Real
-from dist_adv.text import shown
+from dist_adv.options import Open, Options, PositiveInt, Real
+from dist_adv.text import one_line, shown
+
+NAMES = ("cifar10", "cifar100", "svhn", "imagefolder", "digits")
+GROUP = "dist_adv.data"
 
 
 class DataOptions(Options):
     """Which images. `augment` means the data set's usual random crop and, but for digits, flip."""
 
-    name: Literal["cifar10", "cifar100", "svhn", "imagefolder", "digits"] = "cifar10"
+    name: str = "cifar10"
     root: str | None = None
     augment: bool = True
     crop_padding: Annotated[int, Field(ge=0, le=64)] | None = None
@@ -48,9 +51,27 @@ class DataOptions(Options):
 
     @model_validator(mode="after")
     def _size_is_of_folders(self) -> Self:
-        if self.size is not None and self.name != "imagefolder":
+        if self.size is not None and self.name in NAMES and self.name != "imagefolder":
             raise ValueError(f"size: the images of {self.name} are not resized; leave it out")
         return self
+
+
+def find_options(name: str) -> type[DataOptions]:
+    """Return the options of a data set: dist_adv's own, a package's, or that of a reference.
+
+    Raises ValueError where there is none, saying why.
+    """
+    if name in NAMES:
+        return DataOptions
+    found = plugins.find(name, GROUP, dict.fromkeys(NAMES))
+    return plugins.options_of(name, found, DataOptions)
+
+
+DataChoice = Annotated[
+    SerializeAsAny[DataOptions],
+    Open(lambda: dict.fromkeys(NAMES, DataOptions), find_options, usual="cifar10"),
+]
+"""The section `data` of a configuration."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +158,9 @@ def load_dataset(
         data = _digits(split)
     elif options.name == "imagefolder":
         data = _imagefolder(split, options)
+    elif options.name not in NAMES:
+        with main_process_first():
+            data = _somebodys(options, split)
     else:
         with main_process_first():
             data = _torchvision(options.name, data_root(options), split)
@@ -247,3 +271,52 @@ def _imagefolder(split: str, options: DataOptions) -> Dataset:
         flip=True,
         fingerprint=fingerprint.of_files(listing),
     )
+
+
+def _somebodys(options: DataOptions, split: str) -> Dataset:
+    """Ask somebody's own data set, `kind(options).load(split)`, for (images, labels, classes).
+
+    images: uint8 (N, C, H, W); labels: integers (N,); classes: their names. An attribute `flip`
+    says that mirror images are of the same class.
+    """
+    name = options.name
+    kind = plugins.find(name, GROUP, {})
+    try:
+        images, labels, classes = kind(options).load(split)
+        images, labels = torch.as_tensor(images), torch.as_tensor(labels).long()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"data.name: {name} cannot be loaded: {plugins.place(error)}{one_line(error)}"
+        ) from error
+    return of_tensors(name, images, labels, list(classes), flip=getattr(kind, "flip", False))
+
+
+def of_tensors(
+    name: str, images: Tensor, labels: Tensor, classes: list[str] | None = None, flip: bool = False
+) -> Dataset:
+    """Return a split that somebody has in memory; crops at random get borders of an eighth.
+
+    images: uint8 (N, C, H, W), or float in [0, 1] of which 256 levels are kept; labels: (N,);
+    classes: names, as many as the largest label says where there are none.
+
+    Raises UserError for tensors of another kind.
+    """
+    if images.is_floating_point():
+        if images.numel() and not (images.min() >= 0 and images.max() <= 1):
+            raise UserError(f"data: float images of {name} must be in [0, 1]; scale them")
+        images = (images * 255).round().to(torch.uint8)
+    problem = ""
+    if images.dtype != torch.uint8 or images.dim() != 4 or not len(images):
+        problem = f"images are {images.dtype} {tuple(images.shape)}, not uint8 (N, C, H, W)"
+    elif labels.shape != (len(images),) or labels.is_floating_point():
+        problem = f"labels are {labels.dtype} {tuple(labels.shape)}, not integers ({len(images)},)"
+    elif labels.min() < 0 or (classes is not None and labels.max() >= len(classes)):
+        known = "" if classes is None else f" and there are {len(classes)} classes"
+        problem = f"labels go from {labels.min()} to {labels.max()}{known}"
+    if problem:
+        raise UserError(f"data: {name}: {problem}")
+    names = classes or [str(label) for label in range(int(labels.max()) + 1)]
+    border = images.shape[-1] // 8
+    return Dataset(name, images.contiguous(), labels.long(), names, crop_padding=border, flip=flip)

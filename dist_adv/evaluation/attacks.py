@@ -3,7 +3,8 @@
 One run of PGD-50 from a start has done PGD-10 after ten steps: what falls by then falls in both.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,11 +12,14 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from dist_adv.attacks import PGD, AttackSpec, correct, parse_attack
+from dist_adv import plugins
+from dist_adv.attacks import PGD, AttackSpec, attack_kind, correct, frozen, parse_attack
 from dist_adv.attacks.autoattack import AutoAttack
 from dist_adv.attacks.threat import Threat
 from dist_adv.config import EvalOptions
+from dist_adv.errors import UserError
 from dist_adv.evaluation.images import Images
+from dist_adv.text import one_line
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,63 @@ class Ensemble:
         return sorted({f"AutoAttack: {message}" for message in said})
 
 
+class Other:
+    """Somebody's own attack: `kind(options, threat)`, called with (model, x, y, keys).
+
+    It returns images. What left the ball is projected into it, which a flag says.
+
+    Raises UserError where it cannot be made, fails, or returns something else.
+    """
+
+    def __init__(
+        self, model: nn.Module, images: Images, threat: Threat, options: EvalOptions, name: str
+    ) -> None:
+        self.model, self.images, self.threat = model, images, threat
+        self.name, self.members, self.seed = name, (name,), options.seed
+        self.messages: list[str] = []
+        kind, its = attack_kind(name)
+        self.options = its.model_validate(options.attack_options.get(name, {}))
+        with self._told():
+            self.attack = kind(self.options, threat)
+
+    def __call__(self, x: Tensor, y: Tensor, keys: Tensor) -> Attacked:
+        with self._told(), frozen(self.model):
+            images = self.attack(self.model, x, y, keys)
+        if not isinstance(images, Tensor) or images.shape != x.shape:
+            found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise UserError(f"eval.attacks: {self.name} returns {found}, not images {x.shape}")
+        delta = images.detach().to(x) - x
+        inside = self.threat.project(delta, x)
+        if (delta - inside).abs().max() > 1e-5:
+            self.messages.append("its images left the ball or [0, 1] and were projected")
+        images = x + inside
+        with torch.inference_mode():
+            logits = self.model(images)
+        return Attacked(images, logits, [correct(logits, y)])
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            where = plugins.place(error)
+            raise UserError(f"eval.attacks: {self.name} fails: {where}{one_line(error)}") from error
+
+    def settings(self, member: str) -> dict[str, Any]:
+        return {
+            "norm": self.threat.norm,
+            "eps": self.threat.eps,
+            **self.options.model_dump(),
+            "seed": self.seed,
+            **_precision(self.images.device),
+        }
+
+    def flags(self, attacked: float, zero_gradients: float) -> list[str]:
+        return sorted(set(gather_object(self.messages)))
+
+
 def _precision(device: torch.device) -> dict[str, Any]:
     """fp32, and whether the GPU rounded the factors of its products to TF32's 10 bits."""
     switches = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
@@ -195,6 +256,8 @@ def build_attacks(
     ]
     if any(spec.kind == "autoattack" for spec in wanted):
         attacks.append(Ensemble(model, images, threat, options.seed))
+    others = [spec.name for spec in wanted if spec.kind == "other"]
+    attacks += [Other(model, images, threat, options, name) for name in others]
     return attacks
 
 

@@ -2,9 +2,10 @@
 
 from dist_adv.methods.base import Method, MethodOptions, Net, Objective, Step, Task
 from dist_adv.methods.carried import ByPosition, BySample, Carried, Everywhere
-from dist_adv.methods.registry import MethodChoice, build_method, find_method
+from dist_adv.methods.registry import GROUP, MethodChoice, build_method, find_method
 
 __all__ = [
+    "GROUP",
     "ByPosition",
     "BySample",
     "Carried",

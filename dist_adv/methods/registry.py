@@ -43,11 +43,7 @@ def find_method(name: str) -> type[Method[Any]]:
     found = plugins.find(name, GROUP, own_methods())
     if not _is_method(found):
         raise ValueError(f"{name!r} is no method; write class Mine(dist_adv.Method[MineOptions])")
-    if not hasattr(found, "Options"):
-        raise ValueError(
-            f"{name!r} has no options; write class {found.__name__}(dist_adv.Method[Options]) "
-            f"with class Options(dist_adv.MethodOptions)"
-        )
+    plugins.options_of(name, found, MethodOptions)
     return found
 
 

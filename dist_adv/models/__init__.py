@@ -6,43 +6,51 @@ metadata of every `model.safetensors`: a weights file alone is enough to rebuild
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, SerializeAsAny, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dist_adv import files, rng
+from dist_adv import files, plugins, rng
 from dist_adv.errors import UserError
 from dist_adv.models.layers import Normalize, NormKind
 from dist_adv.models.preact_resnet import PreActResNet18, Shortcut
 from dist_adv.models.resnet import ResNet50
 from dist_adv.models.wide_resnet import WideResNet
-from dist_adv.options import Options, PositiveInt
+from dist_adv.options import Open, Options, PositiveInt
+
+GROUP = "dist_adv.models"
 
 
-class PreActResNet18Options(Options):
+class ModelOptions(Options):
+    """What every network has. Its own options come with their defaults."""
+
+    name: str
+
+
+class PreActResNet18Options(ModelOptions):
     """PreActResNet18 as in the papers; `width` is the channels of its first stage.
 
     shortcut: where a block's projection starts, at its activated or its raw input (Wong et al.).
     final_norm: a norm and an activation before the pooling, which some copies lack.
     """
 
-    name: Literal["preact_resnet18"] = "preact_resnet18"
+    name: str = "preact_resnet18"
     width: PositiveInt = 64
     norm: NormKind = "batch"
     shortcut: Shortcut = "activated"
     final_norm: bool = True
 
 
-class WideResNetOptions(Options):
+class WideResNetOptions(ModelOptions):
     """WRN-depth-widen; depth 32 is the network of Madry et al. and of the Free paper."""
 
-    name: Literal["wide_resnet"] = "wide_resnet"
+    name: str = "wide_resnet"
     depth: PositiveInt = 34
     widen: PositiveInt = 10
     width: PositiveInt = 16
@@ -56,24 +64,47 @@ class WideResNetOptions(Options):
         return depth
 
 
-class ResNet50Options(Options):
+class ResNet50Options(ModelOptions):
     """ResNet50; `stem: imagenet` halves the resolution twice before the first stage."""
 
-    name: Literal["resnet50"] = "resnet50"
+    name: str = "resnet50"
     stem: Literal["cifar", "imagenet"] = "cifar"
     width: PositiveInt = 64
     norm: NormKind = "batch"
 
 
-ModelOptions = Annotated[
-    PreActResNet18Options | WideResNetOptions | ResNet50Options, Field(discriminator="name")
-]
-
-_BUILDERS: dict[str, Callable[..., nn.Module]] = {
-    "preact_resnet18": PreActResNet18,
-    "wide_resnet": WideResNet,
-    "resnet50": ResNet50,
+_OWN: dict[str, tuple[type[ModelOptions], Callable[..., nn.Module]]] = {
+    "preact_resnet18": (PreActResNet18Options, PreActResNet18),
+    "wide_resnet": (WideResNetOptions, WideResNet),
+    "resnet50": (ResNet50Options, ResNet50),
 }
+
+
+def find_options(name: str, may_import: bool = True) -> type[ModelOptions]:
+    """Return the options of a network: dist_adv's own, a package's, or that of a reference.
+
+    may_import: as of `plugins.find`. Raises ValueError where there is none, saying why.
+    """
+    if name in _OWN:
+        return _OWN[name][0]
+    return plugins.options_of(name, plugins.find(name, GROUP, {}, may_import), ModelOptions)
+
+
+ModelChoice = Annotated[
+    SerializeAsAny[ModelOptions],
+    Open(lambda: {name: options for name, (options, _) in _OWN.items()}, find_options),
+]
+"""The section `model` of a configuration."""
+
+
+def _network(options: Mapping[str, Any], channels: int, classes: int) -> nn.Module:
+    """Return a new network. Somebody's own is made from its options object."""
+    settings = dict(options)
+    name = settings.pop("name")
+    if name in _OWN:
+        return _OWN[name][1](in_channels=channels, num_classes=classes, **settings)
+    kind = plugins.find(name, GROUP, {}, may_import=False)
+    return kind(kind.Options.model_validate(dict(options)), channels, classes)
 
 
 class Classifier(nn.Module):
@@ -83,11 +114,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.architecture = architecture
         self.normalize = Normalize(architecture["mean"], architecture["std"])
-        options = dict(architecture["model"])
-        self.net = _BUILDERS[options.pop("name")](
-            in_channels=len(architecture["mean"]),
-            num_classes=len(architecture["classes"]),
-            **options,
+        self.net = _network(
+            architecture["model"], len(architecture["mean"]), len(architecture["classes"])
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,20 +145,29 @@ torch.fx.wrap("check_images")  # a step of a symbolic trace, and not a branch in
 class _Architecture(BaseModel):
     """What the metadata of a weights file must say, at least."""
 
-    model: ModelOptions
+    model: dict[str, Any]
     mean: list[float]
     std: list[float]
     classes: list[str]
 
 
+def takes_pixels(name: str) -> bool:
+    """Tell whether a network normalises images itself: somebody's own with `normalize = False`."""
+    return name not in _OWN and not getattr(
+        plugins.find(name, GROUP, {}, may_import=False), "normalize", True
+    )
+
+
 def build_model(
-    options: PreActResNet18Options | WideResNetOptions | ResNet50Options,
+    options: ModelOptions,
     mean: list[float],
     std: list[float],
     classes: list[str],
     seed: int,
 ) -> Classifier:
     """Return a new network whose initial weights depend on the seed alone."""
+    if takes_pixels(options.name):
+        mean, std = [0.0] * len(mean), [1.0] * len(std)
     architecture = {
         "model": options.model_dump(),
         "mean": mean,
@@ -164,7 +201,9 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
     try:
         architecture = json.loads(metadata["architecture"])
-        architecture["model"] = _Architecture.model_validate(architecture).model.model_dump()
+        model = _Architecture.model_validate(architecture).model
+        if str(model["name"]) in _OWN:  # somebody's own are checked where the network is built
+            architecture["model"] = find_options(model["name"]).model_validate(model).model_dump()
     except (KeyError, ValueError, RecursionError):  # pydantic's errors are ValueErrors
         raise UserError(f"{path}: has no architecture of dist_adv in its metadata") from None
     return architecture, tensors
@@ -193,7 +232,10 @@ def load_model(path: str | Path) -> Classifier:
     # Not is_dir, which raises for a folder without permission; read_weights says what is wrong.
     folder = os.path.isdir(path)
     architecture, tensors = read_weights(path / "model.safetensors" if folder else path)
-    model = Classifier(architecture)
+    try:
+        model = Classifier(architecture)
+    except ValueError as error:
+        raise UserError(f"{path}: its network {error}") from None
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

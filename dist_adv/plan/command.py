@@ -14,12 +14,14 @@ from rich.table import Table
 from dist_adv import files
 from dist_adv.bench import about
 from dist_adv.config import Config
+from dist_adv.data.datasets import NAMES
 from dist_adv.distributed import launched
 from dist_adv.distributed.start import precision_of, start_accelerator
 from dist_adv.errors import UserError
 from dist_adv.plan.measure import (
     SETS,
     Images,
+    count_images,
     measure_link,
     measure_steps,
     without_validation,
@@ -157,6 +159,8 @@ def _images(config: Config, asked: Asked) -> Images:
         if asked.images or asked.classes:
             raise UserError(f"--images, --classes: only of an imagefolder; {data.name} is known")
         images = SETS[data.name]
+    elif data.name not in NAMES:
+        images = count_images(data)
     elif not (asked.images and asked.classes and data.size):
         raise UserError(
             f"--images, --classes and data.size: a plan does not read the files of {data.name}; "

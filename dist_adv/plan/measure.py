@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from dist_adv.attacks.threat import build as build_threat
 from dist_adv.bench.timing import alternate, noise
 from dist_adv.config import Config
-from dist_adv.data import DataOptions
+from dist_adv.data import DataOptions, load_dataset
 from dist_adv.data.loader import split
 from dist_adv.distributed.failures import plain_failures
 from dist_adv.errors import UserError
@@ -39,6 +39,13 @@ SETS = {
     "svhn": Images(73_257, 3, 32, 10),
     "digits": Images(1438, 1, 8, 10),
 }
+
+
+def count_images(data: DataOptions) -> Images:
+    """Return the training split of somebody's own data set, which is loaded for it."""
+    split = load_dataset(data, "train")
+    channels, _, size = split.images.shape[1:]
+    return Images(len(split), channels, size, len(split.classes))
 
 
 def without_validation(data: DataOptions, images: Images) -> Images:

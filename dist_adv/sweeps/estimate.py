@@ -19,7 +19,7 @@ from dist_adv.bench import about
 from dist_adv.bench.timing import network
 from dist_adv.config import Config
 from dist_adv.data import DataOptions
-from dist_adv.data.datasets import image_files
+from dist_adv.data.datasets import NAMES, image_files
 from dist_adv.distributed.start import resolve_precision, start_accelerator
 from dist_adv.errors import RunFailure, UserError
 from dist_adv.methods.natural import NaturalOptions
@@ -27,6 +27,7 @@ from dist_adv.plan.measure import (
     SETS,
     Images,
     cost,
+    count_images,
     measure_steps,
     without_validation,
     work_of,
@@ -120,6 +121,8 @@ def _images(options: DataOptions) -> Images:
     """Return the training split, whose files are looked at where the name does not say it all."""
     if options.name in SETS:
         return SETS[options.name]
+    if options.name not in NAMES:
+        return count_images(options)
     files, listing = image_files(options, "train")
     n, channels, size, _ = files.shape
     return Images(n, channels, size, len(listing.classes))

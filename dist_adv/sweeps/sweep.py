@@ -227,10 +227,10 @@ def listing(sweep: Sweep, seconds: Mapping[str, float] | None = None) -> Table:
             run.name,
             _method(method),
             _model(model.model_dump()),
-            model.width,
+            getattr(model, "width", ""),
             train.epochs,
             method.get("replays", ""),
-            pixels(method["alpha"]) if "alpha" in method else "",
+            pixels(method["alpha"]) if method.get("alpha") else "",
             train.batch_size,
             train.seed,
         ]
@@ -253,7 +253,7 @@ def _model(options: Mapping[str, Any]) -> str:
     Without the kind of PreActResNet18, too, which would make lines longer than 100 columns.
     """
     shown = [options[key] for key in ("name", "stem", "depth", "widen") if key in options]
-    return "-".join([*map(str, shown), *["group"] * (options["norm"] == "group")])
+    return "-".join([*map(str, shown), *["group"] * (options.get("norm") == "group")])
 
 
 def as_wandb(sweep: Sweep, path: Path, overrides: Sequence[str], out: Path) -> str:

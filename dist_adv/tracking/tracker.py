@@ -8,13 +8,15 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.torch import save
 
-from dist_adv import files, packages
+from dist_adv import files, packages, plugins
 from dist_adv.config import Config
+from dist_adv.config.schema import TRACKER_GROUP
 from dist_adv.evaluation.results import Examples, Result
 from dist_adv.runs.folder import RunFolder
 from dist_adv.tracking import wandb_env, wandb_run
@@ -61,6 +63,13 @@ class Tracker:
             _start_tensorboard(run, config, step) if config.track.tensorboard else None
         )
 
+        self.others: list[Any] = []
+        with self._views():
+            self.others = [
+                other_tracker(name, options, run.path, config.model_dump())
+                for name, options in config.track.others.items()
+            ]
+
     def metrics(self, record: Mapping[str, Any], examples: Examples | None = None) -> None:
         """One line of metrics.jsonl; `kind` is `train` (a logged step) or `epoch`.
 
@@ -76,16 +85,20 @@ class Tracker:
                     self.tensorboard.add_scalar(name, value, record["step"])
                 if image is not None:
                     self._tensorboard_image("epoch/examples", image, record["step"])
+            for other in self.others:
+                other.metrics(dict(record))
             self._alert(record)
 
     def results(self) -> None:
         """Show the final figures on the dashboards; `write_results` keeps the record."""
-        if not (self.wandb or self.tensorboard):
+        if not (self.wandb or self.tensorboard or self.others):
             return
         with self._views():
             run = self._read()
             if self.wandb:
                 self.wandb.results(run)
+            for other in self.others:
+                other.results([dict(each.record) for each in run.evaluations.values()])
             if self.tensorboard:
                 for name, accuracy in final(run).items():
                     self.tensorboard.add_scalar(name, accuracy, run.steps)
@@ -97,7 +110,7 @@ class Tracker:
 
         status: as of the process; failure: why it is not 0, for an alert.
         """
-        wandb, tensorboard = self.wandb, self.tensorboard
+        wandb, tensorboard, others = self.wandb, self.tensorboard, self.others
         with self._views():
             if wandb and failure:
                 wandb.alert("Run failed", failure)
@@ -108,6 +121,9 @@ class Tracker:
                 tensorboard.close()
             if wandb:
                 wandb.finish(status)
+        with self._views():
+            for other in others:
+                other.finish(status)
 
     def _alert(self, record: Mapping[str, Any]) -> None:
         if self.wandb is None:
@@ -138,6 +154,19 @@ class Tracker:
         except Exception as error:  # whatever a dashboard's client comes up with
             log.warning("dashboards are given up (%s); metrics.jsonl goes on", error)
             self.wandb = self.tensorboard = None
+            self.others = []
+
+
+def other_tracker(
+    name: str, options: Mapping[str, Any], run_dir: Path, config: Mapping[str, Any]
+) -> Any:
+    """Return somebody's own tracker, `kind(options, run_dir, config)`.
+
+    It has `metrics(record)`, called with each line of metrics.jsonl, `results(records)`, with those
+    of results.jsonl that count, and `finish(status)`, with the exit status.
+    """
+    kind = plugins.find(name, TRACKER_GROUP, {})
+    return kind(kind.Options.model_validate(dict(options)), run_dir, config)
 
 
 def write_results(

@@ -26,7 +26,7 @@ from dist_adv.methods import Objective, Task, build_method
 from dist_adv.methods.checked import checked_steps
 from dist_adv.models import Classifier, build_model
 from dist_adv.training.averages import Average, recompute_statistics
-from dist_adv.training.checks import check_statistics
+from dist_adv.training.checks import check_answers, check_statistics
 from dist_adv.training.clock import Clock
 from dist_adv.training.meter import Meter
 from dist_adv.training.nonfinite import NonFinite
@@ -57,11 +57,12 @@ class Learner:
             accelerator.process_index,
             accelerator.num_processes,
         )
-        check_statistics(config, self.loader.smallest_share)
         self.threat = build_threat(config.threat.norm, config.threat.eps)
         self.method = build_method(config.method, self._task())
         # One network trains; the other is its plain fp32 copy, which is evaluated and saved.
         network, self.copy = self._build(), self._build()
+        check_statistics(config, self.loader.smallest_share, network)
+        check_answers(self.copy, self.data)
         trained = synchronised(accelerator, network) if train.sync_batchnorm else network
         compile_network(trained, train.compile)
         self.net = engines.prepare(accelerator, trained, config.optim, train)

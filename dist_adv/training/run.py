@@ -128,6 +128,7 @@ def _starting_point(run: RunFolder, config: Config, resume: str) -> tuple[Path, 
 def _go_on_from(trainer: Trainer, path: Path, saved: Checkpoint, insist: bool) -> None:
     """Put the trainer where a checkpoint was, and say what differs although it may."""
     learner, config = trainer.learner, trainer.config
+    state.check_sources(config, saved, path, insist)
     state.check_images(learner, trainer.kept, saved, path, insist)
     state.restore(learner, trainer.kept, saved, path)
     log.info("going on from %s (epoch %g)", path, learner.epochs)
@@ -138,7 +139,7 @@ def _go_on_from(trainer: Trainer, path: Path, saved: Checkpoint, insist: bool) -
             "%d rank(s) before, %d now: the same batches go on%s",
             before,
             now,
-            shares if config.model.norm == "batch" else "",
+            shares if getattr(config.model, "norm", "batch") == "batch" else "",
         )
     grown = longer(parse_config(saved.state["config"], "checkpoint"), config)
     if grown:
@@ -148,7 +149,9 @@ def _go_on_from(trainer: Trainer, path: Path, saved: Checkpoint, insist: bool) -
 def _about(trainer: Trainer) -> dict[str, Any]:
     """Return what env.json says of a run besides what it ran on."""
     learner = trainer.learner
+    sources = trainer.config.sources()
     return {
+        **({"sources": sources} if sources else {}),
         "precision": precision_of(trainer.accelerator),
         "total_steps": learner.total_steps,
         "method": describe(

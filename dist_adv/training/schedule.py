@@ -5,11 +5,12 @@ No scheduler object: nothing to save, nothing that Accelerate would step once a 
 
 import math
 
-from dist_adv.config.schema import Schedule
+from dist_adv import plugins
+from dist_adv.config.schema import SCHEDULE_GROUP, SCHEDULES
 
 
 def lr_at(
-    schedule: Schedule, peak: float, step: int, total: int, rise: float = 0.5, warmup: float = 0.0
+    schedule: str, peak: float, step: int, total: int, rise: float = 0.5, warmup: float = 0.0
 ) -> float:
     """Learning rate of update number `step` (from 0) of `total`.
 
@@ -29,6 +30,8 @@ def lr_at(
         return peak * 0.1 ** (int(step >= total // 2) + int(step >= total * 3 // 4))
     if schedule == "cosine":
         return peak * 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (total - warmup)))
+    if schedule not in SCHEDULES:
+        return peak * plugins.find(schedule, SCHEDULE_GROUP, {})(done)
     return peak
 
 

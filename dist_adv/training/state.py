@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_adv.config import Config
 from dist_adv.data import Fingerprints, what_changed
 from dist_adv.distributed.collectives import mean_statistics
 from dist_adv.distributed.session import Session
@@ -98,9 +99,28 @@ def collect(
         "precision": accelerator.mixed_precision,
         "wandb_id": wandb_id,
         "images": kept.images,
+        "sources": learner.config.sources(),
         "config": learner.config.model_dump(),
     }
     return Checkpoint(groups, state, {"architecture": json.dumps(learner.copy.architecture)})
+
+
+def check_sources(config: Config, saved: Checkpoint, path: Path, insist: bool) -> None:
+    """Compare the sources of what is somebody else's with those that a checkpoint was trained by.
+
+    insist: go on with others, aloud. Raises UserError.
+    """
+    before, now = saved.state.get("sources", {}), config.sources()
+    changed = [name for name in sorted(before.keys() & now.keys()) if before[name] != now[name]]
+    if not changed:
+        return
+    what = ", ".join(f"{name} ({before[name]} -> {now[name]})" for name in changed)
+    if not insist:
+        raise UserError(
+            f"{path}: was trained with another source of {what}; restore the file, start a new "
+            f"run with --run-dir, or go on with it as it is now: --resume {path}"
+        )
+    log.warning("going on with another source of %s", what)
 
 
 def check_images(learner: Learner, kept: Kept, saved: Checkpoint, path: Path, insist: bool) -> None:

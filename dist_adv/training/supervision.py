@@ -29,6 +29,7 @@ def check_started_alike(
     settings = flatten(config.model_dump()) | {"train.precision": accelerator.mixed_precision}
     del settings["data.root"]
     about = {**settings, **arguments, "code": code_version(), "torch": torch.__version__}
+    about |= {f"source of {name}": source for name, source in config.sources().items()}
     check_same_start(accelerator, about)
 
 
