@@ -34,6 +34,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/rooms.py --check || { echo 'docs/design.md shows other rooms: make rooms'; exit 1; }
+	$(BIN)/python docs/methods.py --check || { echo 'README.md shows other methods: make rooms'; exit 1; }
 
 # Which tests must be one worker's is said in tests/conftest.py, and what comes first.
 SHARED_OUT := --dist loadgroup --no-loadscope-reorder
@@ -64,6 +65,7 @@ faults: setup
 
 rooms: setup
 	$(BIN)/python docs/rooms.py
+	$(BIN)/python docs/methods.py
 
 schema: setup
 	$(BIN)/python -m dist_adv.config > configs/schema.json

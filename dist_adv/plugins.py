@@ -19,6 +19,8 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dist_adv.options import Options
 from dist_adv.text import nearest, one_line
 
@@ -66,14 +68,14 @@ def find(name: str, group: str, own: Mapping[str, Any], may_import: bool = True)
         if not may_import and module not in sys.modules:
             raise ValueError(f"{name!r} is not imported for a file; 'import {module}' first")
         thing = _imported(name, reference)
-        _FOUND[group, name] = Found(thing, _source(thing))
+        _FOUND[group, name] = Found(thing, _source(module, thing))
     return _FOUND[group, name].thing
 
 
 def refer(thing: Any, group: str) -> str:
     """Return the reference of an object of this program, by which `find` has it from now on."""
     name = f"{thing.__module__}:{thing.__qualname__}"
-    _FOUND[group, name] = Found(thing, _source(thing))
+    _FOUND[group, name] = Found(thing, _source(thing.__module__, thing))
     return name
 
 
@@ -123,19 +125,19 @@ def place(error: BaseException) -> str:
     """Return `file, line n: ` of the code that raised an error, where it is somebody else's."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}: "
-    own = str(Path(__file__).parent)
+    others = (str(Path(__file__).parent), str(Path(torch.__file__).parent), "<")
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((own, "<")) and "importlib" not in frame.filename
+        if not frame.filename.startswith(others) and "importlib" not in frame.filename
     ]
     return f"{frames[-1].filename}, line {frames[-1].lineno}: " if frames else ""
 
 
-def _source(thing: Any) -> str:
-    """Return a hash of the source that defines an object: its file, or its whole package."""
+def _source(name: str, thing: Any) -> str:
+    """Return a hash of the source of a module that has an object: its file, or its package."""
     digest = hashlib.sha256()
-    module = sys.modules.get(thing.__module__.partition(".")[0])
+    module = sys.modules.get(name.partition(".")[0])
     folders = [Path(folder) for folder in getattr(module, "__path__", [])]
     files = sorted(path for folder in folders for path in folder.rglob("*.py"))
     if not files and getattr(module, "__file__", None):

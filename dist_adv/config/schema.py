@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, WithJsonSchema, field_validator, model_validator
+from pydantic import Field, ValidationError, WithJsonSchema, field_validator, model_validator
 
 from dist_adv import plugins
 from dist_adv.attacks.spec import attack_kind, parse_attack
@@ -11,6 +11,7 @@ from dist_adv.data.datasets import DataChoice, DataOptions
 from dist_adv.methods import MethodChoice, find_method
 from dist_adv.models import ModelChoice, PreActResNet18Options
 from dist_adv.options import Options, PositiveInt, Real, StepSize
+from dist_adv.text import nearest
 
 SCHEDULE_GROUP = "dist_adv.schedules"
 TRACKER_GROUP = "dist_adv.trackers"
@@ -152,6 +153,19 @@ class TrainOptions(Options):
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
 
 
+def _check_options(name: str, kind: type[Options], given: dict[str, Any]) -> None:
+    """Raise ValueError for options that somebody's own attack or tracker does not have."""
+    try:
+        kind.model_validate(given)
+    except ValidationError as error:
+        (detail, *_) = error.errors()
+        key = ".".join(map(str, detail["loc"]))
+        unknown = detail["type"] == "extra_forbidden"
+        known = nearest(key, list(kind.model_fields)) if unknown else ""
+        problem = f"unknown option{known}" if unknown else detail["msg"].lower()
+        raise ValueError(f"of {name!r}: {key}: {problem}") from None
+
+
 def _attack_names(names: list[str]) -> list[str]:
     for name in names:
         parse_attack(name)
@@ -182,7 +196,7 @@ class EvalOptions(Options):
     @classmethod
     def _options_fit(cls, given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for name, options in given.items():
-            attack_kind(name)[1].model_validate(options)
+            _check_options(name, attack_kind(name)[1], options)
         return given
 
     @field_validator("attacks")
@@ -232,7 +246,7 @@ class TrackOptions(Options):
     def _trackers_fit(cls, given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for name, options in given.items():
             kind = plugins.find(name, TRACKER_GROUP, {})
-            plugins.options_of(name, kind, TrackerOptions).model_validate(options)
+            _check_options(name, plugins.options_of(name, kind, TrackerOptions), options)
         return given
 
 

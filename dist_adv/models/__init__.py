@@ -87,7 +87,7 @@ def find_options(name: str, may_import: bool = True) -> type[ModelOptions]:
     """
     if name in _OWN:
         return _OWN[name][0]
-    return plugins.options_of(name, plugins.find(name, GROUP, {}, may_import), ModelOptions)
+    return plugins.options_of(name, plugins.find(name, GROUP, _OWN, may_import), ModelOptions)
 
 
 ModelChoice = Annotated[
@@ -103,7 +103,7 @@ def _network(options: Mapping[str, Any], channels: int, classes: int) -> nn.Modu
     name = settings.pop("name")
     if name in _OWN:
         return _OWN[name][1](in_channels=channels, num_classes=classes, **settings)
-    kind = plugins.find(name, GROUP, {}, may_import=False)
+    kind = plugins.find(name, GROUP, _OWN, may_import=False)
     return kind(kind.Options.model_validate(dict(options)), channels, classes)
 
 
@@ -154,7 +154,7 @@ class _Architecture(BaseModel):
 def takes_pixels(name: str) -> bool:
     """Tell whether a network normalises images itself: somebody's own with `normalize = False`."""
     return name not in _OWN and not getattr(
-        plugins.find(name, GROUP, {}, may_import=False), "normalize", True
+        plugins.find(name, GROUP, _OWN, may_import=False), "normalize", True
     )
 
 

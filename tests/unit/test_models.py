@@ -392,7 +392,10 @@ def architecture(**changes: object) -> dict[str, str]:
         (lambda path: with_metadata(path, {"architecture": "vit"}), "has no architecture"),
         (lambda path: with_metadata(path, {"architecture": '"vit"'}), "has no architecture"),
         (lambda path: with_metadata(path, {"architecture": "[]"}), "has no architecture"),
-        (lambda path: with_metadata(path, architecture(model={"name": "vit"})), "no architecture"),
+        (
+            lambda path: with_metadata(path, architecture(model={"name": "vit"})),
+            "'vit' is not known",
+        ),
         (lambda path: with_metadata(path, architecture(classes=None)), "has no architecture"),
         (lambda path: with_metadata(path, architecture(mean=None)), "has no architecture"),
         (lambda path: with_metadata(path, architecture()), "weights do not fit"),
