@@ -19,7 +19,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from dist_adv import packages
+from dist_adv import packages, plugins
 from dist_adv.config import Config, load_config
 from dist_adv.errors import UserError
 from dist_adv.runs.lock import held
@@ -68,6 +68,7 @@ def examine(path: Path | None, overrides: Sequence[str], run_dir: Path) -> list[
         "CPU": _cpu,
         "C++ compiler": lambda: _compiler(config),
         "packages": _packages,
+        "plug-ins": _plugins,
         "Slurm": _slurm,
         "W&B": lambda: _wandb(config),
         "data": lambda: _data(config),
@@ -175,6 +176,23 @@ def _packages() -> Findings:
     found = packages.version("deepspeed")
     advice = "only ZeRO needs it: pip install 'dist-adv[deepspeed]'"
     yield Finding("deepspeed", found or "not installed", advice="" if found else advice)
+
+
+def _plugins() -> Findings:
+    """Import what installed packages give by entry points: one that fails is for its owner."""
+    for kind in ("methods", "models", "data", "attacks", "schedules", "trackers"):
+        points = plugins.installed(f"dist_adv.{kind}")
+        failures = {}
+        for name in points:
+            try:
+                plugins.find(name, f"dist_adv.{kind}", {})
+            except ValueError as error:
+                failures[name] = str(error)
+        good = [name for name in points if name not in failures]
+        if good:
+            yield Finding("plug-ins", f"{kind}: {', '.join(good)}")
+        for problem in failures.values():
+            yield Finding("plug-ins", f"{kind}: {problem}", "warning", "mend its package")
 
 
 def _slurm() -> Findings:

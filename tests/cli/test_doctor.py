@@ -7,6 +7,7 @@ are stand-ins, which say so.
 import json
 import os
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import forked
-from dist_adv import cli
+from dist_adv import cli, plugins
 from dist_adv.config import load_config
 from dist_adv.distributed.start import start_accelerator
 from dist_adv.doctor import Finding, examine
@@ -123,6 +124,23 @@ def test_a_run_folder_in_use(tmp_path: Path) -> None:
     assert (found.level, found.found) == ("problem", "run: is in use by another process")
     lock.release()
     assert look("run folder", DIGITS, run_dir=Path("run")).level == "ok"
+
+
+def test_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of installed packages, here a stand-in's metadata: what works, and what fails to import."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "broken.py").write_text("import absent")
+    points = {
+        name: EntryPoint(name, value, "dist_adv.methods")
+        for name, value in (("again", "dist_adv.methods.fast:Fast"), ("broken", "broken:Mine"))
+    }
+    monkeypatch.setattr(
+        plugins, "installed", lambda group: points if group == "dist_adv.methods" else {}
+    )
+    good, bad = (each for each in examine(None, (), Path("runs")) if each.what == "plug-ins")
+    assert (good.found, good.level) == ("methods: again", "ok")
+    assert bad.level == "warning"
+    assert "'broken' cannot be imported" in bad.found
 
 
 def test_a_mode_of_wandb_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,8 @@ def reference(
 
     def batches():
         for epoch in range(epochs):
-            for batch in loader.epoch(epoch):
+            for run.batch in loader.epoch(epoch):
+                batch = run.batch
                 yield batch.x, batch.y, batch.keys
 
     loop(run, batches(), lambda keys: rng.uniform(keys, (3, 8, 8)))

@@ -67,6 +67,7 @@ CASES = {
         {"name": "gradalign", "strength": 0.5, "guard": "none"},
         published.gradalign(0.5),
     ),
+    "carrying": Case({"name": "made_up_method:Carrying", "alpha": 0.05}, published.carrying(0.05)),
     # What the engine adds to any method, several at a time.
     "adamw": Case(
         {"name": "pgd", "steps": 2, "alpha": 0.06, "init": "zero"},

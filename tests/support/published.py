@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +81,7 @@ class Recipe:
                 fused=fused,
             )
         self.done = 0
+        self.batch: Any = None  # what the loop is at
         self.averaged = copy.deepcopy(model)
 
     @property
@@ -206,6 +208,29 @@ def free(replays: int) -> Callable:
                 run.update(lambda x=x, y=y, delta=delta: run.cross_entropy(run.model(x + delta), y))
                 moved = clamp(delta.detach() + run.eps * delta.grad.sign(), -run.eps, run.eps)
                 kept[: len(x)] = clamp(moved, -x, 1 - x)
+
+    return loop
+
+
+def carrying(alpha: float) -> Callable:
+    """`made_up_method.Carrying` on whole batches."""
+
+    def loop(run: Recipe, batches: Iterable, noise: Callable) -> None:
+        last = table = None
+        for x, y, _ in batches:
+            samples, when = run.batch.samples, run.batch.when
+            if last is None or table is None:
+                last, table, image = torch.zeros_like(x), x.new_zeros(120, *x.shape[1:]), x[0] * 0
+            added = 0.01 * rng.uniform(torch.tensor([when.key]), tuple(x.shape[1:])).to(x)
+            before = last[: len(x)] + table[samples] + image
+            start = (0.3 + run.done / run.total) * before + added
+            start = clamp(clamp(start, -run.eps, run.eps), -x, 1 - x)
+            gradient = run.gradient(x, start, y, "sum")
+            delta = clamp(start + alpha * gradient.sign(), -run.eps, run.eps)
+            delta = clamp(delta, -x, 1 - x)
+            last[: len(x)], table[samples] = delta, 0.5 * delta
+            image = image + 0.01 * gradient.sum(0).sign()
+            run.update(lambda x=x, y=y, delta=delta: run.cross_entropy(run.model(x + delta), y))
 
     return loop
 
