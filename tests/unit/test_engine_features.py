@@ -1,6 +1,7 @@
 """What the engine adds to any method, against closed forms; whole runs are in tests/parity."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from dist_adv.config import parse_config
 from dist_adv.data import Batch, Dataset
 from dist_adv.errors import UserError
 from dist_adv.methods import BySample, Objective, Step
+from dist_adv.methods.gradalign import GradAlign
 from dist_adv.training.averages import recompute_statistics
 from dist_adv.training.learner import Learner
 from dist_adv.training.meter import Meter
@@ -233,3 +235,17 @@ def test_averaged_logits_are_those_of_the_average(
 def test_what_makes_no_sense_is_said(tree: dict, said: str) -> None:
     with pytest.raises(UserError, match=said):
         parse_config({"method": {"name": "natural"}, **tree}, "test")
+
+
+def test_gradalign_counts_the_samples_that_have_an_angle() -> None:
+    """The engine's mean of two ranks' shares is the mean over the global batch's counted samples."""
+    here, there = torch.randn(5, 1, 2, 2), torch.randn(5, 1, 2, 2)
+    here[0], there[3] = 0, 0
+    counted = F.cosine_similarity(here.flatten(1), there.flatten(1), dim=1)[[1, 2, 4]]
+    found = torch.tensor(0.0)
+    for mine in (slice(0, 2), slice(2, 5)):
+        share = SimpleNamespace(total=5)
+        net = SimpleNamespace(sum_over_ranks=lambda own: torch.tensor(3.0))
+        cosine = GradAlign._mean_cosine(None, net, share, here[mine], there[mine])
+        found += cosine * len(here[mine]) / 5  # a loss is weighted by the rank's share
+    torch.testing.assert_close(found, counted.mean())

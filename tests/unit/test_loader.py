@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from scipy import stats
 from torch import Tensor
 
-from dist_adv.data import Batch, Dataset, Loader
+from dist_adv.data import Batch, Dataset, Loader, When
 from dist_adv.data.files import Files
 from dist_adv.errors import RankFailure, UserError
 
@@ -269,3 +269,18 @@ def test_image_that_breaks_while_it_is_needed(files, tmp_path):
     (tmp_path / "30.png").write_bytes(b"no more")
     with pytest.raises(RankFailure, match=r"^data\.root: .*30\.png: not a readable image"):
         list(loader(streamed).epoch(0))
+
+
+def test_batches_say_what_they_hold_and_when_they_are() -> None:
+    """The same on every rank, but for the samples; a key for each batch of each epoch."""
+    keys = set()
+    for epoch in (0, 1):
+        sides = [loader(rank=rank, world_size=2).epoch(epoch, start=2) for rank in (0, 1)]
+        for number, (one, two) in enumerate(zip(*sides, strict=True), 2):
+            assert one.when == two.when == When(epoch, number, 5, one.when.key)
+            assert one.total == two.total == len(one.x) + len(two.x)
+            for side in (one, two):  # a label is the number of its image
+                assert side.samples.equal(side.y)
+            assert not set(one.samples.tolist()) & set(two.samples.tolist())
+            keys.add(one.when.key)
+    assert len(keys) == 6
