@@ -238,7 +238,7 @@ def test_what_makes_no_sense_is_said(tree: dict, said: str) -> None:
 
 
 def test_gradalign_counts_the_samples_that_have_an_angle() -> None:
-    """The engine's mean of two ranks' shares is the mean over the global batch's counted samples."""
+    """The engine's mean of two ranks' shares is the mean over the counted samples of both."""
     here, there = torch.randn(5, 1, 2, 2), torch.randn(5, 1, 2, 2)
     here[0], there[3] = 0, 0
     counted = F.cosine_similarity(here.flatten(1), there.flatten(1), dim=1)[[1, 2, 4]]
