@@ -92,8 +92,10 @@ class AverageOptions(Options):
     """An exponential average of the weights, which is evaluated, guarded and saved in their place.
 
     epochs: its horizon, the same at any batch size: an optimiser step's decay is 1 - 1 / (the
-    steps of so many epochs). bn: BatchNorm's statistics are averaged too, or recomputed from
-    training images where the average is measured or saved.
+    steps of so many epochs), and smaller at first: the horizon is at most a ninth of the run so
+    far. bn: BatchNorm's statistics are averaged too, or recomputed from clean training images
+    where the average is measured or saved. That cost 0 to 10 points of PGD-10 accuracy for 0 to 3
+    of natural accuracy (benchmarks/results/2026-11-27-averaged-batchnorm.md).
     """
 
     epochs: Annotated[Real, Field(gt=0)] = 4.0
