@@ -18,14 +18,16 @@ from itertools import islice
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from dist_adv.attacks import ascend, frozen
 from dist_adv.config import EvalOptions, load_config
 from dist_adv.data import Batch, load_dataset
+from dist_adv.distributed.collectives import mean_statistics
 from dist_adv.distributed.start import start_accelerator
 from dist_adv.evaluation.evaluate import evaluate
-from dist_adv.training.averages import Average, recompute_statistics
+from dist_adv.training.averages import Average
 from dist_adv.training.learner import Learner
 from dist_adv.training.meter import Meter
 
@@ -57,6 +59,25 @@ class Some:
         start = threat.project(threat.random(batch.keys, x.shape), x)
         with torch.enable_grad(), frozen(self.attacked) as model:
             return x + ascend(model, x, y, start, threat, 1, self.learner.config.method.alpha)
+
+
+@torch.no_grad()
+def recompute_statistics(
+    accelerator: Accelerator, model: nn.Module, loader: Any, epoch: int
+) -> None:
+    """Take a network's statistics anew, the mean over batches (Izmailov et al. 2018)."""
+    norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+    usual = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean of all batches
+    model.train()
+    for batch in loader.epoch(epoch):
+        model(batch.x)
+    for norm, momentum in zip(norms, usual, strict=True):
+        norm.momentum = momentum
+    model.eval()
+    model.load_state_dict(mean_statistics(accelerator, model.state_dict()))
 
 
 def main(out: str, path: str, *overrides: str) -> None:

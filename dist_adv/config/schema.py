@@ -92,14 +92,13 @@ class AverageOptions(Options):
     """An exponential average of the weights, which is evaluated, guarded and saved in their place.
 
     epochs: its horizon, the same at any batch size: an optimiser step's decay is 1 - 1 / (the
-    steps of so many epochs), and smaller at first: the horizon is at most a ninth of the run so
-    far. bn: BatchNorm's statistics are averaged too, or recomputed from clean training images
-    where the average is measured or saved. That cost 0 to 10 points of PGD-10 accuracy for 0 to 3
-    of natural accuracy (benchmarks/results/2026-11-27-averaged-batchnorm.md).
+    steps of so many epochs), and smaller at first, so that the horizon is at most a ninth of the
+    run so far. BatchNorm's statistics are averaged with the weights: taken anew from clean images
+    they cost up to 10 points of robust accuracy
+    (benchmarks/results/2026-11-27-averaged-batchnorm.md).
     """
 
     epochs: Annotated[Real, Field(gt=0)] = 4.0
-    bn: Literal["average", "recompute"] = "average"
 
 
 class AWPOptions(Options):

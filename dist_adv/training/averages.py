@@ -4,12 +4,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dist_adv.data import Loader
 from dist_adv.distributed.collectives import mean_statistics
 from dist_adv.distributed.ddp import TrainNet
 from dist_adv.models import Classifier
-
-_RECOMPUTED_FROM = 50_000  # images at most
 
 
 class Average:
@@ -41,32 +38,3 @@ class Average:
 def statistics(model: nn.Module) -> dict[str, Tensor]:
     """Return BatchNorm's running means and variances by their names."""
     return {name: each for name, each in model.named_buffers() if "running_" in name}
-
-
-@torch.no_grad()
-def recompute_statistics(
-    accelerator: Accelerator, model: nn.Module, loader: Loader, epoch: int
-) -> None:
-    """Take a network's statistics anew from clean training images, the mean over their batches.
-
-    At most 50,000 images, as augmented in epoch number `epoch`. Every rank calls this, and has the
-    mean over ranks. (Izmailov et al. 2018 do so for averaged weights.)
-    """
-    norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
-    if not norms:
-        return
-    usual = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean of all batches
-    model.train()
-    seen = 0
-    for batch in loader.epoch(epoch):
-        model(batch.x)
-        seen += batch.total
-        if seen >= _RECOMPUTED_FROM:
-            break
-    for norm, momentum in zip(norms, usual, strict=True):
-        norm.momentum = momentum
-    model.eval()
-    model.load_state_dict(mean_statistics(accelerator, model.state_dict()))

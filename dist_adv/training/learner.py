@@ -25,7 +25,7 @@ from dist_adv.errors import RunFailure
 from dist_adv.methods import Objective, Task, build_method
 from dist_adv.methods.checked import checked_steps
 from dist_adv.models import Classifier, build_model
-from dist_adv.training.averages import Average, recompute_statistics
+from dist_adv.training.averages import Average
 from dist_adv.training.checks import check_answers, check_statistics
 from dist_adv.training.clock import Clock
 from dist_adv.training.meter import Meter
@@ -79,7 +79,6 @@ class Learner:
             WeightPerturbation(accelerator, self.net, config.awp.gamma) if config.awp else None
         )
         self.clock, self.skipped = Clock(), 0
-        self.copied_at: int | None = None  # the step of the weights in `copy`
 
     def _task(self) -> Task:
         data, smoothing = self.data, self.config.train.label_smoothing
@@ -177,11 +176,8 @@ class Learner:
         """
         if self.average is None:
             snapshot(self.accelerator, self.net, self.copy)
-        elif self.copied_at != self.clock.step:
+        else:
             self.average.copy_into(self.accelerator, self.copy)
-            if self.config.average and self.config.average.bn == "recompute":
-                recompute_statistics(self.accelerator, self.copy, self.loader, self.clock.epoch)
-            self.copied_at = self.clock.step
 
     def raw_copy(self) -> Classifier:
         """Return another network with the weights in training. Every rank calls this."""

@@ -190,7 +190,6 @@ def restore(learner: Learner, kept: Kept, saved: Checkpoint, path: Path) -> None
         accelerator.scaler.load_state_dict(state["scaler"])
     learner.nonfinite.restart()
     learner.clock = Clock(**state["clock"])
-    learner.copied_at = learner.clock.step
     kept.sums = torch.tensor(state["pass_sums"], dtype=torch.float64)
     # Earlier versions saved the accuracy on one batch, which no accuracy on the sample is like.
     kept.guard.reference = Measured(**state["guard"]) if state.get("guard") else None

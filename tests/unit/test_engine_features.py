@@ -18,7 +18,6 @@ from dist_adv.data import Batch, Dataset
 from dist_adv.errors import UserError
 from dist_adv.methods import BySample, Objective, Step
 from dist_adv.methods.gradalign import GradAlign
-from dist_adv.training.averages import recompute_statistics
 from dist_adv.training.learner import Learner
 from dist_adv.training.meter import Meter
 from dist_adv.training.schedule import lr_at
@@ -90,24 +89,6 @@ def test_average_of_a_jump(accelerator: Accelerator, digits: Dataset) -> None:
         torch.testing.assert_close(now, before + 1 - left)
     names = {name for name, _ in it.average.network.named_buffers() if "running_" in name}
     assert len(zero) == len(names) + len(list(it.net.bare.parameters()))
-
-
-def test_recomputed_statistics_are_the_mean_of_the_batches(
-    accelerator: Accelerator, digits: Dataset
-) -> None:
-    it = learner(accelerator, digits, train={"batch_size": 90}, data={"augment": False})
-    norm = next(each for each in it.copy.modules() if isinstance(each, nn.BatchNorm2d))
-    seen: list[torch.Tensor] = []
-    handle = norm.register_forward_pre_hook(
-        lambda _, inputs: seen.append(inputs[0].mean((0, 2, 3)))
-    )
-    recompute_statistics(accelerator, it.copy, it.loader, epoch=0)
-    handle.remove()
-    assert norm.running_mean is not None
-    torch.testing.assert_close(norm.running_mean, torch.stack(seen).mean(0))
-    assert len(seen) == it.loader.batches
-    assert norm.momentum == 0.1
-    assert not it.copy.training
 
 
 def awp(accelerator: Accelerator, digits: Dataset) -> tuple[Learner, Batch]:

@@ -223,7 +223,6 @@ DECIDED: dict[str, tuple[Any, str]] = {
     "threat.eps": (0.02, "no"),
     "threat.warmup": (1.0, "no"),
     "average.epochs": (2.0, "no"),
-    "average.bn": ("recompute", "no"),
     "awp.gamma": (0.02, "no"),
     "awp.start": (1.0, "no"),
     "model.name": ("resnet50", "no"),
