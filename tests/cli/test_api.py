@@ -1,0 +1,138 @@
+"""Training and evaluation from Python: networks, images and methods that a program gives."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import dist_adv
+from dist_adv.errors import UserError
+from made_up_method import Carrying
+
+TREE: dict[str, Any] = {
+    "method": {"name": "natural"},
+    "threat": {"eps": 0.1},
+    "train": {"epochs": 2, "batch_size": 20, "threads": 1},
+    "data": {"augment": False},
+    "eval": {"attacks": ["natural"], "every": 0},
+    "track": {"wandb": {"mode": "disabled"}},
+}
+
+
+def images(n: int = 60) -> tuple[Tensor, Tensor]:
+    """Of three classes, the brighter the higher."""
+    y = torch.arange(n) % 3
+    noise = torch.rand(n, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    return (255 * (0.2 * noise + 0.3 * y[:, None, None, None])).byte(), y
+
+
+def network() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(108, 12), nn.ReLU(), nn.Linear(12, 3))
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Map-style, of pictures as Pillow has them."""
+
+    def __init__(self, pair: tuple[Tensor, Tensor]) -> None:
+        self.x, self.y = pair
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.x[i].permute(1, 2, 0).numpy()), int(self.y[i])
+
+
+def test_a_network_starts_from_its_weights_and_has_the_trained_ones(tmp_path: Path) -> None:
+    """As a plain loop over the same batches trains it; images are what the network gets."""
+    data, theirs = images(), network()
+    before = copy.deepcopy(theirs.state_dict())
+    schedule = {"optim": {"schedule": "constant", "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0}}
+    tree = TREE | schedule | {"train": TREE["train"] | {"batch_size": 60}}
+    run = dist_adv.train(tree, tmp_path / "run", model=theirs, data=(data, data))
+    ours = network()
+    ours.load_state_dict(before)
+    x = data[0].float() / 255
+    for _ in range(2):
+        loss = nn.functional.cross_entropy(ours(x), data[1])
+        gradients = torch.autograd.grad(loss, list(ours.parameters()))
+        with torch.no_grad():
+            for weight, gradient in zip(ours.parameters(), gradients, strict=True):
+                weight -= 0.1 * gradient
+    for name, weight in theirs.state_dict().items():
+        torch.testing.assert_close(weight, ours.state_dict()[name])
+    assert run.evaluations["natural"].n == 60
+    assert run.config["data"]["name"] == "given:images"
+
+
+def test_the_same_call_finds_the_run_done(tmp_path: Path) -> None:
+    data = images()
+    first, second = network(), network()
+    dist_adv.train(TREE, tmp_path, model=first, data=(data, data))
+    dist_adv.train(TREE, tmp_path, model=second, data=(data, data))
+    for name, weight in first.state_dict().items():
+        assert weight.equal(second.state_dict()[name])
+    with pytest.raises(UserError, match="holds a run with another configuration"):
+        dist_adv.train(TREE | {"threat": {"eps": 0.2}}, tmp_path, model=first, data=(data, data))
+
+
+def test_a_method_and_its_options(tmp_path: Path) -> None:
+    tree = TREE | {"method": {"alpha": 0.02}}
+    run = dist_adv.train(
+        tree, tmp_path, method=Carrying, model=network(), data=(images(), images())
+    )
+    assert run.config["method"]["name"] == "made_up_method:Carrying"
+    assert run.env["method"]["settings"] == "alpha 0.02"
+
+
+def test_evaluation_of_any_network(tmp_path: Path) -> None:
+    """Tensors, floats and pictures are the same images; the network stays as it was."""
+    x, y = images()
+    net = network().train()
+    asked = {"threat": dist_adv.Linf(0.05), "attacks": ["natural", "pgd-3"], "batch_size": 16}
+    results = [
+        dist_adv.evaluate(net, given, **asked)
+        for given in ((x, y), (x.float() / 255, y), Pictures((x, y)), (np.asarray(x), y.numpy()))
+    ]
+    with torch.no_grad():
+        right = int((net(x.float() / 255).argmax(1) == y).sum())
+    assert [each["natural"].correct for each in results] == [right] * 4
+    assert len({each["pgd-3"].correct for each in results}) == 1
+    assert net.training
+    assert results[0]["pgd-3"].settings["eps"] == 0.05
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"data": (torch.rand(4, 3, 6, 6) + 1, torch.arange(4))}, r"must be in \[0, 1\]"),
+        ({"data": (torch.rand(4, 3, 6), torch.arange(4))}, r"not uint8 \(N, C, H, W\)"),
+        (
+            {"attacks": ["pdg-10"]},
+            r"eval\.attacks\.?.*'pdg-10' is no attack.*did you mean 'pgd-10'",
+        ),
+        ({"limt": 3}, r"eval\.limt: unknown key; did you mean 'eval.limit'|limt: unknown key"),
+    ],
+)
+def test_what_cannot_be_evaluated(change: dict[str, Any], said: str) -> None:
+    asked: dict[str, Any] = {"data": images(), "threat": dist_adv.Linf(0.1)}
+    with pytest.raises(UserError, match=said):
+        dist_adv.evaluate(network(), **asked | change)
+
+
+def test_a_given_network_is_asked_for_where_nobody_gives_it(tmp_path: Path) -> None:
+    """By another program: here one that has forgotten."""
+    dist_adv.train(TREE, tmp_path / "run", model=network(), data=(images(), images()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dist_adv.plugins._FOUND", {})
+        with pytest.raises(
+            UserError, match="'given:Sequential' was given in Python; give it again"
+        ):
+            dist_adv.load_config(tmp_path / "run" / "config.yaml")
