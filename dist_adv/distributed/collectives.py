@@ -44,7 +44,8 @@ def check_same_images(accelerator: Accelerator, prints: Fingerprints) -> None:
         if changed:
             raise UserError(
                 f"data.root: rank {rank} on {host} has other images than rank 0 on {first} "
-                f"({'; '.join(changed)}); copy the folder (or that of DIST_ADV_DATA) once more"
+                f"({'; '.join(changed)}); give every rank the same: copy the folder (or that of "
+                f"DIST_ADV_DATA) once more"
             )
 
 

@@ -21,6 +21,7 @@ class Average:
 
     def __init__(self, network: Classifier, net: TrainNet, decay: float) -> None:
         self.network, self.decay = network.eval(), decay
+        network.load_state_dict(net.state_dict())  # a given network's may differ between ranks
         self.average = [*network.parameters(), *statistics(network).values()]
         self.trained = [*net.bare.parameters(), *statistics(net.bare).values()]
 
