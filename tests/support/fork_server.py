@@ -43,7 +43,7 @@ HEAVY = (
     *("accelerate", "accelerate.commands.launch", "wandb", "matplotlib.pyplot", "sklearn.datasets"),
 )
 TORCHRUN = "torch.distributed.run"
-MODULES = ("dist_adv", "faulty", TORCHRUN, "accelerate.commands.launch")
+MODULES = ("dist_adv", "dist_adv.testing", "faulty", TORCHRUN, "accelerate.commands.launch")
 # Read while Python starts or while something is imported: a forked process would not heed them.
 READ_EARLY = ("PYTHON", "LC_", "LANG", "OMP_", "MKL_", "LD_", "TORCH_LOGS", "MALLOC_", "HF_")
 CHILDS_ENDS = ("p2cread", "c2pwrite", "errwrite")
