@@ -58,8 +58,8 @@ def rank(options: argparse.Namespace) -> None:
     share = options.batch_size // ranks
     sizes = [share] if ranks > 1 else [options.batch_size // part for part in RANKS]
     found: dict[str, Any] = {"alone": {}, "sent": {}}
-    for name, method in METHODS.items():
-        config = configuration(method, options)
+    for name in options.methods.split(","):
+        config = configuration(METHODS[name], options)
         ask = (config, IMAGES, sizes, accelerator, options.rounds)
         found["alone"][name] = measure_steps(*ask)
         if ranks > 1:
@@ -78,6 +78,7 @@ def rank(options: argparse.Namespace) -> None:
 
 def launch(ranks: int, options: argparse.Namespace) -> dict[str, Any]:
     chosen = {"--width": options.width, "--batch-size": options.batch_size}
+    chosen |= {"--methods": options.methods}
     sizes = [str(word) for pair in (chosen | {"--rounds": options.rounds}).items() for word in pair]
     return launched(ranks, [__file__, "--rank", *sizes])
 
@@ -115,15 +116,17 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--record", type=Path)
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.toy:
         options.width, options.batch_size, options.rounds = 4, 16, 2
+        options.methods = "natural,Free"
     if options.rank:
         rank(options)
-    ranks = RANKS[:2] if options.toy else RANKS
+    ranks, names = RANKS[:2] if options.toy else RANKS, options.methods.split(",")
     found = {n: launch(n, options) for n in track(ranks, "processes", console=console)}
     size = sum(gradient_buckets(configuration(METHODS["natural"], options), IMAGES))
     two = Link(*found[2]["link"])
@@ -137,12 +140,12 @@ def main() -> None:
         "| method | processes | computing, ms: predicted | measured | step, ms: predicted | "
         "measured | efficiency: predicted | measured |",
         "|---|---|---|---|---|---|---|---|",
-        *(compare(name, n, found, options) for name in METHODS for n in ranks[1:]),
+        *(compare(name, n, found, options) for name in names for n in ranks[1:]),
         "",
         "| one process | " + " | ".join(f"{options.batch_size // n} images, ms" for n in RANKS)
         + " | taken as |",
         "|---|---|---|---|---|",
-        *(one_process(name, found[1]["alone"][name]) for name in METHODS),
+        *(one_process(name, found[1]["alone"][name]) for name in names),
         "",
         f"| all-reduce of {size / 1e6:.1f} MB | measured, ms | ring formula with the link of 2 "
         "processes | with their own |",

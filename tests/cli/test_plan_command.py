@@ -71,5 +71,5 @@ def test_scaling_at_toy_size():
     lines = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")]
     compared = {(line[0], line[1]) for line in lines if len(line) == 8}
     assert compared == {("| method", "processes")} | {
-        (f"| {name}", "2") for name in ("natural", "Fast", "PGD-7", "Free")
+        (f"| {name}", "2") for name in ("natural", "Free")
     }

@@ -25,14 +25,14 @@ def difference(one: Path, two: Path) -> float:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_rank_goes_on_bit_for_bit_from_any_batch(case, images, tmp_path):
+def test_one_rank_goes_on_bit_for_bit(case, images, tmp_path):
     tree = config(case, "batch", images, small=True)
     tree["train"] |= {"save_steps": 1, "keep": 100}
     settings = parse_config(tree, case)
     train_run(settings, tmp_path / "whole", "none")
     checkpoints = sorted((tmp_path / "whole" / "checkpoints").iterdir())
     assert len(checkpoints) == 8  # two epochs of four batches
-    for path in checkpoints:
+    for path in checkpoints[:1] + checkpoints[3:6:2]:  # the first, an epoch's last, in the middle
         train_run(settings, tmp_path / path.name, str(path))
         assert equal(tmp_path / "whole", tmp_path / path.name), path.name
 

@@ -3,7 +3,7 @@
 Arguments: out, norm, images, numbers (fp32, fp64 or bf16; with `-` how to compile, `-few` for the
 methods that have all graphs, or `small` for the small network of `cases.config`); then, to go on
 from what an earlier call left, its `out` and which checkpoint (0 is the first; there is one a
-batch).
+batch, where tests/resume goes on).
 """
 
 import os
@@ -25,9 +25,12 @@ if __name__ == "__main__":
     if numbers == "fp64":
         torch.set_default_dtype(torch.float64)
     precision = "bf16" if numbers == "bf16" else "fp32"
+    # Whatever tests/resume goes on from, or has gone on from.
+    resumable = os.environ.get("WORLD_SIZE") in ("2", "3") or len(sys.argv) > 5
     for case in AUTOTUNED if few or compile == "max" else CASES:
         tree = config(case, norm, images, precision, compile, small)
-        tree["train"] |= {"save_steps": 1, "keep": 100}
+        if resumable:
+            tree["train"] |= {"save_steps": 1, "keep": 100}
         resume = "none"
         if len(sys.argv) > 5:
             checkpoints = sorted((Path(sys.argv[5]) / case / "checkpoints").iterdir())
