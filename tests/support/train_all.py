@@ -1,7 +1,7 @@
 """Train every case with the framework, alone or under torchrun.
 
-Arguments: out, norm, images, numbers (fp32, fp64 or bf16; with `-` how to compile, `-few` for the
-methods that have all graphs, or `small` for the small network of `cases.config`); then, to go on
+Arguments: out, norm, images, numbers (fp32, fp64 or bf16; with `-` how to compile the cases that
+are for it, `-few` for fewer, or `small` for the small network of `cases.config`); then, to go on
 from what an earlier call left, its `out` and which checkpoint (0 is the first; there is one a
 batch).
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 
-from cases import AUTOTUNED, CASES, config
+from cases import AUTOTUNED, CASES, COMPILED, config
 from dist_adv.config import parse_config
 from dist_adv.training.run import train_run
 
@@ -25,7 +25,8 @@ if __name__ == "__main__":
     if numbers == "fp64":
         torch.set_default_dtype(torch.float64)
     precision = "bf16" if numbers == "bf16" else "fp32"
-    for case in AUTOTUNED if few or compile == "max" else CASES:
+    compiled = AUTOTUNED if few or compile == "max" else COMPILED
+    for case in CASES if compile == "none" else compiled:
         tree = config(case, norm, images, precision, compile, small)
         tree["train"] |= {"save_steps": 1, "keep": 100}
         resume = "none"
