@@ -22,6 +22,12 @@ class EngineAccelerator(Accelerator):
     def mixed_precision(self) -> str:
         return self._computes_in.replace("fp32", "no")
 
+    def autocast(self, *_: Any) -> torch.autocast:
+        """Return what the engine's networks compute under, where another computes beside them."""
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.mixed_precision == "bf16"
+        )
+
 
 def autocast(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """Wrap a model as `accelerator.prepare` does under DDP, which leaves its weights in fp32.
@@ -29,6 +35,5 @@ def autocast(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     Parts of parameters are parts of rows: channels cannot be last.
     """
     if accelerator.mixed_precision == "bf16":
-        cast = torch.autocast(accelerator.device.type, torch.bfloat16)
-        model.forward = convert_outputs_to_fp32(cast(model.forward))
+        model.forward = convert_outputs_to_fp32(accelerator.autocast()(model.forward))
     return model.to(memory_format=torch.contiguous_format)

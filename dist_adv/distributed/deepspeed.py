@@ -41,8 +41,7 @@ def start_deepspeed(cpu: bool, precision: str) -> Accelerator:
     except (ValueError, OSError) as error:
         raise UserError(f"DeepSpeed's configuration: {error}") from None
     check_deepspeed(plugin.deepspeed_config)
-    # Accelerate would clip gradients at 1 where nothing is said, and ask for a DataLoader.
-    plugin.deepspeed_config |= {"gradient_clipping": 0.0, "train_micro_batch_size_per_gpu": 1}
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # or it asks for a DataLoader
     if not cpu:
         return EngineAccelerator(precision, deepspeed_plugin=plugin)
     # A collective of its own for CPUs, of which a C++ compiler would have to make a library first.
@@ -64,7 +63,7 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
         ),
         (
             config.get("gradient_clipping", 0) not in (0, "auto"),
-            "gradient_clipping: no other engine clips; use 0",
+            "gradient_clipping: is the experiment's optim.clip; use 0",
         ),
         (
             config.get("gradient_accumulation_steps", 1) not in (1, "auto"),
@@ -91,10 +90,13 @@ class ZeroNet(TrainNet):
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, options: OptimOptions) -> None:
+        plugin = accelerator.state.deepspeed_plugin
+        # Where nothing is said, Accelerate clips at 1.
+        plugin.deepspeed_config["gradient_clipping"] = options.clip or 0.0
         super().__init__(accelerator, autocast(accelerator, model), options)
         self.skippable = None
         self.parameters = dict(model.named_parameters())
-        self.shared_out = accelerator.state.deepspeed_plugin.zero_stage == 3
+        self.shared_out = plugin.zero_stage == 3
         zero = self.prepared.optimizer
         if self.shared_out:
             start_state(self.plain, zero.fp32_partitioned_groups_flat)
@@ -105,6 +107,9 @@ class ZeroNet(TrainNet):
     def gradient_norm(self) -> Tensor:
         norm = self.prepared.get_global_grad_norm()
         return torch.as_tensor(norm, device=self.accelerator.device)
+
+    def clip_gradients(self, limit: float) -> None:
+        """Do nothing: DeepSpeed has clipped before its step."""
 
     def state_dict(self) -> dict[str, Tensor]:
         with self._gathered():
@@ -139,8 +144,11 @@ class ZeroNet(TrainNet):
         """DeepSpeed does it in its first step, which is too late for `_load_whole_state`."""
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-        for flat in self.plain.state:
-            lazy_init_hp_params_optimizer_state(self.parameters.values(), flat, self.plain.state)
+        zero = self.prepared.optimizer
+        for group, flat in zip(
+            zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True
+        ):
+            lazy_init_hp_params_optimizer_state(group, flat, self.plain.state)
 
     def _part(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
         """Return this rank's part of a tensor. Parts are of one size, the last padded with zeros.

@@ -12,11 +12,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from dist_adv.config import OptimOptions, TrainOptions
+from dist_adv.config import Config
 from dist_adv.distributed.ddp import TrainNet
 from dist_adv.distributed.deepspeed import ZeroNet, start_deepspeed
 from dist_adv.distributed.fsdp2 import ShardedNet, start_fsdp2
 from dist_adv.errors import UserError
+from dist_adv.methods import find_method
 
 _TRUE, _FALSE = {"1", "true", "t", "yes", "y", "on"}, {"0", "false", "f", "no", "n", "off"}
 _FLAG = (frozenset(_TRUE | _FALSE), "write true or false")  # as Accelerate reads them
@@ -77,20 +78,55 @@ def start_engine(cpu: bool, precision: str) -> Accelerator | None:
     return None
 
 
+_IN_PARTS = ("ZeRO-3", "FSDP2")  # a rank has a part of each weight
+_OTHERS = ("ZeRO-1", "ZeRO-2", *_IN_PARTS)
+
+# What an engine cannot do as DDP does it: where, whether a run wants it, what to do about it.
+_REFUSALS: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
+    (
+        _OTHERS,
+        lambda config: config.train.compile != "none",
+        "train.compile: networks are compiled under DDP only; use none",
+    ),
+    (
+        _OTHERS,
+        lambda config: config.awp is not None,
+        "awp: weights are perturbed under DDP only; use null",
+    ),
+    (
+        _OTHERS,
+        lambda config: "double backward" in find_method(config.method.name).needs,
+        "method.name: differentiates a gradient, which works under DDP only; use another",
+    ),
+    (
+        _IN_PARTS,
+        lambda config: config.average is not None,
+        "average: needs whole weights on every rank, as ZeRO-1, ZeRO-2 and DDP have them; use null",
+    ),
+)
+
+
+def check_engine(accelerator: Accelerator, config: Config) -> None:
+    """Raise UserError for what this process's engine cannot do."""
+    kind = accelerator.distributed_type
+    launcher, engine = "FSDP", "FSDP2"
+    if kind == DistributedType.DEEPSPEED:
+        launcher, engine = "DeepSpeed", f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    elif kind != DistributedType.FSDP:
+        return
+    for engines, wanted, reason in _REFUSALS:
+        if engine in engines and wanted(config):
+            raise UserError(f"{reason}, or launch without {launcher} ({engine} here)")
+
+
 _NETS = {DistributedType.DEEPSPEED: ZeroNet, DistributedType.FSDP: ShardedNet}
 
 
-def prepare(
-    accelerator: Accelerator, model: nn.Module, optim: OptimOptions, train: TrainOptions
-) -> TrainNet:
+def prepare(accelerator: Accelerator, model: nn.Module, config: Config) -> TrainNet:
     """Return the network, ready to be trained under this process's engine.
 
-    Raises UserError for a choice that the engine does not allow.
+    Raises UserError for what the engine cannot do.
     """
+    check_engine(accelerator, config)
     net = _NETS.get(accelerator.distributed_type, TrainNet)
-    if net is not TrainNet and train.compile != "none":
-        raise UserError(
-            "train.compile: compiled networks are trained under DDP only; use none, or launch "
-            "without DeepSpeed and FSDP"
-        )
-    return net(accelerator, model.train(), optim)
+    return net(accelerator, model.train(), config.optim)

@@ -65,7 +65,7 @@ class Learner:
         check_answers(self.copy, self.data)
         trained = synchronised(accelerator, network) if train.sync_batchnorm else network
         compile_network(trained, train.compile)
-        self.net = engines.prepare(accelerator, trained, config.optim, train)
+        self.net = engines.prepare(accelerator, trained, config)
         self.nonfinite = NonFinite(
             self.net.bare,
             self.net.skippable,

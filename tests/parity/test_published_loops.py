@@ -5,14 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cases import AUTOTUNED, CASES, TRAIN, config
+from cases import AUTOTUNED, CASES, COMPILED, TRAIN, config
 from dist_adv import load_model, rng
 from dist_adv.config import parse_config
 from dist_adv.data import Loader, load_dataset
 from dist_adv.models import build_model
 from published import Recipe
-
-COMPILED = [("default", case) for case in CASES] + [("max", case) for case in AUTOTUNED]
 
 
 @pytest.fixture
@@ -120,7 +118,10 @@ def test_any_number_of_ranks_takes_the_published_updates(case, ranks, trained, i
 @pytest.mark.slow
 @pytest.mark.compile
 @pytest.mark.shares
-@pytest.mark.parametrize(("compile", "case"), COMPILED)
+@pytest.mark.parametrize(
+    ("compile", "case"),
+    [("default", case) for case in COMPILED] + [("max", case) for case in AUTOTUNED],
+)
 def test_compiled_network_takes_the_published_updates(case, compile, trained, images, double):
     """Up to summation order, in double precision; fp32 is the same code in other numbers."""
     ours = load_model(trained(1, "batch", f"fp64-{compile}") / case).state_dict()

@@ -113,9 +113,13 @@ CASES = {
     ),
 }
 
-# Those that are compiled with autotuning and in bf16, too, which takes long: of the three graphs of
-# a network (trained, attacked, a short batch) Free has the first and the last, PGD all.
+# Compiling takes long: not every case is compiled, but every graph of a network. One that gives
+# weights gradients, images too (Free) or not; and those of attacks, in train mode (PGD), in eval
+# mode, and without any gradient (TRADES). AWP, which asks for gradients of weights that it then
+# moves, and an average of weights have no graphs of their own, but must get on with these.
+COMPILED = ("pgd-random", "free", "trades", "awp-trades")
 AUTOTUNED = ("pgd-random", "free")
+"""Those that are compiled with autotuning and in bf16, too."""
 
 
 def make_images(root: Path, train: int = 40, test: int = 2, size: int = 8) -> None:

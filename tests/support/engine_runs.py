@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from cases import CASES, config
 from dist_adv.config import parse_config
 from dist_adv.distributed import deepspeed, fsdp2
-from dist_adv.errors import RunFailure
+from dist_adv.errors import RunFailure, UserError
 from dist_adv.training import learner, trainer
 from dist_adv.training.run import train_run
 from faulty import Faulty
@@ -91,7 +91,7 @@ def once(run: dict, out: Path, images: Path) -> None:
     with profile(activities=[ProfilerActivity.CPU]) if "count" in run else nullcontext() as seen:
         try:
             train_run(parse_config(tree, run["name"]), out / run["name"], run.get("start", "none"))
-        except RunFailure as failure:
+        except (RunFailure, UserError) as failure:
             (out / f"{run['name']}.failed").write_text(str(failure))
     if seen and os.environ["RANK"] == "0":
         counts = {event.key: event.count for event in seen.key_averages()}

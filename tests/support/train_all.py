@@ -1,7 +1,7 @@
 """Train every case with the framework, alone or under torchrun.
 
-Arguments: out, norm, images, numbers (fp32, fp64 or bf16; with `-` how to compile, `-few` for the
-methods that have all graphs, or `small` for the small network of `cases.config`); then, to go on
+Arguments: out, norm, images, numbers (fp32, fp64 or bf16; with `-` how to compile the cases that
+are for it, `-few` for fewer, or `small` for the small network of `cases.config`); then, to go on
 from what an earlier call left, its `out` and which checkpoint (0 is the first; there is one a
 batch, where tests/resume goes on).
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 
-from cases import AUTOTUNED, CASES, config
+from cases import AUTOTUNED, CASES, COMPILED, config
 from dist_adv.config import parse_config
 from dist_adv.training.run import train_run
 
@@ -27,7 +27,8 @@ if __name__ == "__main__":
     precision = "bf16" if numbers == "bf16" else "fp32"
     # Whatever tests/resume goes on from, or has gone on from.
     resumable = os.environ.get("WORLD_SIZE") in ("2", "3") or len(sys.argv) > 5
-    for case in AUTOTUNED if few or compile == "max" else CASES:
+    chosen = CASES if compile == "none" else COMPILED
+    for case in AUTOTUNED if few or compile == "max" else chosen:
         tree = config(case, norm, images, precision, compile, small)
         if resumable:
             tree["train"] |= {"save_steps": 1, "keep": 100}

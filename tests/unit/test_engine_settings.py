@@ -1,13 +1,16 @@
 """What an engine refuses, in one line, before anything is trained."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-from dist_adv.config import OptimOptions, TrainOptions
+from dist_adv.config import parse_config
 from dist_adv.distributed import deepspeed, engines
+from dist_adv.distributed.accelerator import EngineAccelerator
 from dist_adv.errors import UserError
 from engine_runs import allow_double_precision
 
@@ -74,12 +77,45 @@ def test_fsdp_settings_that_are_not_tried_are_refused(variable, value, key, monk
         engines.start_engine(cpu=True, precision="fp32")
 
 
-@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP])
-def test_compiling_is_refused(kind):
-    accelerator = SimpleNamespace(distributed_type=kind)
-    train = TrainOptions(compile="default")
-    with pytest.raises(UserError, match=r"train\.compile"):
-        engines.prepare(accelerator, None, OptimOptions(), train)
+KINDS = {"DDP": DistributedType.MULTI_GPU, "FSDP2": DistributedType.FSDP}
+PARTS = ("ZeRO-3", "FSDP2")
+OTHERS = ("ZeRO-1", "ZeRO-2", *PARTS)
+
+
+@pytest.mark.parametrize("engine", ["DDP", *OTHERS])
+@pytest.mark.parametrize(
+    ("wanted", "told", "refusing"),
+    [
+        ({"train": {"compile": "default"}}, "train.compile: .*; use none", OTHERS),
+        ({"awp": {"gamma": 0.01}}, "awp: .*; use null", OTHERS),
+        ({"method": {"name": "gradalign"}}, "method.name: .*; use another", OTHERS),
+        ({"average": {"epochs": 1}}, "average: .*; use null", PARTS),
+        ({"method": {"name": "trades"}}, "", ()),
+        ({"optim": {"name": "adamw", "decay_norms": False, "clip": 1.0}}, "", ()),
+        ({"train": {"label_smoothing": 0.1}, "threat": {"warmup": 1.0}}, "", ()),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused(wanted, told, refusing, engine):
+    stage = SimpleNamespace(zero_stage=int(engine[-1])) if engine.startswith("ZeRO") else None
+    accelerator: Any = SimpleNamespace(
+        distributed_type=KINDS.get(engine, DistributedType.DEEPSPEED),
+        state=SimpleNamespace(deepspeed_plugin=stage),
+    )
+    config = parse_config({"method": {"name": "fast"}} | wanted, "here")
+    if engine in refusing:
+        with pytest.raises(UserError, match=f"{told}, or launch without .*{engine}"):
+            engines.prepare(accelerator, torch.nn.Linear(1, 1), config)
+    else:
+        engines.check_engine(accelerator, config)
+
+
+@pytest.mark.parametrize(("precision", "found"), [("bf16", torch.bfloat16), ("fp32", torch.float)])
+def test_an_average_computes_in_the_precision_of_its_network(precision, found):
+    """`net.averaged` is beside the network that the engine has prepared."""
+    AcceleratorState._reset_state()
+    with EngineAccelerator(precision, cpu=True).autocast():
+        assert torch.nn.Linear(1, 1)(torch.ones(1, 1)).dtype == found
+    AcceleratorState._reset_state()
 
 
 def test_deepspeed_that_is_not_installed_is_named(monkeypatch):
