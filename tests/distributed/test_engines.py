@@ -32,6 +32,8 @@ COUNTED = ("natural", "pgd-random")  # a step each: torch's profiler takes secon
 # parameters, two moments, clipping (AdamW); rates and Nesterov's momentum (warm-up); an average.
 # Where an attack starts is nothing that it sees.
 METHODS = ("free", "trades", "adamw", "warm-up", "average")
+# With BatchNorm: without it eval mode is train mode, and an average has no statistics of each rank.
+NORMS = {"trades": "batch", "average": "batch"}
 GO_ON = ("free", "adamw", "average")
 # Cases of which one line says that they are refused: how it begins, and under what.
 REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -40,7 +42,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "average": ("average: ", ("deepspeed-zero3.yaml", "fsdp2.yaml")),
 }
 RUNS: list[dict[str, Any]] = [
-    *({"name": case, "case": case} for case in METHODS),
+    *({"name": case, "case": case, "norm": NORMS.get(case, "group")} for case in METHODS),
     {"name": "mixed", "case": "warm-up", "numbers": "bf16", "train": {"epochs": 1}},
     {"name": "skips", "case": "adamw", "norm": "batch", "train": {"on_nan": "skip"}},
     {"name": "shard", "case": "natural", "train": {"on_nan": "skip"}, "fault": "channel:1:3:5"},
@@ -98,7 +100,8 @@ def engine(
         *((f"{case}-again", case, found.out) for case in GO_ON if not found.refuses(case)),
         ("from-ddp", "adamw", ddp),
     ]:
-        runs.append({"name": name, "case": case, "start": str(checkpoint(begun / case, case, 3))})
+        again = {"name": name, "case": case, "norm": NORMS.get(case, "group")}
+        runs.append(again | {"start": str(checkpoint(begun / case, case, 3))})
     with pytest.MonkeyPatch.context() as patch:
         if "zero1" in found.file:  # once as accelerate starts ranks, which are forked otherwise
             patch.setenv("REAL_PROCESSES", "1")

@@ -113,10 +113,10 @@ CASES = {
     ),
 }
 
-# Compiling takes long: not every case is compiled, but every graph of a network. One that gives
-# weights gradients, images too (Free) or not; and those of attacks, in train mode (PGD), in eval
-# mode, and without any gradient (TRADES). AWP, which asks for gradients of weights that it then
-# moves, and an average of weights have no graphs of their own, but must get on with these.
+# Compiling takes long: not every case is compiled, but every graph of a network, of which there are
+# five. One that gives weights gradients, images too (Free) or not; and those of attacks, in train
+# mode (PGD), in eval mode, and without any gradient (TRADES). AWP, which asks for gradients of
+# weights that it then moves, and an average of weights have none of their own: they come with one.
 COMPILED = ("pgd-random", "free", "trades", "awp-trades")
 AUTOTUNED = ("pgd-random", "free")
 """Those that are compiled with autotuning and in bf16, too."""
