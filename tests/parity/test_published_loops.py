@@ -117,6 +117,7 @@ def test_any_number_of_ranks_takes_the_published_updates(case, ranks, trained, i
 # One worker compiles all of them: half of the kernels are those of the others before.
 @pytest.mark.slow
 @pytest.mark.compile
+@pytest.mark.timeout(900)
 @pytest.mark.shares
 @pytest.mark.parametrize(
     ("compile", "case"),
@@ -132,6 +133,7 @@ def test_compiled_network_takes_the_published_updates(case, compile, trained, im
 
 @pytest.mark.slow
 @pytest.mark.compile
+@pytest.mark.timeout(900)
 @pytest.mark.shares
 @pytest.mark.parametrize("case", AUTOTUNED)
 def test_compiled_mixed_precision_is_as_exact_as_the_published_loop_in_it(

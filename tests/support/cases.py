@@ -118,7 +118,7 @@ CASES = {
 # mode (PGD), in eval mode, and without any gradient (TRADES). AWP, which asks for gradients of
 # weights that it then moves, and an average of weights have none of their own: they come with one.
 COMPILED = ("pgd-random", "free", "trades", "awp-trades")
-AUTOTUNED = ("pgd-random", "free")
+AUTOTUNED = ("pgd-random",)
 """Those that are compiled with autotuning and in bf16, too."""
 
 

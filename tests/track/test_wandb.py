@@ -45,7 +45,7 @@ def test_offline_run_holds_every_metric_once(images, tmp_path, monkeypatch):
     assert run.git.commit
     found = settings(path)
     assert found["method"]["name"] == "fast"
-    assert found["threat"] == {"norm": "linf", "eps": 0.1}
+    assert found["threat"] == {"norm": "linf", "eps": 0.1, "warmup": 0.0}
     assert found["env"] == json.loads((run_dir / "env.json").read_text())
     assert [r for r in records(path) if r.HasField("stats")]  # of the system
 
