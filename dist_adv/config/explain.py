@@ -41,6 +41,8 @@ def explain(error: ErrorDetails, tree: Mapping[str, Any]) -> str:
             return f"{key}: is a section with keys of its own, not {error['input']!r}"
         case "value_error":
             reason = str(context["error"])
+            if not key:  # of the whole configuration: it names one
+                return reason
             return f"{key}.{reason}" if _names_a_key(reason) else f"{key}: {reason}"
         case _:
             return f"{key}: {error['msg'].lower()} (it is {error['input']!r}){_remedy(error, key)}"

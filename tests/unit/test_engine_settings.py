@@ -109,6 +109,12 @@ def test_what_an_engine_cannot_do_is_refused(wanted, told, refusing, engine):
         engines.check_engine(accelerator, config)
 
 
+def test_a_gradient_of_a_gradient_is_not_compiled():
+    tree = {"method": {"name": "gradalign"}, "train": {"compile": "default"}}
+    with pytest.raises(UserError, match=r"^here: train\.compile: gradalign .*; use none$"):
+        parse_config(tree, "here")
+
+
 @pytest.mark.parametrize(("precision", "found"), [("bf16", torch.bfloat16), ("fp32", torch.float)])
 def test_an_average_computes_in_the_precision_of_its_network(precision, found):
     """`net.averaged` is beside the network that the engine has prepared."""
