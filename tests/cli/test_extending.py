@@ -143,5 +143,5 @@ def test_the_program(site: Path, tmp_path: Path) -> None:
     program = [sys.executable, str(site / "from_python.py")]
     done = forked.run(program, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = re.findall(r"^(natural|fgsm|pgd-20-2): ([\d.]+)% of 60 images", done.stdout, re.M)
-    assert [name for name, _ in found] == ["natural", "fgsm", "pgd-20-2"]
+    found = re.findall(r"^(natural|fgsm|pgd-10-2): ([\d.]+)% of 60 images", done.stdout, re.M)
+    assert [name for name, _ in found] == ["natural", "fgsm", "pgd-10-2"]

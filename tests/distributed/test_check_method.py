@@ -8,7 +8,6 @@ from dist_adv import testing
 from dist_adv.errors import UserError
 from dist_adv.methods import Method, MethodOptions
 from dist_adv.methods.free import Free
-from dist_adv.methods.n_fgsm import NFGSM
 from dist_adv.testing import check_method
 
 WRONG = {
@@ -36,7 +35,7 @@ def forked_ranks(monkeypatch):
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [(NFGSM, {}), (Free, {"replays": 3}), (odd_methods.Remembers, {})],
+    [(Free, {"replays": 3}), (odd_methods.Remembers, {})],
 )
 def test_right_methods_pass(method, options):
     check_method(method, **options)

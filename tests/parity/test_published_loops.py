@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cases import AUTOTUNED, CASES, COMPILED, TRAIN, config
+from cases import AUTOTUNED, CASES, COMPILED, SHARED, TRAIN, config
 from dist_adv import load_model, rng
 from dist_adv.config import parse_config
 from dist_adv.data import Loader, load_dataset
@@ -98,7 +98,7 @@ def test_mixed_precision_takes_the_published_updates_bit_for_bit(case, trained, 
 @pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.shares("ranks")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SHARED)
 @pytest.mark.parametrize("ranks", [2, 4])  # three: tests/resume, after two
 def test_any_number_of_ranks_takes_the_published_updates(case, ranks, trained, images, double):
     """Up to summation order, in double precision with a norm that mixes no samples.

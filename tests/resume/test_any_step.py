@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cases import CASES, config
+from cases import AT_THREE, CASES, SHARED, config
 from dist_adv import load_model
 from dist_adv.config import parse_config
 from dist_adv.training.run import train_run
@@ -32,7 +32,7 @@ def test_one_rank_goes_on_bit_for_bit(case, images, tmp_path):
     train_run(settings, tmp_path / "whole", "none")
     checkpoints = sorted((tmp_path / "whole" / "checkpoints").iterdir())
     assert len(checkpoints) == 8  # two epochs of four batches
-    for path in checkpoints[:1] + checkpoints[3:6:2]:  # the first, an epoch's last, in the middle
+    for path in checkpoints[3:6:2]:  # an epoch's last, and in the middle of one
         train_run(settings, tmp_path / path.name, str(path))
         assert equal(tmp_path / "whole", tmp_path / path.name), path.name
 
@@ -40,8 +40,10 @@ def test_one_rank_goes_on_bit_for_bit(case, images, tmp_path):
 @pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.shares("ranks")
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("ranks", "at"), [(2, 5), (3, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "at", "case"),
+    [*((2, 5, case) for case in SHARED), *((3, 2, case) for case in AT_THREE)],
+)
 def test_several_ranks_go_on_bit_for_bit_in_mid_epoch(ranks, at, case, trained):
     """Each rank with its own BatchNorm statistics and its own rows of Free's perturbation."""
     whole = trained(ranks, "batch", "fp32-small")
@@ -52,11 +54,12 @@ def test_several_ranks_go_on_bit_for_bit_in_mid_epoch(ranks, at, case, trained):
 @pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.shares
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SHARED)
 def test_another_number_of_ranks_goes_on_with_the_same_global_batches(case, trained):
     """2 -> 1 -> 3 ranks, in double precision: see tests/parity about single."""
     two = trained(2, "group", "fp64-small")
     alone = trained(1, "group", "fp64-small", two, 2)  # after three of eight batches
-    three = trained(3, "group", "fp64-small", alone, 2)  # after three more
-    for resumed in (alone, three):
-        assert difference(two / case, resumed / case) < 1e-10
+    assert difference(two / case, alone / case) < 1e-10
+    if case in AT_THREE:
+        three = trained(3, "group", "fp64-small", alone, 2)  # after three more
+        assert difference(two / case, three / case) < 1e-10

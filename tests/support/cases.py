@@ -113,6 +113,13 @@ CASES = {
     ),
 }
 
+# On several ranks all but other starts of the same attack, which ranks do not see. On three, where
+# DDP's buckets decide the order of sums, one of each way to carry something or to take a step.
+SHARED = tuple(
+    case for case in CASES if case not in ("natural", "pgd-zero", "fast-random", "fast-zero")
+)
+AT_THREE = ("free", "carrying", "average", "awp")
+
 # Compiling takes long: not every case is compiled, but every graph of a network, of which there are
 # five. One that gives weights gradients, images too (Free) or not; and those of attacks, in train
 # mode (PGD), in eval mode, and without any gradient (TRADES). AWP, which asks for gradients of

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 
-from cases import AUTOTUNED, CASES, COMPILED, config
+from cases import AT_THREE, AUTOTUNED, CASES, COMPILED, SHARED, config
 from dist_adv.config import parse_config
 from dist_adv.training.run import train_run
 
@@ -26,8 +26,13 @@ if __name__ == "__main__":
         torch.set_default_dtype(torch.float64)
     precision = "bf16" if numbers == "bf16" else "fp32"
     # Whatever tests/resume goes on from, or has gone on from.
-    resumable = os.environ.get("WORLD_SIZE") in ("2", "3") or len(sys.argv) > 5
-    chosen = CASES if compile == "none" else COMPILED
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    resumable = ranks in (2, 3) or len(sys.argv) > 5
+    chosen = CASES if ranks == 1 and len(sys.argv) == 5 else SHARED
+    if ranks == 3:
+        chosen = AT_THREE
+    elif compile != "none":
+        chosen = COMPILED
     for case in AUTOTUNED if few or compile == "max" else chosen:
         tree = config(case, norm, images, precision, compile, small)
         if resumable:
