@@ -44,6 +44,10 @@ class Preempted(Exception):
         self.status = _STATUS.get(reason, 143)
 
 
+SAID = (UserError, RunFailure, Preempted)
+"""What has its line already."""
+
+
 def unwritable(path: object, error: OSError, remedy: str) -> UserError | RunFailure:
     """Return what to raise where a command's output cannot be written to `path`."""
     reason = error.strerror or str(error)

@@ -24,18 +24,19 @@ import torch
 from dist_adv.options import Options
 from dist_adv.text import nearest, one_line
 
-_FOUND: dict[tuple[str, str], "Found"] = {}
-
-
 _GIVEN = "given:"
 
 
 @dataclass(frozen=True)
-class Found:
-    """Somebody's object, and a hash of the source that it comes from."""
+class _Found:
+    """Somebody's object, the files of the source that it comes from, and a hash of them."""
 
     thing: Any
-    source: str
+    files: tuple[Path, ...] = ()
+    source: str = ""
+
+
+_FOUND: dict[tuple[str, str], _Found] = {}
 
 
 @cache
@@ -68,20 +69,20 @@ def find(name: str, group: str, own: Mapping[str, Any], may_import: bool = True)
         if not may_import and module not in sys.modules:
             raise ValueError(f"{name!r} is not imported for a file; 'import {module}' first")
         thing = _imported(name, reference)
-        _FOUND[group, name] = Found(thing, _source(module, thing))
+        _FOUND[group, name] = _found(thing, module)
     return _FOUND[group, name].thing
 
 
 def refer(thing: Any, group: str) -> str:
     """Return the reference of an object of this program, by which `find` has it from now on."""
     name = f"{thing.__module__}:{thing.__qualname__}"
-    _FOUND[group, name] = Found(thing, _source(thing.__module__, thing))
+    _FOUND[group, name] = _found(thing, thing.__module__)
     return name
 
 
 def give(name: str, group: str, thing: Any) -> str:
     """Return a name for an object that a program gives, by which `find` has it in this process."""
-    _FOUND[group, f"{_GIVEN}{name}"] = Found(thing, "")
+    _FOUND[group, f"{_GIVEN}{name}"] = _Found(thing)
     return f"{_GIVEN}{name}"
 
 
@@ -134,8 +135,17 @@ def place(error: BaseException) -> str:
     return f"{frames[-1].filename}, line {frames[-1].lineno}: " if frames else ""
 
 
-def _source(name: str, thing: Any) -> str:
-    """Return a hash of the source of a module that has an object: its file, or its package."""
+def blamed(error: BaseException) -> str:
+    """Return `file, line n: ` of what was found, where an error came through it; else nothing."""
+    files = {str(file) for found in _FOUND.values() for file in found.files}
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files
+    ]
+    return f"{frames[-1].filename}, line {frames[-1].lineno}: " if frames else ""
+
+
+def _found(thing: Any, name: str) -> _Found:
+    """Return an object with the source of the module that has it: its file, or its package."""
     digest = hashlib.sha256()
     module = sys.modules.get(name.partition(".")[0])
     folders = [Path(folder) for folder in getattr(module, "__path__", [])]
@@ -147,4 +157,4 @@ def _source(name: str, thing: Any) -> str:
     if not files:  # typed at a prompt or in a notebook
         with suppress(OSError):
             digest.update(inspect.getsource(thing).encode())
-    return digest.hexdigest()[:12]
+    return _Found(thing, tuple(files), digest.hexdigest()[:12])

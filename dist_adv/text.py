@@ -58,3 +58,9 @@ def nearest(word: str, known: Sequence[str]) -> str:
 def one_line(error: Exception) -> str:
     """Return an error's text on one line."""
     return " ".join(str(error).split())
+
+
+def said(error: Exception) -> str:
+    """Return an error's kind and text on one line, as somebody's own code raised it."""
+    text = one_line(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,5 +1,6 @@
 """The sections of a configuration, each with its keys, their types and defaults."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, WithJsonSchema, field_validator, model_validator
@@ -11,7 +12,7 @@ from dist_adv.data.datasets import DataChoice, DataOptions
 from dist_adv.methods import MethodChoice, find_method
 from dist_adv.models import ModelChoice, PreActResNet18Options
 from dist_adv.options import Options, PositiveInt, Real, StepSize
-from dist_adv.text import nearest
+from dist_adv.text import nearest, said
 
 SCHEDULE_GROUP = "dist_adv.schedules"
 TRACKER_GROUP = "dist_adv.trackers"
@@ -73,8 +74,14 @@ class OptimOptions(Options):
     @field_validator("schedule")
     @classmethod
     def _known_schedule(cls, name: str) -> str:
-        if not callable(plugins.find(name, SCHEDULE_GROUP, dict.fromkeys(SCHEDULES, float))):
-            raise ValueError(f"{name!r} is no function; give one of the share of the run done")
+        schedule = plugins.find(name, SCHEDULE_GROUP, dict.fromkeys(SCHEDULES, float))
+        try:
+            share = float(schedule(0.0))
+        except Exception as error:
+            where = f"{plugins.place(error)}{said(error)}"
+            raise ValueError(f"{name!r} is no function, or fails ({where})") from error
+        if not math.isfinite(share):
+            raise ValueError(f"{name!r} gives {share} at the start; give a share of lr")
         return name
 
     @model_validator(mode="after")
@@ -284,6 +291,8 @@ class Config(Options):
                 f"train.compile: {name} differentiates a gradient, which compiled networks cannot; "
                 f"use none"
             )
+        if "average" in method.needs and self.average is None:
+            raise ValueError(f"average: {name} needs averaged weights; set average.epochs=4")
         return self
 
     def sources(self) -> dict[str, str]:

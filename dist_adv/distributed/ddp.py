@@ -12,7 +12,6 @@ from dist_adv.attacks import frozen
 from dist_adv.config import OptimOptions
 from dist_adv.distributed.collectives import sum_over_ranks
 from dist_adv.distributed.optimizers import fused_optimizer, kept
-from dist_adv.errors import UserError
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
@@ -46,8 +45,7 @@ class TrainNet:
         return sum_over_ranks(self.accelerator, value.detach())
 
     def averaged(self, x: Tensor) -> Tensor:
-        if self.average is None:
-            raise UserError("average: this method needs averaged weights; set average.epochs=4")
+        assert self.average is not None, "a method that needs it is refused without"
         with torch.no_grad(), self.accelerator.autocast():
             return self.average(x).float()
 

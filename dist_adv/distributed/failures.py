@@ -1,4 +1,4 @@
-"""What goes wrong beneath us, in one line: memory, compilers, ranks that are gone."""
+"""What goes wrong beneath us, in one line: memory, compilers, lost ranks, others' code."""
 
 import re
 from collections.abc import Iterator
@@ -8,51 +8,59 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from dist_adv.errors import GOES_ON, LostRank, RankFailure
+from dist_adv import plugins
+from dist_adv.errors import GOES_ON, SAID, LostRank, RankFailure, RunFailure
+from dist_adv.text import said
 
 
 @contextmanager
 def plain_failures(accelerator: Accelerator, key: str, batch_size: int) -> Iterator[None]:
-    """Say in one line what goes wrong beneath us: memory, and ranks that are gone.
+    """Say in one line what goes wrong beneath us: memory, ranks that are gone, others' code.
 
     Raises RankFailure where this process has no memory left, naming `key` and half of
-    `batch_size`; LostRank where another process has left.
+    `batch_size`, or the line of somebody's own code that failed; LostRank where another process
+    has left.
     """
-    rank, ranks = accelerator.process_index, accelerator.num_processes
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory(rank, ranks, key, batch_size, error) from error
-    except RuntimeError as error:
-        text = str(error)
-        if any(sign in text for sign in ("not enough memory", "can't allocate memory")):
-            raise _out_of_memory(rank, ranks, key, batch_size, error) from error
+    except Exception as error:
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        failure = _plain(error, f"rank {rank} of {ranks}", key, batch_size)
+        if failure is None:
+            raise
+        raise failure from error
+
+
+def _plain(error: Exception, rank: str, key: str, batch_size: int) -> RunFailure | None:
+    """Return what to say of an error; None where it says all by itself, or is nobody's but ours."""
+    text = str(error)
+    memory = ("not enough memory", "can't allocate memory")
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in text for sign in memory)
+    ):
+        return RankFailure(
+            f"{rank} has no memory left ({reason(error)}); try {key}="
+            f"{max(1, batch_size // 2)} instead of {batch_size}, a narrower model or more ranks"
+        )
+    if isinstance(error, RuntimeError):
         if "can't start new thread" in text:
-            raise RankFailure(
-                f"rank {rank} of {ranks} may not start another thread; raise ulimit -u, or lower "
+            return RankFailure(
+                f"{rank} may not start another thread; raise ulimit -u, or lower "
                 f"data.workers and train.threads"
-            ) from error
+            )
         signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
         if isinstance(error, dist.DistError) or any(sign in text for sign in signs):
-            raise LostRank(
-                f"rank {rank} of {ranks} lost another rank ({reason(error)}); the launcher says "
+            return LostRank(
+                f"{rank} lost another rank ({reason(error)}); the launcher says "
                 f"which one; {GOES_ON}"
-            ) from error
+            )
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-            raise RankFailure(
-                f"train.compile: torch.compile failed on rank {rank} of {ranks} "
+            return RankFailure(
+                f"train.compile: torch.compile failed on {rank} "
                 f"({reason(error)}); set train.compile=none, or install a C++ compiler"
-            ) from error
-        raise
-
-
-def _out_of_memory(
-    rank: int, ranks: int, key: str, batch_size: int, error: BaseException
-) -> RankFailure:
-    return RankFailure(
-        f"rank {rank} of {ranks} has no memory left ({reason(error)}); try {key}="
-        f"{max(1, batch_size // 2)} instead of {batch_size}, a narrower model or more ranks"
-    )
+            )
+    where = "" if isinstance(error, SAID) else plugins.blamed(error)
+    return RankFailure(f"{rank}: {where}{said(error)}") if where else None
 
 
 def reason(error: BaseException) -> str:

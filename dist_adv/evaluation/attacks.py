@@ -164,13 +164,7 @@ class Ensemble:
         return Attacked(images, logits, [correct(logits, y)])
 
     def settings(self, member: str) -> dict[str, Any]:
-        return {
-            "norm": self.threat.norm,
-            "eps": self.threat.eps,
-            **self.attack.settings,
-            "seed": self.seed,
-            **_precision(self.images.device),
-        }
+        return _settings(self, self.attack.settings)
 
     def flags(self, attacked: float, zero_gradients: float) -> list[str]:
         said = [*self.attack.left_out, *gather_object(self.messages)]
@@ -222,16 +216,16 @@ class Other:
             raise UserError(f"eval.attacks: {self.name} fails: {where}{one_line(error)}") from error
 
     def settings(self, member: str) -> dict[str, Any]:
-        return {
-            "norm": self.threat.norm,
-            "eps": self.threat.eps,
-            **self.options.model_dump(),
-            "seed": self.seed,
-            **_precision(self.images.device),
-        }
+        return _settings(self, self.options.model_dump())
 
     def flags(self, attacked: float, zero_gradients: float) -> list[str]:
         return sorted(set(gather_object(self.messages)))
+
+
+def _settings(attack: Ensemble | Other, own: dict[str, Any]) -> dict[str, Any]:
+    """Return an attack's own settings, with the ball and how numbers are computed."""
+    ball = {"norm": attack.threat.norm, "eps": attack.threat.eps}
+    return {**ball, **own, "seed": attack.seed, **_precision(attack.images.device)}
 
 
 def _precision(device: torch.device) -> dict[str, Any]:

@@ -22,10 +22,11 @@ from dist_adv.options import Options
 Guard = Literal["none", "warn", "stop"]
 """Against catastrophic overfitting: do nothing, say so, or stop with the last good weights."""
 
-Need = Literal["double backward", "two forwards"]
-"""What a method asks of the engine that not every way to train can give.
+Need = Literal["double backward", "average"]
+"""What a method asks of the engine that not every run can give; a run that cannot is refused.
 
-double backward: a loss with a gradient in it. two forwards: several `net(x)` in one objective.
+double backward: a loss with a gradient in it. average: `net.averaged`. A method that needs one
+without saying so is refused, too (`cost.cost_of`).
 """
 
 
@@ -75,7 +76,7 @@ class Net(Protocol):
     def averaged(self, x: Tensor) -> Tensor:
         """Logits of the averaged weights (`average`), in eval mode, without a gradient.
 
-        Raises UserError where no average is kept.
+        For methods whose `needs` have `average`.
         """
 
 

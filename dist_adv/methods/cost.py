@@ -45,15 +45,21 @@ _SMALL = torch.Size((1, 4, 4))
 
 
 class _Passes(TorchDispatchMode):
-    """Counts products of matrices: each of the toy's layers has one in every pass."""
+    """Counts products of matrices: each of the toy's layers has one in every pass.
+
+    double_backward: there was a backward pass that can be differentiated itself.
+    """
 
     done = 0.0
+    double_backward = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
         if func is torch.ops.aten.mm.default:
             self.done += 1 / _LAYERS
+            in_backward = torch._C._current_graph_task_id() != -1
+            self.double_backward |= in_backward and torch.is_grad_enabled()
         return func(*args, **(kwargs or {}))
 
 
@@ -77,10 +83,10 @@ class _Toy(nn.Module):
 
 
 class _ToyNet:
-    """A network as methods see it, on one rank."""
+    """A network as methods see it, on one rank; notes whether its average was asked for."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model, self.averages = model, False
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.model(x)
@@ -92,6 +98,7 @@ class _ToyNet:
         return value.detach()
 
     def averaged(self, x: Tensor) -> Tensor:
+        self.averages = True
         with torch.no_grad():
             return self.model(x)
 
@@ -106,7 +113,8 @@ def cost_of(
 
     shape: (C, H, W) of an image.
 
-    Raises UserError naming file and line where the method fails, or yields what it may not.
+    Raises UserError naming file and line where the method fails, or yields what it may not; and
+    for a need that it does not declare.
     """
     x, two = torch.full((2, *shape), 0.5), torch.arange(2)
     task = Task(F.cross_entropy, samples=2, shape=shape, classes=classes, device=x.device)
@@ -133,4 +141,8 @@ def cost_of(
             f"method.name: {options.name} fails on two images: "
             f"{plugins.place(error)}{one_line(error) or type(error).__name__}"
         ) from error
+    seen = {"double backward": passes.double_backward, "average": net.averages}
+    unsaid = {need for need, needed in seen.items() if needed} - method.needs
+    if unsaid:
+        raise UserError(f"method.name: {options.name} must say what it needs: needs = {unsaid}")
     return Cost(steps, round(passes.done / steps, 4), round(backward / steps, 4))

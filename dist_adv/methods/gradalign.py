@@ -36,7 +36,7 @@ class GradAlign(Method[GradAlignOptions]):
         "On adversarial images made in one step, and on input gradients that point the same way "
         "all over the ball, which keeps one step from being misled."
     )
-    needs = frozenset({"double backward", "two forwards"})
+    needs = frozenset({"double backward"})
     norms = ("linf",)
 
     def steps(self, net: Net, batch: Batch, threat: Threat) -> Iterator[Objective]:

@@ -42,7 +42,6 @@ class TRADES(Method[TRADESOptions]):
         "On clean images, and on agreement between these and adversarial images, which are made "
         "in K steps to disagree most."
     )
-    needs = frozenset({"two forwards"})
 
     def steps(self, net: Net, batch: Batch, threat: Threat) -> Iterator[Objective]:
         x, y, options = batch.x, batch.y, self.options

@@ -180,11 +180,6 @@ def test_a_table_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         BySample(1000, torch.Size((3, 32, 32)), torch.device("cpu"), torch.float16)
 
 
-def test_nobody_averages_without_being_told(accelerator: Accelerator, digits: Dataset) -> None:
-    with pytest.raises(UserError, match=r"average: this method needs averaged weights"):
-        learner(accelerator, digits).net.averaged(torch.zeros(1, 1, 8, 8))
-
-
 def test_averaged_logits_are_those_of_the_average(
     accelerator: Accelerator, digits: Dataset
 ) -> None:

@@ -9,16 +9,19 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from cases import config as case
 from dist_adv import plugins
 from dist_adv.attacks.threat import Linf
 from dist_adv.config import Config, parse_config
 from dist_adv.config.schema import EvalOptions
 from dist_adv.data import Dataset, load_dataset
-from dist_adv.errors import UserError
+from dist_adv.errors import RankFailure, UserError
 from dist_adv.evaluation.evaluate import evaluate
 from dist_adv.methods.cost import cost_of
 from dist_adv.methods.registry import find_method
+from dist_adv.runs.folder import RunFolder
 from dist_adv.training.learner import Learner
+from dist_adv.training.run import train_run
 
 Write = Callable[[str], str]
 
@@ -150,6 +153,34 @@ def test_what_a_method_may_not_yield(steps: str, said: str, write: Write) -> Non
     assert "\n" not in str(error.value)
 
 
+DOUBLE = """
+        near = batch.x.requires_grad_()
+        loss = net(near).logsumexp(1).mean()
+        gradient, = __import__('torch').autograd.grad(loss, near, create_graph=True)
+        yield lambda: dist_adv.Step(gradient.square().sum() + loss, net(batch.x))
+"""
+AVERAGED = """
+        soft = net.averaged(batch.x).softmax(1)
+        yield self.minimise(net, batch.x, soft)
+"""
+
+
+@pytest.mark.parametrize(("steps", "need"), [(DOUBLE, "double backward"), (AVERAGED, "average")])
+def test_what_a_method_needs_it_says(steps: str, need: str, write: Write) -> None:
+    """Found out by running it; else some runs would end in errors of others, or be wrong."""
+    text = METHOD.format(steps=steps)
+    options = config(f"{write(text)}:Mine").method
+    with pytest.raises(UserError, match=rf"mine\d+:Mine must say what it needs: needs = .'{need}'"):
+        cost_of(options, Linf(0.1))
+    declared = text.replace("Options]):", f"Options]):\n    needs = frozenset({{'{need}'}})")
+    name = f"{write(declared)}:Mine"
+    if need == "average":
+        with pytest.raises(UserError, match=r"average: .* needs averaged weights; set average"):
+            config(name)
+    made = config(name, average={"epochs": 1})
+    assert cost_of(made.method, Linf(0.1)).steps == 1
+
+
 def test_a_broken_package_stops_nobody_else(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     name = write("import absent")
     point = EntryPoint("broken", f"{name}:Mine", "dist_adv.methods")
@@ -238,6 +269,39 @@ def test_schedules(write: Write) -> None:
     assert config(optim={"schedule": f"{name}:falling"}).sources().keys() == {f"{name}:falling"}
     with pytest.raises(UserError, match=r"optim\.schedule: .* is no function"):
         config(optim={"schedule": f"{name}:constant"})
+    other = write("def word(done): return 'fast'\ndef endless(done): return float('inf')")
+    for function, said in (("word", "is no function, or fails"), ("endless", "gives inf at the")):
+        with pytest.raises(UserError, match=rf"optim\.schedule: .*{said}"):
+            config(optim={"schedule": f"{other}:{function}"})
+
+
+LATE = """
+import dist_adv
+class Options(dist_adv.MethodOptions): pass
+class Mine(dist_adv.Method[Options]):
+    def steps(self, net, batch, threat):
+        if batch.when.epoch == 1:
+            raise {error}
+        yield self.minimise(net, batch.x, batch.y)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("ValueError('made up')", r"^rank 0 of 1: .*mine0\.py, line 7: ValueError: made up$"),
+        ("MemoryError", "has no memory left"),
+    ],
+)
+def test_what_fails_later_is_a_line_too(
+    error: str, said: str, write: Write, images: Path, tmp_path: Path
+) -> None:
+    """With its file; the memory of the device is what it is for any method."""
+    tree = case("natural", "batch", images, small=True)
+    tree["method"] = {"name": f"{write(LATE.format(error=error))}:Mine"}
+    with pytest.raises(RankFailure, match=said):
+        train_run(parse_config(tree, "late"), tmp_path / "run", "none")
+    assert RunFolder(tmp_path / "run").state == "failed"
 
 
 def test_sources_follow_the_file(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
