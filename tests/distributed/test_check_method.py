@@ -13,7 +13,7 @@ from dist_adv.testing import check_method
 WRONG = {
     "LossOfEach": "has a loss of shape (2,); take the mean over the batch's samples",
     "OneOfTwo": "OneOfTwo yields 1 and not the 2 objective(s) that steps_per_batch says",
-    "Fragile": f"fails in training: {odd_methods.__file__}, line ",
+    "Fragile": f"fails in training: rank 0 of 1: {odd_methods.__file__}, line ",
     "NotOnEveryRank": "let every rank call net.sum_over_ranks as often, in the same order",
     "ThroughNet": "the weights get 2 gradients a step and not 1",
     "TorchsNumbers": "draw random numbers from batch.keys by dist_adv.rng",

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import made_up_method  # noqa: F401 - whose network some weights are of
 from cases import AUTOTUNED, CASES, COMPILED, SHARED, TRAIN, config
 from dist_adv import load_model, rng
 from dist_adv.config import parse_config

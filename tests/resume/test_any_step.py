@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cases import AT_THREE, CASES, SHARED, config
+from cases import AT_THREE, SHARED, config
 from dist_adv import load_model
 from dist_adv.config import parse_config
 from dist_adv.training.run import train_run
@@ -24,7 +24,7 @@ def difference(one: Path, two: Path) -> float:
     return max((expected[name] - found[name]).abs().max().item() for name in expected)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SHARED)
 def test_one_rank_goes_on_bit_for_bit(case, images, tmp_path):
     tree = config(case, "batch", images, small=True)
     tree["train"] |= {"save_steps": 1, "keep": 100}

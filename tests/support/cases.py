@@ -124,8 +124,9 @@ AT_THREE = ("free", "carrying", "average", "awp")
 # five. One that gives weights gradients, images too (Free) or not; and those of attacks, in train
 # mode (PGD), in eval mode, and without any gradient (TRADES). AWP, which asks for gradients of
 # weights that it then moves, and an average of weights have none of their own: they come with one.
+# A network of dist_adv's is compiled with Free, one of two layers with the others.
 COMPILED = ("pgd-random", "free", "trades", "awp-trades")
-AUTOTUNED = ("pgd-random",)
+AUTOTUNED = ("free",)
 """Those that are compiled with autotuning and in bf16, too."""
 
 
@@ -159,7 +160,10 @@ def config(
     data = {**ROOT_CONFIG["data"], "root": str(root)}
     train = {**TRAIN, "precision": precision}
     if compile != "none":
-        model = {"name": "wide_resnet", "depth": 8, "widen": 1, "width": 8, "norm": norm}
+        if case in AUTOTUNED:
+            model = {"name": "wide_resnet", "depth": 8, "widen": 1, "width": 8, "norm": norm}
+        else:
+            model = {"name": "made_up_method:Tiny"}
         train |= {"compile": compile, "batch_size": 40, "epochs": 1}
     elif precision == "bf16":
         # Attacks here differentiate the sum of the losses, the published ones the mean: the same

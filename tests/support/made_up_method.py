@@ -1,8 +1,9 @@
-"""A method that nobody published: it carries something of each kind from batch to batch."""
+"""A method that nobody published, which carries something of each kind, and a small network."""
 
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from dist_adv import rng
 from dist_adv.attacks import cross_entropy, input_gradient
@@ -18,6 +19,23 @@ from dist_adv.methods import (
     Objective,
     Task,
 )
+from dist_adv.models import ModelOptions
+
+
+class Tiny(nn.Module):
+    """Two layers with BatchNorm between them: what there is to compile is soon compiled."""
+
+    class Options(ModelOptions):
+        width: int = 8
+
+    def __init__(self, options: Options, channels: int, classes: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, options.width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(options.width)
+        self.last = nn.Linear(options.width, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.norm(self.first(x)).relu().mean((2, 3)))
 
 
 class CarryingOptions(MethodOptions):
