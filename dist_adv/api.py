@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -18,8 +17,8 @@ from dist_adv import data as datasets
 from dist_adv import methods, models, plugins
 from dist_adv.attacks.threat import Threat
 from dist_adv.config import Config, EvalOptions, load_config, parse_config
-from dist_adv.data import DataOptions, Dataset
-from dist_adv.distributed.start import start_accelerator
+from dist_adv.data import DataOptions
+from dist_adv.distributed.start import as_it_was, start_accelerator
 from dist_adv.evaluation import evaluate as evaluation
 from dist_adv.evaluation.results import Result
 from dist_adv.methods import Method
@@ -74,8 +73,8 @@ def train(
         tree["data"] = section | {"name": name}
     if method is not None:
         tree["method"] = tree.get("method", {}) | {"name": plugins.refer(method, methods.GROUP)}
-    AcceleratorState._reset_state()  # Accelerate has one precision a process otherwise
-    train_run(parse_config(tree, "config"), Path(run_dir), resume)
+    with as_it_was():
+        train_run(parse_config(tree, "config"), Path(run_dir), resume)
     (run,) = read_runs([Path(run_dir)])
     if model is not None:
         weights = load_file(run.folder / "model.safetensors")
@@ -110,17 +109,20 @@ def evaluate(
     """
     tree = {"method": {"name": "natural"}, "eval": {"attacks": list(attacks), **options}}
     chosen: EvalOptions = parse_config(tree, "evaluate").eval
-    AcceleratorState._reset_state()
-    accelerator = start_accelerator("fp32")
+    images = datasets.of_tensors("given:images", *_tensors(data))
     first = next(iter([*model.parameters(), *model.buffers()]), torch.zeros(0))
     training = {module: module.training for module in model.modules()}
-    try:
-        model.to(accelerator.device)
-        results, _ = evaluation.evaluate(model, _dataset(data), threat, chosen, accelerator)
-    finally:
-        model.to(first.device)
-        for module, mode in training.items():
-            module.training = mode
+    with as_it_was():
+        accelerator = start_accelerator("fp32")
+        try:
+            model.to(accelerator.device)
+            shape, classes = images.images.shape[1:], len(images.classes)
+            models.check_answers(model, "the model", shape, classes, more=True)
+            results, _ = evaluation.evaluate(model, images, threat, chosen, accelerator)
+        finally:
+            model.to(first.device)
+            for module, mode in training.items():
+                module.training = mode
     return {result.attack: result for result in results}
 
 
@@ -160,10 +162,6 @@ class _Pair:
         classes = 1 + max(int(labels.max()) for _, labels in both.values())
         images, labels = both[split]
         return images, labels, [str(label) for label in range(classes)]
-
-
-def _dataset(given: Images) -> Dataset:
-    return datasets.of_tensors("given:images", *_tensors(given))
 
 
 def _tensors(given: Images) -> tuple[Tensor, Tensor]:

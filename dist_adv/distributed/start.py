@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, str_to_bool
 
 from dist_adv.distributed import engines, launched, stopping
@@ -60,6 +61,26 @@ def start_accelerator(
             f"accelerate launch --multi_gpu --num_processes N, or torchrun --nproc-per-node N"
         )
     return accelerator
+
+
+@contextmanager
+def as_it_was() -> Iterator[None]:
+    """Start an Accelerator within, in a process that may have one, and leave no trace of it.
+
+    All Accelerators of a process share the state of the first, its precision too, and lose it
+    together: the one of before has its own again afterwards, as do fp32, cuDNN and the threads.
+    """
+    state, cudnn, cublas = AcceleratorState._shared_state, torch.backends.cudnn, torch.backends.cuda
+    before, threads = dict(state), torch.get_num_threads()
+    numerics = cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark, cublas.matmul.allow_tf32
+    state.clear()
+    try:
+        yield
+    finally:
+        state.clear()
+        state.update(before)
+        torch.set_num_threads(threads)
+        cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark, cublas.matmul.allow_tf32 = numerics
 
 
 # Each lets a library compute fp32 with shorter factors, whatever torch is told; and its values

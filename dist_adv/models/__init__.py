@@ -6,7 +6,7 @@ metadata of every `model.safetensors`: a weights file alone is enough to rebuild
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +23,7 @@ from dist_adv.models.preact_resnet import PreActResNet18, Shortcut
 from dist_adv.models.resnet import ResNet50
 from dist_adv.models.wide_resnet import WideResNet
 from dist_adv.options import Open, Options, PositiveInt
+from dist_adv.text import one_line
 
 GROUP = "dist_adv.models"
 
@@ -177,6 +178,38 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.stream_key(seed, "weights") & (2**63 - 1))
         return Classifier(architecture).to(memory_format=torch.channels_last)
+
+
+def check_answers(
+    model: nn.Module, subject: str, shape: Sequence[int], classes: int, more: bool = False
+) -> None:
+    """Raise UserError where a network of somebody's own fails on two images, or answers amiss.
+
+    Leaves it in eval mode.
+
+    Args:
+        subject: what the message begins with.
+        shape: (C, H, W) of an image.
+        classes: how many logits an image has; with `more`, at least.
+    """
+    device = next(iter([*model.parameters(), *model.buffers()]), torch.zeros(0)).device
+    images = torch.full((2, *shape), 0.5, device=device)
+    try:
+        with torch.no_grad():
+            logits = model.eval()(images)
+    except Exception as error:
+        raise UserError(
+            f"{subject} fails on images of shape {tuple(images.shape)}: "
+            f"{plugins.place(error)}{one_line(error)}"
+        ) from error
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if found != (2, classes) and not (
+        more and isinstance(logits, Tensor) and logits.dim() == 2 and logits.shape[1] > classes
+    ):
+        raise UserError(
+            f"{subject} returns {found} for 2 images of {classes} classes; return logits of shape "
+            f"(n, classes)"
+        )
 
 
 def save_model(path: Path, architecture: dict[str, Any], state: dict[str, Tensor]) -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
-from accelerate.state import AcceleratorState
 from rich.console import Console
 
 from dist_adv.bench import about
@@ -20,7 +19,7 @@ from dist_adv.bench.timing import network
 from dist_adv.config import Config
 from dist_adv.data import DataOptions
 from dist_adv.data.datasets import NAMES, image_files
-from dist_adv.distributed.start import resolve_precision, start_accelerator
+from dist_adv.distributed.start import as_it_was, resolve_precision, start_accelerator
 from dist_adv.errors import RunFailure, UserError
 from dist_adv.methods.natural import NaturalOptions
 from dist_adv.plan.measure import (
@@ -106,7 +105,8 @@ def estimate(sweep: Sweep) -> Estimate:
         for (net, precision, threads), jobs in cases.items():
             progress.update(task, status=f"{net}, {precision}")
             try:
-                natural, machine = _time(jobs, precision, threads)
+                with as_it_was():
+                    natural, machine = _time(jobs, precision, threads)
             except (UserError, RunFailure) as error:
                 found.troubles.update({job.name: str(error) for job in jobs})
             else:
@@ -130,7 +130,6 @@ def _images(options: DataOptions) -> Images:
 
 def _time(jobs: list[_Job], precision: str, threads: int | None) -> tuple[StepTime, str]:
     """Return a natural step of these runs' network, uncompiled, and the machine that took it."""
-    AcceleratorState._reset_state()  # Accelerate has one precision a process otherwise
     accelerator = start_accelerator(precision, threads)
     config, images = jobs[0].config, jobs[0].images
     train = config.train.model_copy(update={"compile": "none"})

@@ -1,14 +1,11 @@
 """What does not fit together, said before anything is trained."""
 
-import torch
 from torch import nn
 
-from dist_adv import plugins
 from dist_adv.config import Config
 from dist_adv.data import Dataset
 from dist_adv.errors import UserError
-from dist_adv.models import GROUP, Classifier
-from dist_adv.text import few, one_line
+from dist_adv.text import few
 
 
 def check_statistics(config: Config, smallest_share: int, network: nn.Module | None = None) -> None:
@@ -40,26 +37,4 @@ def check_splits(train: Dataset, test: Dataset) -> None:
         raise UserError(
             f"data.size: the images for training are {width}x{height} and those for testing "
             f"{w}x{h} pixels; set data.size, for example data.size={min(height, width)}"
-        )
-
-
-def check_answers(model: Classifier, data: Dataset) -> None:
-    """Raise UserError where a network of somebody's own fails on the images, or answers amiss."""
-    name, classes = model.architecture["model"]["name"], len(data.classes)
-    if ":" not in name and name not in plugins.installed(GROUP):
-        return
-    device = next(model.parameters()).device
-    images = torch.full((2, *data.images.shape[1:]), 0.5, device=device)
-    try:
-        with torch.no_grad():
-            logits = model.eval()(images)
-    except Exception as error:
-        raise UserError(
-            f"model.name: {name} fails on images of shape {tuple(images.shape)}: "
-            f"{plugins.place(error)}{one_line(error)}"
-        ) from error
-    if logits.shape != (2, classes):
-        raise UserError(
-            f"model.name: {name} returns {tuple(logits.shape)} for 2 images of {classes} classes; "
-            f"return logits of shape (n, classes)"
         )

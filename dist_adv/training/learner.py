@@ -24,9 +24,9 @@ from dist_adv.distributed.optimizers import set_rates
 from dist_adv.errors import RunFailure
 from dist_adv.methods import Objective, Task, build_method
 from dist_adv.methods.checked import checked_steps
-from dist_adv.models import Classifier, build_model
+from dist_adv.models import Classifier, build_model, check_answers
 from dist_adv.training.averages import Average
-from dist_adv.training.checks import check_answers, check_statistics
+from dist_adv.training.checks import check_statistics
 from dist_adv.training.clock import Clock
 from dist_adv.training.meter import Meter
 from dist_adv.training.nonfinite import NonFinite
@@ -62,7 +62,8 @@ class Learner:
         # One network trains; the other is its plain fp32 copy, which is evaluated and saved.
         network, self.copy = self._build(), self._build()
         check_statistics(config, self.loader.smallest_share, network)
-        check_answers(self.copy, self.data)
+        subject = f"model.name: {config.model.name}"
+        check_answers(self.copy, subject, data.images.shape[1:], len(data.classes))
         trained = synchronised(accelerator, network) if train.sync_batchnorm else network
         compile_network(trained, train.compile)
         self.net = engines.prepare(accelerator, trained, config)

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
 import dist_adv
+from dist_adv.distributed.start import as_it_was
 from dist_adv.errors import UserError
 from made_up_method import Carrying
 
@@ -48,6 +50,13 @@ class Pictures(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.x[i].permute(1, 2, 0).numpy()), int(self.y[i])
+
+
+class Several(nn.Module):
+    """Returns more than its logits."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.flatten(1)[:, :3], x
 
 
 def test_a_network_starts_from_its_weights_and_has_the_trained_ones(tmp_path: Path) -> None:
@@ -106,7 +115,28 @@ def test_evaluation_of_any_network(tmp_path: Path) -> None:
     assert [each["natural"].correct for each in results] == [right] * 4
     assert len({each["pgd-3"].correct for each in results}) == 1
     assert net.training
+    more = nn.Sequential(net, nn.ConstantPad1d((0, 5), -99.0))  # classes that no label has
+    assert dist_adv.evaluate(more, (x, y), **asked)["natural"].correct == right
     assert results[0]["pgd-3"].settings["eps"] == 0.05
+
+
+def test_the_program_has_its_accelerator_again(tmp_path: Path) -> None:
+    """Its precision, its threads and fp32's form too, however the calls end."""
+    data = images()
+    with as_it_was():
+        theirs = Accelerator(cpu=True, mixed_precision="bf16")
+        torch.backends.cudnn.allow_tf32 = True
+        threads = torch.get_num_threads() + 1
+        torch.set_num_threads(threads)
+        dist_adv.train(TREE, tmp_path, model=network(), data=(data, data))
+        dist_adv.evaluate(network(), data, threat=dist_adv.Linf(0.1))
+        with pytest.raises(UserError):
+            dist_adv.evaluate(nn.Linear(5, 3), data, threat=dist_adv.Linf(0.1))
+        assert theirs.mixed_precision == "bf16"
+        with theirs.autocast():
+            assert network()(torch.ones(1, 3, 6, 6)).dtype == torch.bfloat16
+        assert torch.get_num_threads() == threads
+        assert torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize(
@@ -118,13 +148,16 @@ def test_evaluation_of_any_network(tmp_path: Path) -> None:
             {"attacks": ["pdg-10"]},
             r"eval\.attacks\.?.*'pdg-10' is no attack.*did you mean 'pgd-10'",
         ),
+        ({"model": nn.Linear(5, 3)}, r"the model fails on images of shape \(2, 3, 6, 6\): mat1"),
+        ({"model": nn.Identity()}, r"the model returns \(2, 3, 6, 6\) for 2 images of 3 classes"),
+        ({"model": Several()}, r"the model returns tuple for 2 images of 3 classes"),
         ({"limt": 3}, r"eval\.limt: unknown key; did you mean 'eval.limit'|limt: unknown key"),
     ],
 )
 def test_what_cannot_be_evaluated(change: dict[str, Any], said: str) -> None:
-    asked: dict[str, Any] = {"data": images(), "threat": dist_adv.Linf(0.1)}
+    asked = {"model": network(), "data": images(), "threat": dist_adv.Linf(0.1)}
     with pytest.raises(UserError, match=said):
-        dist_adv.evaluate(network(), **asked | change)
+        dist_adv.evaluate(**asked | change)
 
 
 def test_a_given_network_is_asked_for_where_nobody_gives_it(tmp_path: Path) -> None:

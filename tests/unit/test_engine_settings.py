@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from dist_adv.config import parse_config
 from dist_adv.distributed import deepspeed, engines
 from dist_adv.distributed.accelerator import EngineAccelerator
+from dist_adv.distributed.start import as_it_was
 from dist_adv.errors import UserError
 from engine_runs import allow_double_precision
 
@@ -118,10 +118,8 @@ def test_a_gradient_of_a_gradient_is_not_compiled():
 @pytest.mark.parametrize(("precision", "found"), [("bf16", torch.bfloat16), ("fp32", torch.float)])
 def test_an_average_computes_in_the_precision_of_its_network(precision, found):
     """`net.averaged` is beside the network that the engine has prepared."""
-    AcceleratorState._reset_state()
-    with EngineAccelerator(precision, cpu=True).autocast():
+    with as_it_was(), EngineAccelerator(precision, cpu=True).autocast():
         assert torch.nn.Linear(1, 1)(torch.ones(1, 1)).dtype == found
-    AcceleratorState._reset_state()
 
 
 def test_deepspeed_that_is_not_installed_is_named(monkeypatch):
