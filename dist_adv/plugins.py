@@ -136,8 +136,17 @@ def place(error: BaseException) -> str:
 
 
 def blamed(error: BaseException) -> str:
-    """Return `file, line n: ` of what was found, where an error came through it; else nothing."""
-    files = {str(file) for found in _FOUND.values() for file in found.files}
+    """Return `file, line n: ` of what was found, where an error came through it; else nothing.
+
+    A reference to something of dist_adv's makes nothing of dist_adv somebody's own.
+    """
+    own = Path(__file__).parent
+    files = {
+        str(file)
+        for found in _FOUND.values()
+        for file in found.files
+        if not file.is_relative_to(own)
+    }
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files
     ]
