@@ -127,7 +127,9 @@ AT_THREE = ("free", "carrying", "average", "awp")
 # A network of dist_adv's is compiled with Free, one of two layers with the others.
 COMPILED = ("pgd-random", "free", "trades", "awp-trades")
 AUTOTUNED = ("free",)
-"""Those that are compiled with autotuning and in bf16, too."""
+"""Those that are compiled with autotuning, too."""
+MIXED = ("pgd-random",)
+"""Those that are compiled in bf16, too: other kernels of the same graphs."""
 
 
 def make_images(root: Path, train: int = 40, test: int = 2, size: int = 8) -> None:

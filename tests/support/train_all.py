@@ -1,7 +1,7 @@
 """Train every case with the framework, alone or under torchrun.
 
 Arguments: out, norm, images, numbers (fp32, fp64 or bf16; with `-` how to compile the cases that
-are for it, `-few` for fewer, or `small` for the small network of `cases.config`); then, to go on
+are for it, `-few` for one of them, or `small` for the small network of `cases.config`); then, to go on
 from what an earlier call left, its `out` and which checkpoint (0 is the first; there is one a
 batch, where tests/resume goes on).
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 
-from cases import AT_THREE, AUTOTUNED, CASES, COMPILED, SHARED, config
+from cases import AT_THREE, AUTOTUNED, CASES, COMPILED, MIXED, SHARED, config
 from dist_adv.config import parse_config
 from dist_adv.training.run import train_run
 
@@ -31,9 +31,11 @@ if __name__ == "__main__":
     chosen = CASES if ranks == 1 and len(sys.argv) == 5 else SHARED
     if ranks == 3:
         chosen = AT_THREE
-    elif compile != "none":
-        chosen = COMPILED
-    for case in AUTOTUNED if few or compile == "max" else chosen:
+    elif few or compile == "max":
+        chosen = AUTOTUNED
+    elif compile == "default":
+        chosen = MIXED if precision == "bf16" else COMPILED
+    for case in chosen:
         tree = config(case, norm, images, precision, compile, small)
         if resumable:
             tree["train"] |= {"save_steps": 1, "keep": 100}
