@@ -108,10 +108,11 @@ def cost_of(
     threat: Threat,
     shape: torch.Size = _SMALL,
     classes: int = 10,
+    perturbed: bool = False,
 ) -> Cost:
     """Return what a batch costs with these options, from a batch of two made-up images.
 
-    shape: (C, H, W) of an image.
+    shape: (C, H, W) of an image. perturbed: with AWP, which takes each objective's gradient twice.
 
     Raises UserError naming file and line where the method fails, or yields what it may not; and
     for a need that it does not declare.
@@ -127,6 +128,8 @@ def cost_of(
         method = build_method(options, task)
         with _Passes() as passes:
             for objective in checked_steps(method, net, batch, threat):
+                if perturbed:
+                    objective().loss.backward()
                 loss = objective().loss
                 before = passes.done
                 loss.backward()

@@ -13,18 +13,22 @@ from dist_adv.text import pixels
 
 
 def describe(
-    options: MethodOptions, threat: Threat, shape: torch.Size, classes: int
+    options: MethodOptions,
+    threat: Threat,
+    shape: torch.Size,
+    classes: int,
+    perturbed: bool = False,
 ) -> dict[str, Any]:
     """Return what env.json has under `method`: its title, settings, a sentence, its cost.
 
-    shape: (C, H, W) of an image. Raises UserError as `cost_of` does.
+    shape: (C, H, W) of an image. perturbed: with AWP. Raises UserError as `cost_of` does.
     """
     method = find_method(options.name)
     return {
         "title": method.title or method.__name__,
         "settings": settings(options),
         "about": method.about,
-        **asdict(cost_of(options, threat, shape, classes)),
+        **asdict(cost_of(options, threat, shape, classes, perturbed)),
     }
 
 

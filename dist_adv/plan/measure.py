@@ -96,8 +96,9 @@ def gradient_buckets(config: Config, images: Images) -> list[int]:
 
 
 def cost(config: Config) -> Cost:
-    """Return what a batch of this method costs."""
-    return cost_of(config.method, build_threat(config.threat.norm, config.threat.eps))
+    """Return what a batch of this method costs, where AWP is asked for with it from the start."""
+    threat = build_threat(config.threat.norm, config.threat.eps)
+    return cost_of(config.method, threat, perturbed=config.awp is not None)
 
 
 def measure_steps(

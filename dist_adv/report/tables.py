@@ -192,7 +192,9 @@ def results(runs: Sequence[Run]) -> Table:
 
 def _settings_of_runs(runs: Sequence[Run]) -> dict[Column, list[Cell]]:
     """Return what need not be told in a row of each run where it is the same for all."""
+    added = [_additions(run.config) for run in runs]
     return {
+        **({Column("With"): [Cell(words or "-") for words in added]} if any(added) else {}),
         Column("Model"): [Cell(_model_name(run)) for run in runs],
         Column("Batch size", numeric=True): [
             Cell(str(run.config["train"]["batch_size"])) for run in runs
@@ -201,6 +203,22 @@ def _settings_of_runs(runs: Sequence[Run]) -> dict[Column, list[Cell]]:
         Column("Precision"): [Cell(run.precision) for run in runs],
         Column("Seed", numeric=True): [Cell(str(run.config["train"]["seed"])) for run in runs],
     }
+
+
+def _additions(config: Mapping[str, Any]) -> str:
+    """Return what was added to the method, in words; older configurations lack the keys."""
+    added = []
+    if average := config.get("average"):
+        added.append(f"average of {average['epochs']:g} epochs")
+    if awp := config.get("awp"):
+        added.append(f"AWP {awp['gamma']:g}")
+    if smoothing := config["train"].get("label_smoothing"):
+        added.append(f"label smoothing {smoothing:g}")
+    if ramp := config["threat"].get("warmup"):
+        added.append(f"eps warm-up of {ramp:g} epochs")
+    if config.get("optim", {}).get("name") == "adamw":
+        added.append("AdamW")
+    return ", ".join(added)
 
 
 def _model_name(run: Run) -> str:

@@ -159,6 +159,7 @@ def _about(trainer: Trainer) -> dict[str, Any]:
             learner.threat,
             torch.Size(learner.data.images.shape[1:]),
             len(learner.data.classes),
+            trainer.config.awp is not None,
         ),
         "dataset": {
             "name": trainer.config.data.name,

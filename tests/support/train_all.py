@@ -1,9 +1,9 @@
 """Train every case with the framework, alone or under torchrun.
 
 Arguments: out, norm, images, numbers (fp32, fp64 or bf16; with `-` how to compile the cases that
-are for it, `-few` for one of them, or `small` for the small network of `cases.config`); then, to go on
-from what an earlier call left, its `out` and which checkpoint (0 is the first; there is one a
-batch, where tests/resume goes on).
+are for it, `-few` for one of them, or `small` for the small network of `cases.config`); then, to
+go on from what an earlier call left, its `out` and which checkpoint (0 is the first; there is one
+a batch, where tests/resume goes on).
 """
 
 import os

@@ -147,6 +147,19 @@ def test_passes_are_counted(method: dict, passes: Cost):
     assert cost(config(method)) == passes
 
 
+@pytest.mark.parametrize(
+    ("method", "passes"),
+    [
+        ({"name": "pgd", "steps": 7}, replace(attacked(7), passes=14 + 3 + 3)),
+        ({"name": "free", "replays": 8}, Cost(8, 3 + 3, 2)),
+        ({"name": "trades", "steps": 10}, Cost(1, 1 + 20 + 6 + 6, 4)),
+    ],
+)
+def test_weight_perturbation_costs_the_training_pass_again(method: dict, passes: Cost):
+    tree = {"method": method, "awp": {}, "model": {"name": "preact_resnet18"}}
+    assert cost(parse_config(tree, "test")) == passes
+
+
 # The whole.
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -142,6 +143,28 @@ def test_what_is_alike_in_all_runs_is_said_once(report: Report, tmp_path: Path) 
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=8)]
     header, _, *rows = markdown_table(report_on(runs, tmp_path / "out"), "Results")
     assert (header[-1], rows[0][-1], rows[1][-1]) == ("Seed", "7", "8")
+
+
+def test_what_is_added_to_a_method_is_said(tmp_path: Path) -> None:
+    """It is no option of the method's, and costs and changes as much."""
+    runs = [make_run(tmp_path / name) for name in ("alone", "with", "also")]
+    for run, added in (
+        (runs[1], {"average": {"epochs": 4.0}, "awp": {"gamma": 0.01, "start": 0.0}}),
+        (runs[2], {"optim": {"name": "adamw"}, "threat": {"warmup": 5.0}}),
+    ):
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        for section, keys in added.items():
+            config[section] = config.get(section, {}) | keys
+        config["train"]["label_smoothing"] = 0.1
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+    header, _, *rows = markdown_table(report_on(runs, tmp_path / "a"), "Results")
+    assert {row[0]: row[header.index("With")] for row in rows} == {
+        "alone": "-",
+        "with": "average of 4 epochs, AWP 0.01, label smoothing 0.1",
+        "also": "label smoothing 0.1, eps warm-up of 5 epochs, AdamW",
+    }
+    same = report_on([shutil.copytree(runs[1], tmp_path / "same"), runs[1]], tmp_path / "b")
+    assert "Alike in all runs: with average of 4 epochs, AWP 0.01, label" in same.markdown
 
 
 def test_folders_of_images_are_told_apart(tmp_path: Path) -> None:

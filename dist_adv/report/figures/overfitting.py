@@ -130,7 +130,7 @@ def _panel(axes: Axes, drawn: Drawn, collapse: float | None) -> None:
     fate = f"\ncollapsed in epoch {collapse:g}" if collapse is not None else ""
     axes.set_title(drawn.run.label + fate)
     axes.set_xlabel("epochs")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlim(0, 1.04 * last)
 
 

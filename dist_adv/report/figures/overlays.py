@@ -74,7 +74,7 @@ def _figure(
             else:
                 line.set(linewidth=0.8, alpha=0.35, zorder=1)
         axes.set(xlabel=label, ylabel=f"{name} {curve_split(runs)} accuracy (%)")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=key == "epoch"))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=key == "epoch"))
         axes.set_xlim(left=0)
     robust.set_ylim(bottom=-2)
     figure.legend(

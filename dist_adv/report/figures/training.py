@@ -79,7 +79,7 @@ def curves(album: Album, drawn: Drawn) -> None:
     ):
         axes.set_xlabel("epochs")
         axes.set_ylabel(name)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_xlim(left=0)
     for axes in (accuracy, error):
         axes.set_ylim(-3, 103)
