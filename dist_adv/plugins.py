@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from dist_adv.options import Options
-from dist_adv.text import nearest, one_line
+from dist_adv.text import nearest, said
 
 _GIVEN = "given:"
 
@@ -103,9 +103,7 @@ def _imported(name: str, reference: str) -> Any:
     try:
         return reduce(getattr, path.split("."), importlib.import_module(module))
     except Exception as error:
-        raise ValueError(
-            f"{name!r} cannot be imported ({place(error)}{one_line(error)})"
-        ) from error
+        raise ValueError(f"{name!r} cannot be imported ({told(error)})") from error
 
 
 def options_of(name: str, thing: Any, base: type[Options]) -> type[Any]:
@@ -122,17 +120,18 @@ def options_of(name: str, thing: Any, base: type[Options]) -> type[Any]:
     return options
 
 
-def place(error: BaseException) -> str:
-    """Return `file, line n: ` of the code that raised an error, where it is somebody else's."""
+def told(error: Exception) -> str:
+    """Return an error of somebody else's code on one line: file, line, kind and text."""
     if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}, line {error.lineno}: "
+        return f"{error.filename}, line {error.lineno}: {said(error)}"
     others = (str(Path(__file__).parent), str(Path(torch.__file__).parent), "<")
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
         if not frame.filename.startswith(others) and "importlib" not in frame.filename
     ]
-    return f"{frames[-1].filename}, line {frames[-1].lineno}: " if frames else ""
+    place = f"{frames[-1].filename}, line {frames[-1].lineno}: " if frames else ""
+    return f"{place}{said(error)}"
 
 
 def blamed(error: BaseException) -> str:

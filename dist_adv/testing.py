@@ -318,8 +318,8 @@ def _attempt(work: Callable[..., _Seen | None], *arguments: Any) -> dict[str, An
     try:
         seen = work(*arguments)
     except Exception as error:
-        place = "" if isinstance(error, UserError | RunFailure) else plugins.place(error)
-        text = f"{place}{one_line(error) or type(error).__name__}"
+        ours = isinstance(error, UserError | RunFailure)
+        text = one_line(error) if ours else plugins.told(error)
         return {"failed": text, "lost": isinstance(error, LostRank)}
     return asdict(seen) if seen else {}
 

@@ -12,7 +12,7 @@ from dist_adv.data.datasets import DataChoice, DataOptions
 from dist_adv.methods import MethodChoice, find_method
 from dist_adv.models import ModelChoice, PreActResNet18Options
 from dist_adv.options import Options, PositiveInt, Real, StepSize
-from dist_adv.text import nearest, said
+from dist_adv.text import nearest
 
 SCHEDULE_GROUP = "dist_adv.schedules"
 TRACKER_GROUP = "dist_adv.trackers"
@@ -78,8 +78,9 @@ class OptimOptions(Options):
         try:
             share = float(schedule(0.0))
         except Exception as error:
-            where = f"{plugins.place(error)}{said(error)}"
-            raise ValueError(f"{name!r} is no function, or fails ({where})") from error
+            raise ValueError(
+                f"{name!r} is no function, or fails ({plugins.told(error)})"
+            ) from error
         if not math.isfinite(share):
             raise ValueError(f"{name!r} gives {share} at the start; give a share of lr")
         return name

@@ -24,7 +24,7 @@ from dist_adv.data.files import Files, Listing, list_images
 from dist_adv.data.fingerprint import Fingerprint
 from dist_adv.errors import UserError
 from dist_adv.options import Open, Options, PositiveInt, Real
-from dist_adv.text import one_line, shown
+from dist_adv.text import shown
 
 NAMES = ("cifar10", "cifar100", "svhn", "imagefolder", "digits")
 GROUP = "dist_adv.data"
@@ -287,9 +287,7 @@ def _somebodys(options: DataOptions, split: str) -> Dataset:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(
-            f"data.name: {name} cannot be loaded: {plugins.place(error)}{one_line(error)}"
-        ) from error
+        raise UserError(f"data.name: {name} cannot be loaded: {plugins.told(error)}") from error
     return of_tensors(name, images, labels, list(classes), flip=getattr(kind, "flip", False))
 
 

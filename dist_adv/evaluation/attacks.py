@@ -19,7 +19,6 @@ from dist_adv.attacks.threat import Threat
 from dist_adv.config import EvalOptions
 from dist_adv.errors import UserError
 from dist_adv.evaluation.images import Images
-from dist_adv.text import one_line
 
 
 @dataclass(frozen=True)
@@ -212,8 +211,7 @@ class Other:
         except UserError:
             raise
         except Exception as error:
-            where = plugins.place(error)
-            raise UserError(f"eval.attacks: {self.name} fails: {where}{one_line(error)}") from error
+            raise UserError(f"eval.attacks: {self.name} fails: {plugins.told(error)}") from error
 
     def settings(self, member: str) -> dict[str, Any]:
         return _settings(self, self.options.model_dump())

@@ -18,7 +18,6 @@ from dist_adv.errors import RunFailure, UserError
 from dist_adv.methods.base import MethodOptions, Task
 from dist_adv.methods.checked import checked_steps
 from dist_adv.methods.registry import build_method
-from dist_adv.text import one_line
 
 
 @dataclass(frozen=True)
@@ -141,8 +140,7 @@ def cost_of(
         raise UserError(f"method.name: {options.name}: {fault}") from fault
     except Exception as error:
         raise UserError(
-            f"method.name: {options.name} fails on two images: "
-            f"{plugins.place(error)}{one_line(error) or type(error).__name__}"
+            f"method.name: {options.name} fails on two images: {plugins.told(error)}"
         ) from error
     seen = {"double backward": passes.double_backward, "average": net.averages}
     unsaid = {need for need, needed in seen.items() if needed} - method.needs

@@ -23,7 +23,6 @@ from dist_adv.models.preact_resnet import PreActResNet18, Shortcut
 from dist_adv.models.resnet import ResNet50
 from dist_adv.models.wide_resnet import WideResNet
 from dist_adv.options import Open, Options, PositiveInt
-from dist_adv.text import one_line
 
 GROUP = "dist_adv.models"
 
@@ -199,8 +198,7 @@ def check_answers(
             logits = model.eval()(images)
     except Exception as error:
         raise UserError(
-            f"{subject} fails on images of shape {tuple(images.shape)}: "
-            f"{plugins.place(error)}{one_line(error)}"
+            f"{subject} fails on images of shape {tuple(images.shape)}: {plugins.told(error)}"
         ) from error
     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if found != (2, classes) and not (

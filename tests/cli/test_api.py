@@ -148,7 +148,10 @@ def test_the_program_has_its_accelerator_again(tmp_path: Path) -> None:
             {"attacks": ["pdg-10"]},
             r"eval\.attacks\.?.*'pdg-10' is no attack.*did you mean 'pgd-10'",
         ),
-        ({"model": nn.Linear(5, 3)}, r"the model fails on images of shape \(2, 3, 6, 6\): mat1"),
+        (
+            {"model": nn.Linear(5, 3)},
+            r"the model fails on images of shape \(2, 3, 6, 6\): RuntimeError: mat1",
+        ),
         ({"model": nn.Identity()}, r"the model returns \(2, 3, 6, 6\) for 2 images of 3 classes"),
         ({"model": Several()}, r"the model returns tuple for 2 images of 3 classes"),
         ({"limt": 3}, r"eval\.limt: unknown key; did you mean 'eval.limit'|limt: unknown key"),

@@ -25,6 +25,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import traceback
@@ -80,13 +81,16 @@ def program(
 
 
 def early(env: Mapping[str, str], cwd: Any = None) -> dict[str, str]:
-    """Variables that must be those of the server; of PYTHONPATH what would run at the start."""
+    """Variables that must be those of the server; of PYTHONPATH what would run at the start.
+
+    Debian has a sitecustomize among Python's own files, which the server has run, too.
+    """
     found = {name: value for name, value in env.items() if name.startswith(READ_EARLY)}
     found |= {"OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", "1")}
     for name in ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED", "PYTEST_VERSION"):
         found.pop(name, None)
-    places = env.get("PYTHONPATH", "").split(os.pathsep)
-    if any(Path(cwd or ".", place, "sitecustomize.py").exists() for place in filter(None, places)):
+    places = {*env.get("PYTHONPATH", "").split(os.pathsep)} - {"", sysconfig.get_path("stdlib")}
+    if any(Path(cwd or ".", place, "sitecustomize.py").exists() for place in places):
         found["PYTHONPATH"] = env["PYTHONPATH"]
     return found
 
