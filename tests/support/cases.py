@@ -125,9 +125,11 @@ AT_THREE = ("free", "carrying", "average", "awp")
 # mode (PGD), in eval mode, and without any gradient (TRADES). AWP, which asks for gradients of
 # weights that it then moves, and an average of weights have none of their own: they come with one.
 # A network of dist_adv's is compiled with Free, one of two layers with the others.
-COMPILED = ("pgd-random", "free", "trades", "awp-trades")
+COMPILED = ("pgd-random", "free", "awp-trades")
 AUTOTUNED = ("free",)
 """Those that are compiled with autotuning, too."""
+LARGE = ("n-fgsm",)
+"""Those that train the papers' network, too; the others one of a fifth of its layers."""
 MIXED = ("pgd-random",)
 """Those that are compiled in bf16, too: other kernels of the same graphs."""
 

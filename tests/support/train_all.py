@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 
-from cases import AT_THREE, AUTOTUNED, CASES, COMPILED, MIXED, SHARED, config
+from cases import AT_THREE, AUTOTUNED, CASES, COMPILED, LARGE, MIXED, SHARED, config
 from dist_adv.config import parse_config
 from dist_adv.training.run import train_run
 
@@ -31,7 +31,9 @@ if __name__ == "__main__":
     chosen = CASES if ranks == 1 and len(sys.argv) == 5 else SHARED
     if ranks == 3:
         chosen = AT_THREE
-    elif few or compile == "max":
+    elif few:
+        chosen = LARGE
+    elif compile == "max":
         chosen = AUTOTUNED
     elif compile == "default":
         chosen = MIXED if precision == "bf16" else COMPILED
