@@ -6,6 +6,7 @@ import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -70,9 +71,20 @@ def as_it_was() -> Iterator[None]:
     All Accelerators of a process share the state of the first, its precision too, and lose it
     together: the one of before has its own again afterwards, as do fp32, cuDNN and the threads.
     """
-    state, cudnn, cublas = AcceleratorState._shared_state, torch.backends.cudnn, torch.backends.cuda
+    state, cudnn, matmul = (
+        AcceleratorState._shared_state,
+        torch.backends.cudnn,
+        torch.backends.cuda.matmul,
+    )
     before, threads = dict(state), torch.get_num_threads()
-    numerics = cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark, cublas.matmul.allow_tf32
+    switches: list[tuple[Any, str, Any]] = [
+        (cudnn, name, getattr(cudnn, name)) for name in ("deterministic", "benchmark")
+    ]
+    for older, newer in ((cudnn, (cudnn.conv, cudnn.rnn)), (matmul, (matmul,))):
+        try:
+            switches.append((older, "allow_tf32", older.allow_tf32))
+        except RuntimeError:  # the program has set the newer switches
+            switches += [(each, "fp32_precision", each.fp32_precision) for each in newer]
     state.clear()
     try:
         yield
@@ -80,7 +92,8 @@ def as_it_was() -> Iterator[None]:
         state.clear()
         state.update(before)
         torch.set_num_threads(threads)
-        cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark, cublas.matmul.allow_tf32 = numerics
+        for owner, name, value in switches:
+            setattr(owner, name, value)
 
 
 # Each lets a library compute fp32 with shorter factors, whatever torch is told; and its values

@@ -208,7 +208,7 @@ class Other:
     def _told(self) -> Iterator[None]:
         try:
             yield
-        except UserError:
+        except (UserError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
             raise UserError(f"eval.attacks: {self.name} fails: {plugins.told(error)}") from error

@@ -151,9 +151,14 @@ class _Architecture(BaseModel):
     classes: list[str]
 
 
+def is_somebodys(name: str) -> bool:
+    """Tell whether a network is not dist_adv's."""
+    return name not in _OWN
+
+
 def takes_pixels(name: str) -> bool:
     """Tell whether a network normalises images itself: somebody's own with `normalize = False`."""
-    return name not in _OWN and not getattr(
+    return is_somebodys(name) and not getattr(
         plugins.find(name, GROUP, _OWN, may_import=False), "normalize", True
     )
 
@@ -196,6 +201,8 @@ def check_answers(
     try:
         with torch.no_grad():
             logits = model.eval()(images)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
     except Exception as error:
         raise UserError(
             f"{subject} fails on images of shape {tuple(images.shape)}: {plugins.told(error)}"

@@ -24,7 +24,7 @@ from dist_adv.distributed.optimizers import set_rates
 from dist_adv.errors import RunFailure
 from dist_adv.methods import Objective, Task, build_method
 from dist_adv.methods.checked import checked_steps
-from dist_adv.models import Classifier, build_model, check_answers
+from dist_adv.models import Classifier, build_model, check_answers, is_somebodys
 from dist_adv.training.averages import Average
 from dist_adv.training.checks import check_statistics
 from dist_adv.training.clock import Clock
@@ -62,8 +62,9 @@ class Learner:
         # One network trains; the other is its plain fp32 copy, which is evaluated and saved.
         network, self.copy = self._build(), self._build()
         check_statistics(config, self.loader.smallest_share, network)
-        subject = f"model.name: {config.model.name}"
-        check_answers(self.copy, subject, data.images.shape[1:], len(data.classes))
+        if is_somebodys(config.model.name):
+            subject = f"model.name: {config.model.name}"
+            check_answers(self.copy, subject, data.images.shape[1:], len(data.classes))
         trained = synchronised(accelerator, network) if train.sync_batchnorm else network
         compile_network(trained, train.compile)
         self.net = engines.prepare(accelerator, trained, config)

@@ -120,12 +120,17 @@ def test_evaluation_of_any_network(tmp_path: Path) -> None:
     assert results[0]["pgd-3"].settings["eps"] == 0.05
 
 
-def test_the_program_has_its_accelerator_again(tmp_path: Path) -> None:
-    """Its precision, its threads and fp32's form too, however the calls end."""
-    data = images()
+@pytest.mark.parametrize("switch", ["allow_tf32", "fp32_precision"])
+def test_the_program_has_its_accelerator_again(switch: str, tmp_path: Path) -> None:
+    """Its precision, its threads and fp32's form too, however the calls end.
+
+    torch raises where its older switch of fp32 is read after the newer was set.
+    """
+    data, matmul = images(), torch.backends.cuda.matmul
+    wanted = {"allow_tf32": True, "fp32_precision": "tf32"}[switch]
     with as_it_was():
         theirs = Accelerator(cpu=True, mixed_precision="bf16")
-        torch.backends.cudnn.allow_tf32 = True
+        setattr(matmul, switch, wanted)
         threads = torch.get_num_threads() + 1
         torch.set_num_threads(threads)
         dist_adv.train(TREE, tmp_path, model=network(), data=(data, data))
@@ -136,7 +141,7 @@ def test_the_program_has_its_accelerator_again(tmp_path: Path) -> None:
         with theirs.autocast():
             assert network()(torch.ones(1, 3, 6, 6)).dtype == torch.bfloat16
         assert torch.get_num_threads() == threads
-        assert torch.backends.cudnn.allow_tf32
+        assert getattr(matmul, switch) == wanted
 
 
 @pytest.mark.parametrize(

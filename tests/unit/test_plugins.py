@@ -214,6 +214,15 @@ def test_a_network_that_does_not_fit(
         Learner(config(model={"name": f"{name}:Net"}), accelerator, digits)
 
 
+def test_memory_is_no_fault_of_a_network(write: Write, images: Path, tmp_path: Path) -> None:
+    tree = case("natural", "batch", images, small=True)
+    tree["model"] = {"name": f"{write(NETWORK.format(forward='raise MemoryError'))}:Net"}
+    with pytest.raises(
+        RankFailure, match=r"^rank 0 of 1 has no memory left .*train\.batch_size=16"
+    ):
+        train_run(parse_config(tree, "large"), tmp_path / "run", "none")
+
+
 @pytest.mark.parametrize(
     ("load", "said"),
     [
