@@ -71,11 +71,8 @@ def as_it_was() -> Iterator[None]:
     All Accelerators of a process share the state of the first, its precision too, and lose it
     together: the one of before has its own again afterwards, as do fp32, cuDNN and the threads.
     """
-    state, cudnn, matmul = (
-        AcceleratorState._shared_state,
-        torch.backends.cudnn,
-        torch.backends.cuda.matmul,
-    )
+    state, matmul = AcceleratorState._shared_state, torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
     before, threads = dict(state), torch.get_num_threads()
     switches: list[tuple[Any, str, Any]] = [
         (cudnn, name, getattr(cudnn, name)) for name in ("deterministic", "benchmark")
