@@ -109,7 +109,8 @@ def evaluate(
     """
     tree = {"method": {"name": "natural"}, "eval": {"attacks": list(attacks), **options}}
     chosen: EvalOptions = parse_config(tree, "evaluate").eval
-    images = datasets.of_tensors("given:images", *_tensors(data))
+    known = getattr(model, "architecture", {}).get("classes")  # what a network of ours calls them
+    images = datasets.of_tensors("given:images", *_tensors(data), known)
     first = next(iter([*model.parameters(), *model.buffers()]), torch.zeros(0))
     training = {module: module.training for module in model.modules()}
     with as_it_was():

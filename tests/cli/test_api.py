@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import dist_adv
+from cases import make_images
 from dist_adv.distributed.start import as_it_was
 from dist_adv.errors import UserError
 from made_up_method import Carrying
@@ -118,6 +119,23 @@ def test_evaluation_of_any_network(tmp_path: Path) -> None:
     more = nn.Sequential(net, nn.ConstantPad1d((0, 5), -99.0))  # classes that no label has
     assert dist_adv.evaluate(more, (x, y), **asked)["natural"].correct == right
     assert results[0]["pgd-3"].settings["eps"] == 0.05
+
+
+def test_evaluation_of_a_network_that_was_trained_here(tmp_path: Path) -> None:
+    """Labels are numbers, fewer than its classes perhaps, whatever the classes are called."""
+    make_images(tmp_path / "pictures")
+    tree = TREE | {
+        "data": {"name": "imagefolder", "root": str(tmp_path / "pictures"), "augment": False}
+    }
+    model = {"name": "wide_resnet", "depth": 8, "widen": 1, "width": 4}
+    dist_adv.train(tree | {"model": model}, tmp_path / "run")
+    x, y = images(12)
+    asked = {"threat": dist_adv.Linf(0.05), "attacks": ["natural"]}
+    for labels in (y, y % 2):
+        found = dist_adv.evaluate(dist_adv.load_model(tmp_path / "run"), (x, labels), **asked)
+        assert found["natural"].n == 12
+    with pytest.raises(UserError, match=r"labels go from 3 to 3 and there are 3 classes"):
+        dist_adv.evaluate(dist_adv.load_model(tmp_path / "run"), (x, 0 * y + 3), **asked)
 
 
 @pytest.mark.parametrize("switch", ["allow_tf32", "fp32_precision"])
