@@ -42,8 +42,9 @@ CHECKPOINT = Path("checkpoints/step-000000001")
 
 # What Python runs first where it is `site/sitecustomize.py`.
 NO_TENSORBOARD = "import sys; sys.modules['tensorboard'] = None"
-LATE = "import os, time; time.sleep(1.5 if os.environ.get('RANK') == '0' else 0)"
-ELSEWHERE = "import os\nif os.environ.get('RANK') == '1': os.environ['DIST_ADV_DATA'] = 'elsewhere'"
+LATE = "time.sleep(1.5 if os.environ['RANK'] == '0' else 0)"
+ELSEWHERE = "if os.environ['RANK'] == '1': os.environ['DIST_ADV_DATA'] = 'elsewhere'"
+AS_RANK = "import os, time\n{}\nfrom dist_adv.cli import main\nmain()\n"
 
 Prepare = Callable[[Path], object]
 
@@ -835,7 +836,7 @@ def test_refused_by_click(row: Row, folder: Path) -> None:
     assert snapshot(folder) == before
 
 
-# A launcher of two ranks, of which rank 0 speaks: with `site/sitecustomize.py`, command and line.
+# A launcher of two ranks, of which rank 0 speaks; `rank.py` runs instead of dist_adv where it is.
 
 RANKS = [
     Row(
@@ -847,13 +848,13 @@ RANKS = [
         "rank-0-late",
         TRAIN + "threat.eps=8 --run-dir new",
         ("threat.eps: 8 ", "8/255"),
-        {"site/sitecustomize.py": LATE},
+        {"rank.py": AS_RANK.format(LATE)},
     ),
     Row(
         "rank-1-alone",
         TRAIN_TINY + "data.name=imagefolder train.batch_size=6 --run-dir new",
         ("data.root: elsewhere/train ", "<class>"),
-        {"site/sitecustomize.py": ELSEWHERE},
+        {"rank.py": AS_RANK.format(ELSEWHERE)},
         prepare=images,
     ),
 ]
@@ -864,8 +865,9 @@ RANKS = [
 def test_one_rank_complains_for_all(row: Row, folder: Path) -> None:
     """One line, among what the launcher says of its own; the exit status is the launcher's, 1."""
     before = snapshot(folder)
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dist_adv"]
-    done = call(folder, [*launcher, *row.arguments()], DIST_ADV_DATA="images")
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    program = ["rank.py"] if "rank.py" in row.files else ["-m", "dist_adv"]
+    done = call(folder, [*launcher, *program, *row.arguments()], DIST_ADV_DATA="images")
     assert done.returncode == 1
     complaints = [line for line in done.stderr.splitlines() if line.startswith("dist-adv: ")]
     assert len(complaints) == 1, done.stderr

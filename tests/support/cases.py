@@ -124,7 +124,7 @@ AT_THREE = ("free", "carrying", "average", "awp")
 # five. One that gives weights gradients, images too (Free) or not; and those of attacks, in train
 # mode (PGD), in eval mode, and without any gradient (TRADES). AWP, which asks for gradients of
 # weights that it then moves, and an average of weights have none of their own: they come with one.
-# A network of dist_adv's is compiled with Free, one of two layers with the others.
+# They are of a network of two layers; the one that is autotuned as well is of dist_adv's then.
 COMPILED = ("pgd-random", "free", "awp-trades")
 AUTOTUNED = ("free",)
 """Those that are compiled with autotuning, too."""
@@ -159,14 +159,12 @@ def config(
     small: a network of a fifth of the layers, for runs of many ranks and engines.
     """
     model = {"name": "preact_resnet18", "width": 8, "norm": norm}
-    if small:
+    if small or compile == "max":
         model = {"name": "wide_resnet", "depth": 8, "widen": 1, "width": 8, "norm": norm}
     data = {**ROOT_CONFIG["data"], "root": str(root)}
     train = {**TRAIN, "precision": precision}
     if compile != "none":
-        if case in AUTOTUNED:
-            model = {"name": "wide_resnet", "depth": 8, "widen": 1, "width": 8, "norm": norm}
-        else:
+        if compile != "max":
             model = {"name": "made_up_method:Tiny"}
         train |= {"compile": compile, "batch_size": 40, "epochs": 1}
     elif precision == "bf16":

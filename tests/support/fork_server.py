@@ -1,10 +1,10 @@
 """Forks a process for each command that it is asked to run: Python has imported torch by then.
 
-Run by `forked.py`, with the number of a socket. What comes out is a process like any other: with
-a number, a folder, variables, signals and standard streams of its own, and dist_adv is imported
-in it from its files. Only what was imported from elsewhere is there already, which takes most of
-four seconds otherwise. Processes that such a process starts are forked as well: torchrun's ranks,
-and the runs of a sweep. The code of torchrun and of `accelerate launch` is the real one.
+Run by `forked.py`, with the number of a socket that listens. What comes out is a process like any
+other: with a number, a folder, variables, signals and standard streams of its own, and dist_adv is
+imported in it from its files. Only what was imported from elsewhere is there already, which takes
+most of four seconds otherwise. Processes that such a process starts are forked as well: torchrun's
+ranks, and the runs of a sweep. The code of torchrun and of `accelerate launch` is the real one.
 """
 
 import atexit
@@ -260,19 +260,20 @@ def fork_ranks() -> None:
     """Let torchrun, should this be it or call it, fork its ranks."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
-    subprocess_handler.Popen = ForkingRanks  # type: ignore[misc]
+    subprocess_handler.Popen = Forking  # type: ignore[misc]
 
 
 class Forking(subprocess.Popen):
-    """Forks this process for a command that can be forked, unless it has threads."""
+    """Forks this process for a command that can be forked.
 
-    threads_allowed = False
+    Also where it has threads, as torchrun has, and whoever shows progress: they hold nothing that
+    the new process needs, which imports dist_adv anew and has streams of its own.
+    """
 
     def _execute_child(self, *given: Any) -> None:
         asked = _SIGNATURE.bind(self, *given).arguments
         env = os.environ.copy() if asked["env"] is None else asked["env"]
-        alone = self.threads_allowed or len(os.listdir("/proc/self/task")) == 1
-        what = program(asked, env, _started_with) if alone else None
+        what = program(asked, env, _started_with)
         if what is None:
             super()._execute_child(*given)
             return
@@ -286,12 +287,6 @@ class Forking(subprocess.Popen):
         self._close_pipe_fds(*(asked[name] for name in PIPES))  # type: ignore[attr-defined]
 
 
-class ForkingRanks(Forking):
-    """As torchrun starts ranks: it has threads of its own, which a rank has nothing to do with."""
-
-    threads_allowed = True
-
-
 def show_rank() -> None:
     """As /proc/PID/comm: /proc/PID/environ has the variables of the server."""
     if "RANK" in os.environ:
@@ -302,29 +297,36 @@ def show_rank() -> None:
 # --- the server -----------------------------------------------------------------------------------
 
 
-def serve(control: socket.socket) -> None:
-    """Until the other side is gone; what still runs then is killed."""
+def serve(listener: socket.socket) -> None:
+    """Until everyone who has come is gone; what still runs then is killed."""
     heard, wake = os.pipe()
     os.set_blocking(heard, False)
     os.set_blocking(wake, False)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     children: dict[int, socket.socket] = {}
-    while True:
-        ready, _, _ = select.select([heard, control], [], [])
+    clients = [listener.accept()[0]]
+    while clients:
+        ready, _, _ = select.select([heard, listener, *clients], [], [])
         if heard in ready:
             with suppress(BlockingIOError):
                 os.read(heard, 4096)
             report_ended(children)
-        if control in ready and not take(control, children):
-            break
+        if listener in ready:
+            clients.append(listener.accept()[0])
+        for client in [client for client in clients if client in ready]:
+            if not take(client, children):
+                clients.remove(client)
     for pid in children:
         os.kill(pid, signal.SIGKILL)
 
 
-def take(control: socket.socket, children: dict[int, socket.socket]) -> bool:
-    """Fork for one request, whose descriptors are the report and the standard streams."""
-    message, fds, _, _ = socket.recv_fds(control, 1 << 20, 64)
+def take(client: socket.socket, children: dict[int, socket.socket]) -> bool:
+    """Fork for one request, whose descriptors are the report and the standard streams.
+
+    False where the client is gone.
+    """
+    message, fds, _, _ = socket.recv_fds(client, 1 << 20, 64)
     if not message:
         return False
     request = pickle.loads(message)

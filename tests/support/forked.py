@@ -1,12 +1,11 @@
 """`subprocess.Popen` and `run` for tests: a forked process where the command can be forked.
 
-See `fork_server.py`, of which every worker of pytest's has one. What a forked process cannot show
+See `fork_server.py`, of which all of pytest's workers have one. What a forked process cannot show
 is left to one that is started, without a word: other commands than Python's, a `sitecustomize`,
 variables that are read while Python or torch starts. Where a test is about that start, it says
 `subprocess`. With REAL_PROCESSES in the environment nothing is forked.
 """
 
-import atexit
 import functools
 import os
 import pickle
@@ -14,6 +13,7 @@ import select
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,29 +25,38 @@ _SIGNATURE = fork_server._SIGNATURE
 
 
 class _Server:
-    """The process, started once; it ends with this one."""
+    """The process: whoever needs it first starts it, and it ends when all have ended."""
 
     def __init__(self) -> None:
-        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         env = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
         self.started_with = early(env)
-        command = [sys.executable, str(Path(fork_server.__file__)), str(theirs.fileno())]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env=env,
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,
-        )
-        theirs.close()
-        atexit.register(self.end)
+        self.control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        # Of no file: it is gone with the server.
+        address = f"\0fork-server-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with listener, suppress(OSError):  # another worker was here
+            listener.bind(address)
+            listener.listen()
+            _start(listener.fileno(), env)
+        end = time.monotonic() + 10
+        while self.control.connect_ex(address):  # bound, and not listening yet
+            if time.monotonic() > end:
+                raise ChildProcessError("there is no fork server; see what it wrote")
+            time.sleep(0.01)
 
-    def end(self) -> None:
-        self.control.close()
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(20)
+
+def _start(listener: int, env: dict[str, str]) -> None:
+    """Start the server and do not wait until it has imported everything."""
+    server = subprocess.Popen(
+        [sys.executable, str(Path(fork_server.__file__)), str(listener)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env=env,
+        pass_fds=[listener],
+        start_new_session=True,
+    )
+    server.returncode = 0  # it may outlive this process, which nobody needs to be told
 
 
 @functools.cache
