@@ -8,8 +8,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Small models: more threads than one a process only get in each other's way.
-RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest
+# Small models: more threads than one a process only get in each other's way. Bytecode is written,
+# also where the environment says not to: hundreds of processes import the same files.
+RUN_TESTS := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest
 
 .PHONY: setup demo check test test-slurm bench faults lint rooms schema lock clean
 

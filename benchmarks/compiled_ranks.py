@@ -74,8 +74,10 @@ def cut_graphs() -> None:
     """Leave DDPOptimizer on, as torch has it."""
     compile_whole = network.compile_network
 
-    def compile_network(model: nn.Module, choice: Literal["none", "default", "max"]) -> None:
-        compile_whole(model, choice)
+    def compile_network(
+        model: nn.Module, choice: Literal["none", "default", "max"], keep_graph: bool
+    ) -> None:
+        compile_whole(model, choice, keep_graph)
         torch._dynamo.config.optimize_ddp = True
 
     network.compile_network = compile_network

@@ -21,6 +21,7 @@ def option(key: str, value: object) -> str:
     if value is None:
         return f"`{key}: null`"
     text = f"{value:g}" if isinstance(value, float) else str(value)
+    text = str(list(value)) if isinstance(value, tuple) else text
     return f"`{key}: {pixels(value) if key == 'alpha' else text}`"
 
 

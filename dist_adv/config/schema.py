@@ -125,11 +125,11 @@ class TrainOptions(Options):
 
     epochs: how often all images are seen (Free's replays come on top). batch_size: the global one.
     label_smoothing: s, of the training loss: the true class counts 1 - s + s / classes, each other
-    s / classes; attacks go by the labels as they are. max_steps: stop at the first batch boundary
-    at or after this many optimiser steps; the schedule is fitted to it. log_every: batches between
-    two lines of metrics. compile: `default`
-    fuses the network's layers with torch.compile, which takes a minute or two at the start and a
-    C++ compiler; `max` tunes longer and on GPUs replays whole passes as CUDA graphs.
+    s / classes; attacks go by the labels as they are, but that of `consistency`. max_steps: stop at
+    the first batch boundary at or after this many optimiser steps; the schedule is fitted to it.
+    log_every: batches between two lines of metrics. compile: `default` fuses the network's layers
+    with torch.compile, which takes a minute or two at the start and a C++ compiler; `max` tunes
+    longer and on GPUs replays whole passes as CUDA graphs.
     sync_batchnorm: BatchNorm's statistics are of the global batch instead of each rank's share (on
     GPUs). deterministic: cuDNN takes algorithms that give the same bits each time, so that a run
     on GPUs goes on bit for bit, too; false: the fastest, found out by timing them. CPUs always do.

@@ -47,7 +47,7 @@ class TrainNet:
     def averaged(self, x: Tensor) -> Tensor:
         assert self.average is not None, "a method that needs it is refused without"
         with torch.no_grad(), self.accelerator.autocast():
-            return self.average(x).float()
+            return self.average(x).to(x.dtype)
 
     def gradient_norm(self) -> Tensor:
         """Return the norm of this update's gradients, the same on every rank."""

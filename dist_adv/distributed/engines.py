@@ -79,7 +79,8 @@ def start_engine(cpu: bool, precision: str) -> Accelerator | None:
 
 
 _IN_PARTS = ("ZeRO-3", "FSDP2")  # a rank has a part of each weight
-_OTHERS = ("ZeRO-1", "ZeRO-2", *_IN_PARTS)
+_ZERO = ("ZeRO-1", "ZeRO-2", "ZeRO-3")
+_OTHERS = (*_ZERO, "FSDP2")
 
 # What an engine cannot do as DDP does it: where, whether a run wants it, what to do about it.
 _REFUSALS: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
@@ -97,6 +98,11 @@ _REFUSALS: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
         _OTHERS,
         lambda config: "double backward" in find_method(config.method.name).needs,
         "method.name: differentiates a gradient, which works under DDP only; use another",
+    ),
+    (
+        _ZERO,
+        lambda config: "kept graph" in find_method(config.method.name).needs,
+        "method.name: differentiates a forward twice, which DeepSpeed cannot; use another",
     ),
     (
         _IN_PARTS,

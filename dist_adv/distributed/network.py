@@ -27,18 +27,24 @@ def synchronised(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-def compile_network(model: nn.Module, choice: Literal["none", "default", "max"]) -> None:
+def compile_network(
+    model: nn.Module, choice: Literal["none", "default", "max"], keep_graph: bool
+) -> None:
     """Let torch.compile fuse the layers, in place: parameters keep their names.
 
     Every shape has code of its own, because code for any shape is slower: the short last batch is
     compiled too. Frozen and trained forwards are two graphs; the frozen one's backward computes
     no weight gradients. DDP waits for the whole backward, so that its all-reduce no longer
     overlaps with it: the price of one graph.
+
+    keep_graph: a method differentiates a forward twice. The memory of its activations is not
+    reused by the first backward then, which computes weight gradients, too, and drops them.
     """
     if choice != "none":
         # On, it cuts the graph where DDP's buckets end (PreActResNet18: three graphs), compiles
         # each, and lets their all-reduces overlap with the rest.
         torch._dynamo.config.optimize_ddp = False
+        torch._functorch.config.donated_buffer = not keep_graph
         model.compile(dynamic=False, mode="max-autotune" if choice == "max" else None)
 
 

@@ -22,11 +22,12 @@ from dist_adv.options import Options
 Guard = Literal["none", "warn", "stop"]
 """Against catastrophic overfitting: do nothing, say so, or stop with the last good weights."""
 
-Need = Literal["double backward", "average"]
+Need = Literal["double backward", "kept graph", "average"]
 """What a method asks of the engine that not every run can give; a run that cannot is refused.
 
-double backward: a loss with a gradient in it. average: `net.averaged`. A method that needs one
-without saying so is refused, too (`cost.cost_of`).
+double backward: a loss with a gradient in it. kept graph: an input gradient out of a training
+forward that is in the loss as well. average: `net.averaged`. A method that needs one without
+saying so is refused, too (`cost.cost_of`).
 """
 
 
@@ -120,6 +121,8 @@ class Method(ABC, Generic[OptionsT]):
 
     steps_per_batch: int = 1
     """How many objectives `steps` yields."""
+    caution: str = ""
+    """What is known to go wrong with these options for this task; a run begins with it."""
 
     def __init__(self, options: OptionsT, task: Task) -> None:
         self.options, self.task = options, task

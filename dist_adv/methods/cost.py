@@ -46,18 +46,25 @@ _SMALL = torch.Size((1, 4, 4))
 class _Passes(TorchDispatchMode):
     """Counts products of matrices: each of the toy's layers has one in every pass.
 
-    double_backward: there was a backward pass that can be differentiated itself.
+    forward: the toy is in one; a method may have products of its own. double_backward: there was
+    a backward pass that can be differentiated itself.
     """
 
     done = 0.0
+    forward = False
     double_backward = False
+
+    def __init__(self, toy: nn.Module) -> None:
+        super().__init__()
+        toy.register_forward_pre_hook(lambda *_: setattr(self, "forward", True))
+        toy.register_forward_hook(lambda *_: setattr(self, "forward", False))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
-        if func is torch.ops.aten.mm.default:
+        in_backward = torch._C._current_graph_task_id() != -1
+        if func is torch.ops.aten.mm.default and (self.forward or in_backward):
             self.done += 1 / _LAYERS
-            in_backward = torch._C._current_graph_task_id() != -1
             self.double_backward |= in_backward and torch.is_grad_enabled()
         return func(*args, **(kwargs or {}))
 
@@ -82,13 +89,22 @@ class _Toy(nn.Module):
 
 
 class _ToyNet:
-    """A network as methods see it, on one rank; notes whether its average was asked for."""
+    """A network as methods see it, on one rank.
+
+    averages: its average was asked for; kept_graph: a forward was differentiated twice.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.averages = model, False
+        self.model, self.averages, self.kept_graph = model, False, False
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.model(x)
+        logits, times = self.model(x), itertools.count()
+
+        def differentiated(gradient: Tensor) -> None:
+            self.kept_graph |= next(times) > 0
+
+        logits.register_hook(differentiated)
+        return logits
 
     def frozen(self, mode: Literal["train", "eval"] = "train") -> AbstractContextManager[nn.Module]:
         return frozen(self.model, mode)
@@ -125,7 +141,7 @@ def cost_of(
     steps, backward = 0, 0.0
     try:
         method = build_method(options, task)
-        with _Passes() as passes:
+        with _Passes(net.model) as passes:
             for objective in checked_steps(method, net, batch, threat):
                 if perturbed:
                     objective().loss.backward()
@@ -142,7 +158,11 @@ def cost_of(
         raise UserError(
             f"method.name: {options.name} fails on two images: {plugins.told(error)}"
         ) from error
-    seen = {"double backward": passes.double_backward, "average": net.averages}
+    seen = {
+        "double backward": passes.double_backward,
+        "kept graph": net.kept_graph and not passes.double_backward,
+        "average": net.averages,
+    }
     unsaid = {need for need, needed in seen.items() if needed} - method.needs
     if unsaid:
         raise UserError(f"method.name: {options.name} must say what it needs: needs = {unsaid}")

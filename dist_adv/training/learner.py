@@ -66,7 +66,7 @@ class Learner:
             subject = f"model.name: {config.model.name}"
             check_answers(self.copy, subject, data.images.shape[1:], len(data.classes))
         trained = synchronised(accelerator, network) if train.sync_batchnorm else network
-        compile_network(trained, train.compile)
+        compile_network(trained, train.compile, "kept graph" in self.method.needs)
         self.net = engines.prepare(accelerator, trained, config)
         self.nonfinite = NonFinite(
             self.net.bare,

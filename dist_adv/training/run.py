@@ -206,6 +206,8 @@ def _announce(run: RunFolder, trainer: Trainer, precision: str) -> None:
         accelerator.num_processes,
     )
     warn_of_unused_precision(accelerator)
+    if trainer.learner.method.caution:
+        log.warning("method.name: %s", trainer.learner.method.caution)
     if config.train.compile != "none":
         log.info("the first steps wait for torch.compile ...")
 

@@ -145,7 +145,8 @@ from dist_adv.training.meter import Meter
 from dist_adv.training.trainer import Trainer
 
 NOISE = Images(120, 3, 8, 3)
-FORWARDS = {"trades": 2, "gradalign": 2, "awp-trades": 4}  # of a step, else one; AWP probes first
+TWO = ("trades", "gradalign", "gat", "nuat", "mart", "cuap", "uap", "prior", "random", "noise")
+FORWARDS = dict.fromkeys(TWO, 2) | {"awp-trades": 4}  # of a step, else one; AWP probes first
 
 for case in CASES:
     settings = parse_config(config(case, "batch", Path(sys.argv[1]), small=True), case)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import made_up_method  # noqa: F401 - whose network some weights are of
-from cases import AUTOTUNED, CASES, COMPILED, LARGE, MIXED, SHARED, TRAIN, config
+from cases import AUTOTUNED, CASES, COMPILED, LARGE, MIXED, ROUNDED, SHARED, TRAIN, config
 from dist_adv import load_model, rng
 from dist_adv.config import parse_config
 from dist_adv.data import Loader, load_dataset
@@ -78,7 +78,10 @@ def reference(
 @pytest.mark.shares("size")
 @pytest.mark.parametrize(
     ("size", "case"),
-    [*(("small", case) for case in CASES), *(("large", case) for case in LARGE)],
+    [
+        *(("small", case) for case in CASES if case not in ROUNDED),
+        *(("large", case) for case in LARGE),
+    ],
 )
 def test_one_rank_takes_the_published_updates_bit_for_bit(case, size, trained, images):
     few = "" if size == "small" else "-few"

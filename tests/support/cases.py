@@ -67,6 +67,37 @@ CASES = {
         {"name": "gradalign", "strength": 0.5, "guard": "none"},
         published.gradalign(0.5),
     ),
+    "cuap": Case({"name": "consistency", "guard": "none"}, published.consistency("cuap", 10)),
+    "uap": Case(
+        {"name": "consistency", "start": "uap", "guard": "none"},
+        published.consistency("uap", 10),
+    ),
+    "prior": Case(
+        {"name": "consistency", "start": "prior", "guard": "none"},
+        published.consistency("prior", 10),
+    ),
+    "random": Case(
+        {"name": "consistency", "start": "random", "guard": "none"},
+        published.consistency("random", 10),
+    ),
+    "noise": Case(
+        {"name": "consistency", "start": "noise", "guard": "none"},
+        published.consistency("noise", 10),
+    ),
+    "gat": Case({"name": "gat", "guard": "none"}, published.guided(10, False)),
+    "nuat": Case({"name": "nuat", "guard": "none"}, published.guided(4, True)),
+    "mart": Case(
+        {"name": "mart", "steps": 3, "alpha": 0.04, "beta": 4},
+        published.mart(3, 0.04, 4),
+    ),
+    "sora": Case({"name": "sora", "guard": "none"}, published.sora),
+    "aaer": Case({"name": "aaer", "guard": "none"}, published.aaer),
+    "adr": Case(
+        {"name": "adr", "steps": 3, "alpha": 0.04},
+        published.adr(3, 0.04),
+        {"average": {"epochs": 0.5}},
+        published.Extras(average=0.5),
+    ),
     "carrying": Case({"name": "made_up_method:Carrying", "alpha": 0.05}, published.carrying(0.05)),
     # What the engine adds to any method, several at a time.
     "adamw": Case(
@@ -115,19 +146,21 @@ CASES = {
 
 # On several ranks all but other starts of the same attack, which ranks do not see. On three, where
 # DDP's buckets decide the order of sums, one of each way to carry something or to take a step.
-SHARED = tuple(
-    case for case in CASES if case not in ("natural", "pgd-zero", "fast-random", "fast-zero")
-)
+_OTHER_STARTS = ("natural", "pgd-zero", "fast-random", "fast-zero", "uap", "random", "noise")
+SHARED = tuple(case for case in CASES if case not in _OTHER_STARTS)
 AT_THREE = ("free", "carrying", "average", "awp")
 
 # Compiling takes long: not every case is compiled, but every graph of a network, of which there are
 # five. One that gives weights gradients, images too (Free) or not; and those of attacks, in train
 # mode (PGD), in eval mode, and without any gradient (TRADES). AWP, which asks for gradients of
-# weights that it then moves, and an average of weights have none of their own: they come with one.
+# weights that it then moves, an average of weights, and a graph that is differentiated twice (CUAP,
+# compiled as one whose memory is kept) have none of their own: they come with one.
 # They are of a network of two layers; the one that is autotuned as well is of dist_adv's then.
-COMPILED = ("pgd-random", "free", "awp-trades")
+COMPILED = ("pgd-random", "free", "awp-trades", "cuap")
 AUTOTUNED = ("free",)
 """Those that are compiled with autotuning, too."""
+ROUNDED = ("nuat",)
+"""Those that compute otherwise than the published loop: equal in double precision alone."""
 LARGE = ("n-fgsm",)
 """Those that train the papers' network, too; the others one of a fifth of its layers."""
 MIXED = ("pgd-random",)

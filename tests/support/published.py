@@ -302,3 +302,208 @@ def gradalign(strength: float) -> Callable:
             run.update(loss)
 
     return loop
+
+
+def consistency(start: str, strength: float) -> Callable:
+    """One step from a start, and logits that agree there and here.
+
+    Pan et al.'s loop for `uap` and `cuap`, whose perturbations are of 1.25 eps and clipped to the
+    ball when they are used. Jia et al.'s for `prior`, but that the norm is of each sample and that
+    what is kept is not clipped to the pixels of one crop.
+    """
+
+    def loop(run: Recipe, batches: Iterable, noise: Callable) -> None:
+        kept = momentum = None
+        for x, y, keys in batches:
+            eps, when = run.eps, run.batch.when
+            rows = {"cuap": y, "prior": run.batch.samples}.get(start, torch.zeros_like(y))
+            size = eps if start == "prior" else 1.25 * eps
+            if start in ("random", "noise"):
+                times = 2 if start == "noise" else 1
+                begin = times * (-eps + 2 * eps * noise(keys))
+            elif start == "prior":
+                if kept is None:
+                    kept, momentum = x.new_zeros(120, *x.shape[1:]), x.new_zeros(120, *x.shape[1:])
+                if when.epoch == 0:
+                    kept[rows] = (noise(keys) - 0.5).sign().to(x) * size
+                begin = kept[rows]
+            else:
+                if kept is None:
+                    shape = (3 if start == "cuap" else 1, *x.shape[1:])
+                    key = rng.substream(torch.tensor([when.key]), "universal")
+                    kept = (rng.uniform(key, shape)[0] - 0.5).sign().to(x) * size
+                    momentum = torch.zeros_like(kept)
+                begin = clamp(kept[rows], -eps, eps)
+            begin = clamp(begin, -x, 1 - x).to(x).requires_grad_()
+            found: list[Tensor] = []
+
+            def loss(
+                x: Tensor = x, y: Tensor = y, begin: Tensor = begin, found: list[Tensor] = found
+            ) -> Tensor:
+                before = run.model(x + begin)
+                if not found:
+                    found.extend(
+                        torch.autograd.grad(run.cross_entropy(before, y), begin, retain_graph=True)
+                    )
+                delta = begin.detach() + run.eps * found[0].sign()
+                if start != "noise":
+                    delta = clamp(delta, -run.eps, run.eps)
+                after = run.model(x + clamp(delta, -x, 1 - x))
+                return run.cross_entropy(after, y) + strength * F.mse_loss(after, before)
+
+            run.update(loss)
+            (gradient,) = found
+            if start == "prior":
+                norms = gradient.abs().mean((1, 2, 3), keepdim=True)
+                moved = gradient / norms + 0.3 * momentum[rows]
+                kept[rows] = clamp(kept[rows] + size * moved.sign(), -size, size)
+                momentum[rows] = moved.half().to(x)
+            elif start in ("uap", "cuap"):
+                gradient = gradient / gradient.norm(p=1)
+                for row in rows.unique():
+                    momentum[row] = gradient[rows == row].mean(0) + 0.3 * momentum[row]
+                    kept[row] = clamp(kept[row] + size * momentum[row].sign(), -size, size)
+
+    return loop
+
+
+def guided(strength: float, nuclear: bool) -> Callable:
+    """Sriramanan et al.'s GAT and NuAT, but that x goes through the network once in train mode."""
+
+    def loop(run: Recipe, batches: Iterable, noise: Callable) -> None:
+        for x, y, keys in batches:
+            weight = strength * (run.done / run.total if nuclear else 1)
+            if not nuclear and run.done / run.total >= 0.85:
+                weight = 4 * strength
+            alternate = run.batch.when.batch % 2
+            eps = run.eps
+            begin = clamp(eps / 2 * (noise(keys) - 0.5).sign().to(x), -x, 1 - x)
+            found: list[Tensor] = []
+
+            def apart(one: Tensor, other: Tensor) -> Tensor:
+                if nuclear:
+                    return torch.linalg.matrix_norm(one - other, "nuc") / len(one)
+                return (one.softmax(1) - other.softmax(1)).square().sum(1).mean()
+
+            def loss(
+                x: Tensor = x,
+                y: Tensor = y,
+                begin: Tensor = begin,
+                found: list[Tensor] = found,
+                weight: float = weight,
+                alternate: int = alternate,
+                eps: float = eps,
+                apart: Callable = apart,
+            ) -> Tensor:
+                logits = run.model(x)
+                if not found:
+                    run.model.eval()
+                    start = begin.clone().requires_grad_()
+                    there = run.model(x + start)
+                    wrong = F.cross_entropy(there, y)
+                    wrong = wrong + alternate * weight * apart(logits.detach(), there)
+                    (gradient,) = torch.autograd.grad(wrong, start)
+                    run.model.train()
+                    moved = clamp(begin + eps * gradient.sign(), -eps, eps)
+                    found.append(clamp(moved, -x, 1 - x))
+                adversarial = run.model(x + found[0])
+                return run.cross_entropy(logits, y) + weight * apart(logits, adversarial)
+
+            run.update(loss)
+
+    return loop
+
+
+def mart(steps: int, alpha: float, beta: float) -> Callable:
+    """Wang et al.'s loop."""
+
+    def loop(run: Recipe, batches: Iterable, noise: Callable) -> None:
+        for x, y, keys in batches:
+            run.model.eval()
+            delta = clamp(0.001 * rng.normal(keys, tuple(x.shape[1:])).to(x), -x, 1 - x)
+            for _ in range(steps):
+                moved = delta + run.step_size(alpha) * run.gradient(x, delta, y).sign()
+                delta = clamp(clamp(moved, -run.eps, run.eps), -x, 1 - x)
+            run.model.train()
+
+            def loss(x: Tensor = x, y: Tensor = y, delta: Tensor = delta) -> Tensor:
+                clean, adversarial = run.model(x).softmax(1), run.model(x + delta)
+                q = adversarial.softmax(1)
+                order = q.argsort(1)[:, -2:]
+                other = torch.where(order[:, 1] == y, order[:, 0], order[:, 1])
+                rows = torch.arange(len(y))
+                boosted = run.cross_entropy(adversarial, y)
+                boosted = boosted - torch.log(1.0001 - q[rows, other] + 1e-12).mean()
+                kl = F.kl_div(torch.log(q + 1e-12), clean, reduction="none").sum(1)
+                return boosted + beta * (kl * (1.0000001 - clean[rows, y])).mean()
+
+            run.update(loss)
+
+    return loop
+
+
+def sora(run: Recipe, batches: Iterable, noise: Callable) -> None:
+    """From the paper's formulas, but that samples without a gradient count as curved."""
+    linearity = torch.full((1,), 0.99)
+    for x, y, keys in batches:
+        eta = clamp(-run.eps + 2 * run.eps * noise(keys), -x, 1 - x)
+        first = run.gradient(x, eta, y)
+        longest = 2 * run.eps * torch.clamp(0.02 / (1 - linearity), max=1)
+        share = rng.uniform(rng.substream(keys, "share"), tuple(x.shape[1:])).to(x)
+        delta = clamp(eta + longest * share * first.sign(), -x, 1 - x).requires_grad_()
+        run.update(lambda x=x, y=y, delta=delta: run.cross_entropy(run.model(x + delta), y))
+        of_each = (first.sign() * delta.grad).sum((1, 2, 3)) / first.abs().sum((1, 2, 3))
+        linearity = 0.95 * linearity + 0.05 * of_each.mean().clamp(-1, 1)
+
+
+def aaer(run: Recipe, batches: Iterable, noise: Callable) -> None:
+    """Lin et al.'s loop from noise of 2 eps, as their code computes it, with lambda = 0.15."""
+    for x, y, keys in batches:
+        eta = clamp(2 * (-run.eps + 2 * run.eps * noise(keys)), -x, 1 - x).requires_grad_()
+        noisy = run.model(x + eta)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(noisy, y), eta)
+        before = noisy.detach()
+        delta = clamp(eta.detach() + run.eps * gradient.sign(), -x, 1 - x)
+
+        def loss(
+            x: Tensor = x, y: Tensor = y, delta: Tensor = delta, before: Tensor = before
+        ) -> Tensor:
+            after = run.model(x + delta)
+            lowered = F.cross_entropy(before, y, reduction="none") > F.cross_entropy(
+                after, y, reduction="none"
+            )
+            total = run.cross_entropy(after, y)
+            if 0 < lowered.sum() < len(y):
+                moved = (before - after).square().sum(1)
+                more = moved[lowered].mean() - moved[~lowered].mean().detach()
+                total = total + 0.15 * lowered.double().mean().to(x) * more.clamp_min(0)
+            return total
+
+        run.update(loss)
+
+
+def adr(steps: int, alpha: float) -> Callable:
+    """Wu et al.'s loop, PGD training with its targets; the teacher is the run's own average."""
+
+    def between(first: float, last: float, done: float) -> float:
+        return last + 0.5 * (first - last) * (1 + math.cos(math.pi * done))
+
+    def loop(run: Recipe, batches: Iterable, noise: Callable) -> None:
+        for x, y, keys in batches:
+            done = run.done / run.total
+            with torch.no_grad():
+                q = F.softmax(run.averaged.eval()(x) / between(2.5, 2.0, done), dim=1)
+            rows = torch.arange(len(y))
+            share = (between(0.7, 0.95, done) - (q.max(1)[0] - q[rows, y])).clamp(0, 1)
+            target = share[:, None] * q + (1 - share[:, None]) * F.one_hot(y, q.shape[1])
+            delta = clamp(-run.eps + 2 * run.eps * noise(keys), -x, 1 - x)
+            for _ in range(steps):
+                moved = delta + run.step_size(alpha) * run.gradient(x, delta, target).sign()
+                delta = clamp(clamp(moved, -run.eps, run.eps), -x, 1 - x)
+
+            def loss(x: Tensor = x, target: Tensor = target, delta: Tensor = delta) -> Tensor:
+                return run.cross_entropy(run.model(x + delta), target)
+
+            run.update(loss)
+
+    return loop

@@ -79,7 +79,8 @@ def test_fsdp_settings_that_are_not_tried_are_refused(variable, value, key, monk
 
 KINDS = {"DDP": DistributedType.MULTI_GPU, "FSDP2": DistributedType.FSDP}
 PARTS = ("ZeRO-3", "FSDP2")
-OTHERS = ("ZeRO-1", "ZeRO-2", *PARTS)
+ZERO = ("ZeRO-1", "ZeRO-2", "ZeRO-3")
+OTHERS = (*ZERO, "FSDP2")
 
 
 @pytest.mark.parametrize("engine", ["DDP", *OTHERS])
@@ -89,6 +90,7 @@ OTHERS = ("ZeRO-1", "ZeRO-2", *PARTS)
         ({"train": {"compile": "default"}}, "train.compile: .*; use none", OTHERS),
         ({"awp": {"gamma": 0.01}}, "awp: .*; use null", OTHERS),
         ({"method": {"name": "gradalign"}}, "method.name: .*; use another", OTHERS),
+        ({"method": {"name": "consistency"}}, "method.name: .*; use another", ZERO),
         ({"average": {"epochs": 1}}, "average: .*; use null", PARTS),
         ({"method": {"name": "trades"}}, "", ()),
         ({"optim": {"name": "adamw", "decay_norms": False, "clip": 1.0}}, "", ()),

@@ -87,7 +87,7 @@ def test_compiled_attack_computes_no_weight_gradients(monkeypatch):
         lambda model, **kwargs: compile_in_place(model, backend=backend, dynamic=False),
     )
     model = torch.nn.Sequential(layers.conv(3, 4), torch.nn.Flatten(), torch.nn.Linear(256, 2))
-    network.compile_network(model, "default")
+    network.compile_network(model, "default", keep_graph=False)
     x, y = torch.rand(5, 3, 8, 8), torch.tensor([0, 1, 0, 1, 0])
     with frozen(model):
         ascend(model, x, y, torch.zeros_like(x), Linf(0.1), 3, 0.05)
@@ -116,7 +116,7 @@ def test_a_compiled_network_is_one_graph_under_ddp(monkeypatch, tmp_path):
         "gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1
     )
     try:
-        network.compile_network(model, "default")
+        network.compile_network(model, "default", keep_graph=False)
         DistributedDataParallel(model)(torch.rand(2, 256)).sum().backward()
     finally:
         torch.distributed.destroy_process_group()

@@ -161,13 +161,23 @@ DOUBLE = """
         gradient, = __import__('torch').autograd.grad(loss, near, create_graph=True)
         yield lambda: dist_adv.Step(gradient.square().sum() + loss, net(batch.x))
 """
+KEPT = """
+        near = batch.x.requires_grad_()
+        logits = net(near)
+        loss = logits.logsumexp(1).mean()
+        gradient, = __import__('torch').autograd.grad(loss, near, retain_graph=True)
+        yield lambda: dist_adv.Step(logits.square().mean(), net(batch.x + gradient.sign()))
+"""
 AVERAGED = """
         soft = net.averaged(batch.x).softmax(1)
         yield self.minimise(net, batch.x, soft)
 """
 
 
-@pytest.mark.parametrize(("steps", "need"), [(DOUBLE, "double backward"), (AVERAGED, "average")])
+@pytest.mark.parametrize(
+    ("steps", "need"),
+    [(DOUBLE, "double backward"), (KEPT, "kept graph"), (AVERAGED, "average")],
+)
 def test_what_a_method_needs_it_says(steps: str, need: str, write: Write) -> None:
     """Found out by running it; else some runs would end in errors of others, or be wrong."""
     text = METHOD.format(steps=steps)

@@ -1,11 +1,11 @@
 """A sweep file: which runs it describes, what it is called, and whose folder it is."""
 
 import os
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import yaml
-from wandb.sdk.launch.sweeps import utils as wandb_agent
 
 from dist_adv.config import load_config
 from dist_adv.errors import UserError
@@ -117,6 +117,7 @@ def test_a_folder_with_anything_else_is_refused(tmp_path: Path) -> None:
 
 def test_a_wandb_agent_makes_commands_of_ours(tmp_path: Path) -> None:
     """By the functions of the agent itself: which command it would start for each value."""
+    wandb_agent = import_module("wandb.sdk.launch.sweeps.utils")  # here: it takes two seconds
     path = CONFIGS / "sweeps/digits.yaml"
     found = load_sweep(path)
     tree = yaml.safe_load(as_wandb(found, path, ["train.epochs=3"], Path("out")))

@@ -1,0 +1,222 @@
+"""What methods are made of, against closed forms; whole runs are in tests/parity."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dist_adv.attacks import frozen
+from dist_adv.attacks.threat import Linf
+from dist_adv.config import parse_config
+from dist_adv.data import Batch, Dataset, When
+from dist_adv.errors import UserError
+from dist_adv.methods import Method, Task, build_method
+from dist_adv.methods.aaer import AAER
+from dist_adv.methods.nuat import NuAT
+from dist_adv.methods.registry import own_methods
+from dist_adv.training import run
+from dist_adv.training.learner import Learner
+
+SHAPE = torch.Size((1, 3, 3))
+
+
+class Network(nn.Module):
+    """Two classes whose logits are -s and s, s = w.x: its loss is nearly straight.
+
+    waves: s goes up and down so often instead that no step keeps to a slope.
+    """
+
+    def __init__(self, waves: float = 0.0) -> None:
+        super().__init__()
+        self.w = nn.Parameter(1e-3 * torch.linspace(-1, 1.5, SHAPE.numel()))
+        self.waves = waves
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = x.flatten(1) @ self.w
+        s = torch.sin(self.waves * s) if self.waves else s
+        return torch.stack([-s, s], 1)
+
+
+class Net:
+    """A network as methods see it, on one rank."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def frozen(self, mode: Literal["train", "eval"] = "train") -> Any:
+        return frozen(self.model, mode)
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        return value.detach()
+
+
+def method(name: str, **options: Any) -> Method[Any]:
+    tree = {"method": {"name": name, **options}, "average": {"epochs": 1}}
+    task = Task(F.cross_entropy, samples=6, shape=SHAPE, classes=2, device=torch.device("cpu"))
+    return build_method(parse_config(tree, "test").method, task)
+
+
+def batch(epoch: int = 0, number: int = 0) -> Batch:
+    samples = torch.arange(4)
+    return Batch(
+        torch.full((4, *SHAPE), 0.5),
+        torch.tensor([0, 0, 0, 1]),
+        samples,
+        samples + 100 * epoch + number,
+        total=4,
+        weight=1.0,
+        when=When(epoch, number, 2, key=7 + number),
+    )
+
+
+def learn(it: Method[Any], net: Net, given: Batch, scale: float = 1.0) -> None:
+    for objective in it.steps(net, given, Linf(0.1)):
+        (scale * objective().loss).backward()
+
+
+@pytest.mark.parametrize(
+    "name", [each for each, kind in own_methods().items() if len(kind.norms) < 2]
+)
+def test_methods_of_signs_are_refused_for_l2(name: str) -> None:
+    tree = {"method": {"name": name}, "threat": {"norm": "l2", "eps": 0.5}}
+    with pytest.raises(UserError, match=rf"threat\.norm: {name} is made for linf, not for l2"):
+        parse_config(tree, "test")
+
+
+def test_a_perturbation_a_class_follows_its_momentum() -> None:
+    """The gradient of a class's loss has one sign a pixel here, and so has its momentum."""
+    it = method("consistency")
+    net = Net(Network())
+    learn(it, net, batch())
+    first = it.start.signs.value.clone()
+    assert first.unique().tolist() in ([-1, 0, 1], [0, 1], [-1, 0], [-1, 1])
+    for number in range(1, 3):
+        learn(it, net, batch(0, number))
+    rising = net.model.w.detach().sign().view(SHAPE)  # of the loss of class 0
+    torch.testing.assert_close(it.start.signs.value, torch.stack([rising, -rising]))
+
+
+def test_a_class_that_is_absent_keeps_its_perturbation() -> None:
+    it = method("consistency")
+    net = Net(Network())
+    learn(it, net, batch())
+    before = it.start.signs.value.clone(), it.start.momentum.value.clone()
+    given = batch(0, 1)
+    learn(it, net, replace(given, y=torch.zeros_like(given.y)))
+    assert torch.equal(it.start.signs.value[1], before[0][1])
+    assert torch.equal(it.start.momentum.value[1], before[1][1])
+    assert not torch.equal(it.start.momentum.value[0], before[1][0])
+
+
+def test_perturbations_an_image_are_drawn_anew_every_forty_epochs() -> None:
+    it = method("consistency", start="prior")
+    net = Net(Network())
+
+    def start(epoch: int) -> Tensor:
+        return it.start.begin(batch(epoch), Linf(0.1))
+
+    learn(it, net, batch())
+    assert torch.equal(start(1), start(39))
+    assert not torch.equal(start(1), start(40))
+    assert not torch.equal(start(0), start(40))
+    assert start(40).unique().tolist() == pytest.approx([-0.1, 0.1])
+    assert [each.rows.dtype for each in it.carried().values()] == [torch.int8, torch.float16]
+    assert it.carried()["signs"].rows[4:].any().item() is False  # samples that never came
+
+
+def test_a_gradient_that_is_not_finite_is_not_remembered() -> None:
+    for start in ("cuap", "prior"):
+        it = method("consistency", start=start)
+        given = batch()
+        bad = given.x.clone()
+        bad[0] = torch.nan
+        learn(it, Net(Network()), replace(given, x=bad))
+        for each in it.carried().values():
+            values = each.rows if start == "prior" else each.value
+            assert values.isfinite().all(), start
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_the_linearity_is_1_where_the_loss_is_straight(scale: float) -> None:
+    """Whatever the engine multiplies a loss by: a rank's share, fp16's scale."""
+    straight, wavy = method("sora"), method("sora")
+    for number in range(3):
+        learn(straight, Net(Network()), batch(0, number), scale)
+        learn(wavy, Net(Network(1e5)), batch(0, number), scale)
+    assert straight.linearity.value.item() == pytest.approx(1 - 0.01 * 0.95**3, abs=2e-4)
+    assert wavy.linearity.value.item() < 0.95
+
+
+def test_the_nuclear_norm_is_that_of_singular_values() -> None:
+    """Also of a batch smaller than the classes, on two ranks, and of nothing at all."""
+    for rows in (2, 5, 33):
+        clean, moved = torch.randn(rows, 10), torch.randn(rows, 10, requires_grad=True)
+        norm = torch.linalg.matrix_norm(clean - moved, "nuc")
+        (expected,) = torch.autograd.grad(norm, moved)
+        whole = (clean - moved).detach().double()
+        told = whole.T @ whole
+        net = SimpleNamespace(sum_over_ranks=lambda own, told=told: told)
+        total, gradient = torch.tensor(0.0), torch.zeros_like(moved)
+        for mine in (slice(0, rows // 2), slice(rows // 2, rows)):
+            of_each = NuAT.distance(_nuat(2), net, clean[mine], moved[mine])
+            total = total + of_each.sum()
+            gradient += torch.autograd.grad(of_each.sum(), moved)[0]
+        torch.testing.assert_close(total, norm, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+    same = torch.randn(4, 10)
+    assert NuAT.distance(_nuat(2), Net(nn.Identity()), same, same).tolist() == [0.0] * 4
+
+
+def _nuat(classes: int) -> NuAT:
+    task = Task(F.cross_entropy, 6, SHAPE, classes, torch.device("cpu"))
+    return NuAT(NuAT.Options(), task)
+
+
+def test_nuat_says_where_it_fails() -> None:
+    assert _nuat(10).caution == ""
+    assert "14.4 % under AutoAttack on CIFAR-100" in _nuat(100).caution
+
+
+def test_a_caution_is_told_when_a_run_begins(
+    said: pytest.LogCaptureFixture, accelerator: Accelerator, digits: Dataset
+) -> None:
+    tree = {"method": {"name": "nuat"}, "model": {"name": "preact_resnet18", "width": 4}}
+    config = parse_config(tree, "test")
+    learner = Learner(config, accelerator, digits)
+    learner.method.caution = "beware"
+    trainer = SimpleNamespace(config=config, accelerator=accelerator, learner=learner)
+    run._announce("x", trainer, "fp32")
+    assert "method.name: beware" in said.text
+
+
+def test_the_penalty_counts_over_all_ranks() -> None:
+    """Of two ranks' shares, weighted as the engine does, against the formula on the whole."""
+    abnormal = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0])
+    moved = torch.tensor([3.0, 1.0, 5.0, 2.0, 0.0], requires_grad=True)
+    expected = 2 / 5 * (4 - 1)
+    told = torch.tensor([2.0, 3.0, 8.0, 3.0])
+    net = SimpleNamespace(sum_over_ranks=lambda own: told)
+    found = torch.tensor(0.0)
+    for mine in (slice(0, 2), slice(2, 5)):
+        share = SimpleNamespace(total=5)
+        penalty, of_all = AAER._penalty(net, share, abnormal[mine], moved[mine])
+        found = found + penalty * len(abnormal[mine]) / 5
+        assert of_all.item() == pytest.approx(0.4)
+    assert found.item() == pytest.approx(expected)
+    (gradient,) = torch.autograd.grad(found, moved)
+    torch.testing.assert_close(gradient, abnormal / 5)
+
+
+@pytest.mark.parametrize("abnormal", [torch.zeros(3), torch.ones(3)])
+def test_without_two_kinds_there_is_no_penalty(abnormal: Tensor) -> None:
+    net = Net(nn.Identity())
+    penalty, _ = AAER._penalty(net, SimpleNamespace(total=3), abnormal, torch.rand(3))
+    assert penalty.item() == 0
