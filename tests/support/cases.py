@@ -67,7 +67,13 @@ CASES = {
         {"name": "gradalign", "strength": 0.5, "guard": "none"},
         published.gradalign(0.5),
     ),
-    "cuap": Case({"name": "consistency", "guard": "none"}, published.consistency("cuap", 10)),
+    # With smoothed labels, which its step goes by, too.
+    "cuap": Case(
+        {"name": "consistency", "guard": "none"},
+        published.consistency("cuap", 10),
+        {"train": {"label_smoothing": 0.2}},
+        published.Extras(smoothing=0.2),
+    ),
     "uap": Case(
         {"name": "consistency", "start": "uap", "guard": "none"},
         published.consistency("uap", 10),
