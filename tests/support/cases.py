@@ -97,7 +97,11 @@ CASES = {
         published.mart(3, 0.04, 4),
     ),
     "sora": Case({"name": "sora", "guard": "none"}, published.sora),
-    "aaer": Case({"name": "aaer", "guard": "none"}, published.aaer),
+    # Steps so long that some lower a loss, and then in one batch of four move logits more.
+    "aaer": Case(
+        {"name": "aaer", "noise": 5, "alpha": 0.8, "strength": 20, "guard": "none"},
+        published.aaer(5.0, 0.8, 20.0),
+    ),
     "adr": Case(
         {"name": "adr", "steps": 3, "alpha": 0.04},
         published.adr(3, 0.04),

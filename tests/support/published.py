@@ -456,30 +456,35 @@ def sora(run: Recipe, batches: Iterable, noise: Callable) -> None:
         linearity = 0.95 * linearity + 0.05 * of_each.mean().clamp(-1, 1)
 
 
-def aaer(run: Recipe, batches: Iterable, noise: Callable) -> None:
-    """Lin et al.'s loop from noise of 2 eps, as their code computes it, with lambda = 0.15."""
-    for x, y, keys in batches:
-        eta = clamp(2 * (-run.eps + 2 * run.eps * noise(keys)), -x, 1 - x).requires_grad_()
-        noisy = run.model(x + eta)
-        (gradient,) = torch.autograd.grad(F.cross_entropy(noisy, y), eta)
-        before = noisy.detach()
-        delta = clamp(eta.detach() + run.eps * gradient.sign(), -x, 1 - x)
+def aaer(noise_in_eps: float, alpha: float, strength: float) -> Callable:
+    """Lin et al.'s loop on N-FGSM, as their code computes it."""
 
-        def loss(
-            x: Tensor = x, y: Tensor = y, delta: Tensor = delta, before: Tensor = before
-        ) -> Tensor:
-            after = run.model(x + delta)
-            lowered = F.cross_entropy(before, y, reduction="none") > F.cross_entropy(
-                after, y, reduction="none"
-            )
-            total = run.cross_entropy(after, y)
-            if 0 < lowered.sum() < len(y):
-                moved = (before - after).square().sum(1)
-                more = moved[lowered].mean() - moved[~lowered].mean().detach()
-                total = total + 0.15 * lowered.double().mean().to(x) * more.clamp_min(0)
-            return total
+    def loop(run: Recipe, batches: Iterable, noise: Callable) -> None:
+        for x, y, keys in batches:
+            eta = clamp(noise_in_eps * (-run.eps + 2 * run.eps * noise(keys)), -x, 1 - x)
+            eta = eta.requires_grad_()
+            noisy = run.model(x + eta)
+            (gradient,) = torch.autograd.grad(F.cross_entropy(noisy, y), eta)
+            before = noisy.detach()
+            delta = clamp(eta.detach() + alpha * gradient.sign(), -x, 1 - x)
 
-        run.update(loss)
+            def loss(
+                x: Tensor = x, y: Tensor = y, delta: Tensor = delta, before: Tensor = before
+            ) -> Tensor:
+                after = run.model(x + delta)
+                first = F.cross_entropy(before, y, reduction="none")
+                lowered = first > F.cross_entropy(after, y, reduction="none")
+                total = run.cross_entropy(after, y)
+                if 0 < lowered.sum() < len(y):
+                    moved = (before - after).square().sum(1)
+                    more = moved[lowered].mean() - moved[~lowered].mean().detach()
+                    share = lowered.sum().item() / len(y)
+                    total = total + strength * share * more.clamp_min(0)
+                return total
+
+            run.update(loss)
+
+    return loop
 
 
 def adr(steps: int, alpha: float) -> Callable:
