@@ -97,10 +97,10 @@ CASES = {
         published.mart(3, 0.04, 4),
     ),
     "sora": Case({"name": "sora", "guard": "none"}, published.sora),
-    # Steps so long that some lower a loss, and then in one batch of four move logits more.
+    # Steps so long that some lower a loss, and in a batch or two these move their logits more.
     "aaer": Case(
-        {"name": "aaer", "noise": 5, "alpha": 0.8, "strength": 20, "guard": "none"},
-        published.aaer(5.0, 0.8, 20.0),
+        {"name": "aaer", "noise": 4, "alpha": 0.8, "strength": 20, "guard": "none"},
+        published.aaer(4.0, 0.8, 20.0),
     ),
     "adr": Case(
         {"name": "adr", "steps": 3, "alpha": 0.04},
