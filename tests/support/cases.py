@@ -169,7 +169,7 @@ AT_THREE = ("free", "carrying", "average", "awp")
 COMPILED = ("pgd-random", "free", "awp-trades", "cuap")
 AUTOTUNED = ("free",)
 """Those that are compiled with autotuning, too."""
-ROUNDED = ("nuat",)
+ROUNDED = ("nuat", "aaer")
 """Those that compute otherwise than the published loop: equal in double precision alone."""
 LARGE = ("n-fgsm",)
 """Those that train the papers' network, too; the others one of a fifth of its layers."""
