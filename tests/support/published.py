@@ -132,13 +132,12 @@ class Recipe:
     def perturb(self, loss: Callable[[], Tensor], gamma: float) -> list[Tensor]:
         """Wu et al.: a copy of the network does the probe, so that its BatchNorm stays."""
         own, self.model = self.model, copy.deepcopy(self.model)
-        self.model.zero_grad()
-        loss().backward()
-        probe, self.model = self.model, own
+        gradients = torch.autograd.grad(loss(), list(self.model.parameters()))
+        self.model = own
         kept = [w.detach().clone() for w in own.parameters()]
-        for w, p in zip(own.parameters(), probe.parameters(), strict=True):
+        for w, gradient in zip(own.parameters(), gradients, strict=True):
             if w.dim() > 1:
-                w.data += p.grad * (gamma * w.data.norm() / (p.grad.norm() + 1e-20))
+                w.data += gradient * (gamma * w.data.norm() / (gradient.norm() + 1e-20))
         return kept
 
     def result(self) -> nn.Module:
