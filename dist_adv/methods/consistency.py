@@ -79,8 +79,8 @@ class Consistency(Method[ConsistencyOptions]):
         self.start.learn(net, batch, torch.nan_to_num(ascent[0]))
 
 
-class _Random:
-    """Where a step begins, uniform in the ball, and what is learnt from the gradient: nothing."""
+class _Start:
+    """Where a step begins. This one: uniform in the ball, and nothing is learnt."""
 
     def __init__(self, task: Task) -> None:
         pass
@@ -94,10 +94,10 @@ class _Random:
         return threat.project(delta, x)
 
     def learn(self, net: Net, batch: Batch, gradient: Tensor) -> None:
-        """Learn from the gradient at the start, (n, C, H, W), which is finite."""
+        """Learn from the gradient there, (n, C, H, W), which is finite. Every rank calls this."""
 
 
-class _Noise(_Random):
+class _Noise(_Start):
     """As N-FGSM has it: in twice the ball, and only pixels are clipped."""
 
     def begin(self, batch: Batch, threat: Threat) -> Tensor:
@@ -107,7 +107,7 @@ class _Noise(_Random):
         return to_pixels(delta, x)
 
 
-class _Universal(_Random):
+class _Universal(_Start):
     """A perturbation a class, of -eps, 0 and eps, moved by the sign of a momentum of gradients.
 
     u_c = clip(u_c + sign(m_c)), m_c = mean over the class of g / |g|_1 + 0.3 m_c, where |g|_1 is
@@ -149,7 +149,7 @@ class _UniversalForAll(_Universal):
     per_class = False
 
 
-class _Prior(_Random):
+class _Prior(_Start):
     """A perturbation an image, of -eps, 0 and eps, from where it was left an epoch ago.
 
     d_i = clip(d_i + sign(m_i)), m_i = g_i / mean |g_i| + 0.3 m_i; both drawn anew every 40 epochs.
@@ -179,8 +179,8 @@ class _Prior(_Random):
         return self.signs.read(batch.samples).to(batch.x)
 
 
-_STARTS: dict[str, Callable[[Task], _Random]] = {
-    "random": _Random,
+_STARTS: dict[str, Callable[[Task], _Start]] = {
+    "random": _Start,
     "noise": _Noise,
     "uap": _UniversalForAll,
     "cuap": _Universal,

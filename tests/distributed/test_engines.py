@@ -28,13 +28,13 @@ TOLERANCE = {
 }
 COUNTED = ("natural", "pgd-random")  # a step each: torch's profiler takes seconds a run
 # What differs for an engine: a leaf's own gradient and a perturbation that is carried on (Free);
-# two forwards in a loss, with an attack in eval mode between them (NuAT), or of which one is
-# differentiated twice (CUAP); an attack in train mode, groups of parameters, two moments, clipping
-# (AdamW); rates and Nesterov's momentum (warm-up); an average. Where an attack starts is nothing
-# that it sees.
-METHODS = ("free", "nuat", "cuap", "adamw", "warm-up", "average")
+# two forwards in a loss, with an attack in eval mode before them, which begins without gradients
+# (TRADES), or between them (NuAT), or of which one is differentiated twice (CUAP); an attack in
+# train mode, groups of parameters, two moments, clipping (AdamW); rates and Nesterov's momentum
+# (warm-up); an average. Where an attack starts is nothing that it sees.
+METHODS = ("free", "trades", "nuat", "cuap", "adamw", "warm-up", "average")
 # With BatchNorm: without it eval mode is train mode, and an average has no statistics of each rank.
-NORMS = {"nuat": "batch", "average": "batch"}
+NORMS = {"trades": "batch", "nuat": "batch", "average": "batch"}
 GO_ON = ("free", "adamw", "average")
 # Cases of which one line says that they are refused: how it begins, and under what.
 REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
