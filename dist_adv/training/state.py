@@ -68,7 +68,7 @@ def collect(
     )
     if not accelerator.is_main_process:
         return None
-    reference, good = kept.guard.reference, kept.guard.good
+    good = kept.guard.good
     groups = {
         "model": _copied(learner.copy.state_dict()),
         "optimizer": _copied(
@@ -87,8 +87,15 @@ def collect(
         chosen = {name: each for name, each in carried.items() if isinstance(each, of_kind)}
         if chosen:
             groups[kind] = _copied({name: _whole(each) for name, each in chosen.items()})
+    state = _numbers(learner, kept, wandb_id)
+    return Checkpoint(groups, state, {"architecture": json.dumps(learner.copy.architecture)})
+
+
+def _numbers(learner: Learner, kept: Kept, wandb_id: str | None) -> dict[str, Any]:
+    """Return what of a checkpoint is no tensor."""
+    accelerator, reference, good = learner.accelerator, kept.guard.reference, kept.guard.good
     scaler = accelerator.scaler
-    state = {
+    return {
         "clock": asdict(learner.clock),
         "pass_sums": kept.sums.tolist(),
         "guard": asdict(reference) if reference else None,
@@ -102,7 +109,6 @@ def collect(
         "sources": learner.config.sources(),
         "config": learner.config.model_dump(),
     }
-    return Checkpoint(groups, state, {"architecture": json.dumps(learner.copy.architecture)})
 
 
 def check_sources(config: Config, saved: Checkpoint, path: Path, insist: bool) -> None:
