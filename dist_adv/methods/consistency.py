@@ -4,8 +4,9 @@ Starts: `uap` and `cuap` are Pan et al. 2024, `prior` is FGSM-MEP of Jia et al. 
 `noise` carry nothing from batch to batch.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Generic, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +16,16 @@ from torch import Tensor
 from dist_adv import rng
 from dist_adv.attacks import LOSS_SCALE
 from dist_adv.attacks.threat import Threat, to_pixels
-from dist_adv.data import Batch
+from dist_adv.data import Batch, When
 from dist_adv.methods.base import Guard, Method, MethodOptions, Net, Objective, Step, Task
 from dist_adv.methods.carried import BySample, Carried, Everywhere
 from dist_adv.options import Real
 
 _DECAY = 0.3  # of the momentum of gradients
 _AFRESH = 40  # epochs after which a sample's start is drawn anew
+
+
+ConsistentT = TypeVar("ConsistentT", bound=MethodOptions)
 
 
 class ConsistencyOptions(MethodOptions):
@@ -37,56 +41,81 @@ class ConsistencyOptions(MethodOptions):
     guard: Guard = "warn"
 
 
-class Consistency(Method[ConsistencyOptions]):
-    """min CE(f(x + d'), y) + lambda mean (f(x + d) - f(x + d'))^2, d' = clip(d + eps sign(grad)).
+class Consistent(Method[ConsistentT], Generic[ConsistentT]):
+    """min CE(f(x + d'), y) + lambda C(f(x + d), f(x + d')), d' = clip(d + eps sign(grad)).
 
     The gradient, of the same loss at the start d, is taken through the forward pass that the
     second term differentiates again: seven passes and not eight.
     """
 
-    title = "Consistency"
-    about = (
-        "On adversarial images made in one step from a start that is learnt or noise, and on "
-        "logits that agree at both ends of the step."
-    )
     needs = frozenset({"kept graph"})
     norms = ("linf",)
+    start: "Start"
 
-    def __init__(self, options: ConsistencyOptions, task: Task) -> None:
-        super().__init__(options, task)
-        self.start = _STARTS[options.start](task)
+    @abstractmethod
+    def distance(self, before: Tensor, after: Tensor) -> Tensor:
+        """Return C of logits (n, classes) at both ends of the step, a mean over samples."""
+
+    @abstractmethod
+    def strength(self, when: When) -> float:
+        """Return lambda of a batch."""
+
+    def target(self, batch: Batch, end: Literal["before", "after"]) -> Tensor:
+        """Return what the loss there goes by: labels (n,), or probabilities (n, classes)."""
+        return batch.y
 
     def carried(self) -> dict[str, Carried]:
         return {name: each for name, each in vars(self.start).items() if isinstance(each, Carried)}
 
     def steps(self, net: Net, batch: Batch, threat: Threat) -> Iterator[Objective]:
-        x, y = batch.x, batch.y
-        start = self.start.begin(batch, threat).requires_grad_()
+        x, n = batch.x, len(batch.x)
+        start = self.start.begin(net, batch, threat).requires_grad_()
         ascent: list[Tensor] = []  # taken once, where AWP asks for the objective twice
 
         def objective() -> Step:
             before = net(x + start)
             if not ascent:
-                total = LOSS_SCALE * len(y) * self.task.loss(before, y)
+                total = LOSS_SCALE * n * self.task.loss(before, self.target(batch, "before"))
                 ascent.extend(torch.autograd.grad(total, start, retain_graph=True))
             moved = threat.ascend(start.detach(), ascent[0], threat.eps)
             after = net(x + self.start.clip(moved, x, threat))
-            apart = F.mse_loss(after, before)
-            loss = self.task.loss(after, y) + self.options.strength * apart
+            apart = self.distance(before, after)
+            loss = self.task.loss(after, self.target(batch, "after"))
+            loss = loss + self.strength(batch.when) * apart
             return Step(loss, after, {"apart": apart.detach()})
 
         yield objective
         self.start.learn(net, batch, torch.nan_to_num(ascent[0]))
 
 
-class _Start:
+class Consistency(Consistent[ConsistencyOptions]):
+    """`Consistent` by C = mean (f(x + d) - f(x + d'))^2 of the logits."""
+
+    title = "Consistency"
+    about = (
+        "On adversarial images made in one step from a start that is learnt or noise, and on "
+        "logits that agree at both ends of the step."
+    )
+
+    def __init__(self, options: ConsistencyOptions, task: Task) -> None:
+        super().__init__(options, task)
+        self.start = _STARTS[options.start](task)
+
+    def distance(self, before: Tensor, after: Tensor) -> Tensor:
+        return F.mse_loss(after, before)
+
+    def strength(self, when: When) -> float:
+        return self.options.strength
+
+
+class Start:
     """Where a step begins. This one: uniform in the ball, and nothing is learnt."""
 
     def __init__(self, task: Task) -> None:
         pass
 
-    def begin(self, batch: Batch, threat: Threat) -> Tensor:
-        """Return a perturbation of the shape of batch.x, x + d in [0, 1]."""
+    def begin(self, net: Net, batch: Batch, threat: Threat) -> Tensor:
+        """Return a perturbation of the shape of batch.x, x + d in [0, 1]. Every rank calls this."""
         return to_pixels(threat.random(batch.keys, batch.x.shape), batch.x)
 
     def clip(self, delta: Tensor, x: Tensor, threat: Threat) -> Tensor:
@@ -97,17 +126,17 @@ class _Start:
         """Learn from the gradient there, (n, C, H, W), which is finite. Every rank calls this."""
 
 
-class _Noise(_Start):
+class _Noise(Start):
     """As N-FGSM has it: in twice the ball, and only pixels are clipped."""
 
-    def begin(self, batch: Batch, threat: Threat) -> Tensor:
+    def begin(self, net: Net, batch: Batch, threat: Threat) -> Tensor:
         return to_pixels(2 * threat.random(batch.keys, batch.x.shape), batch.x)
 
     def clip(self, delta: Tensor, x: Tensor, threat: Threat) -> Tensor:
         return to_pixels(delta, x)
 
 
-class _Universal(_Start):
+class _Universal(Start):
     """A perturbation a class, of -eps, 0 and eps, moved by the sign of a momentum of gradients.
 
     u_c = clip(u_c + sign(m_c)), m_c = mean over the class of g / |g|_1 + 0.3 m_c, where |g|_1 is
@@ -122,7 +151,7 @@ class _Universal(_Start):
         self.signs = Everywhere(torch.zeros(shape, device=task.device))
         self.momentum = Everywhere(torch.zeros(shape, device=task.device))
 
-    def begin(self, batch: Batch, threat: Threat) -> Tensor:
+    def begin(self, net: Net, batch: Batch, threat: Threat) -> Tensor:
         signs, when = self.signs.value, batch.when
         if when.epoch == when.batch == 0:
             key = torch.tensor([when.key], device=signs.device)
@@ -149,7 +178,7 @@ class _UniversalForAll(_Universal):
     per_class = False
 
 
-class _Prior(_Start):
+class _Prior(Start):
     """A perturbation an image, of -eps, 0 and eps, from where it was left an epoch ago.
 
     d_i = clip(d_i + sign(m_i)), m_i = g_i / mean |g_i| + 0.3 m_i; both drawn anew every 40 epochs.
@@ -162,7 +191,7 @@ class _Prior(_Start):
         self.signs = BySample(task.samples, task.shape, task.device, torch.int8)
         self.momentum = BySample(task.samples, task.shape, task.device, torch.float16)
 
-    def begin(self, batch: Batch, threat: Threat) -> Tensor:
+    def begin(self, net: Net, batch: Batch, threat: Threat) -> Tensor:
         return to_pixels(threat.eps * self._read(batch), batch.x)
 
     def learn(self, net: Net, batch: Batch, gradient: Tensor) -> None:
@@ -179,8 +208,8 @@ class _Prior(_Start):
         return self.signs.read(batch.samples).to(batch.x)
 
 
-_STARTS: dict[str, Callable[[Task], _Start]] = {
-    "random": _Start,
+_STARTS: dict[str, Callable[[Task], Start]] = {
+    "random": Start,
     "noise": _Noise,
     "uap": _UniversalForAll,
     "cuap": _Universal,

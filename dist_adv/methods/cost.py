@@ -134,7 +134,9 @@ def cost_of(
     """
     x, two = torch.full((2, *shape), 0.5), torch.arange(2)
     task = Task(F.cross_entropy, samples=2, shape=shape, classes=classes, device=x.device)
-    batch = Batch(x, two % classes, two, two, total=2, weight=1.0, when=When(0, 0, 1, key=0))
+    # Not an epoch's first, for which a method may have to make something ready.
+    when = When(0, 1, 2, key=0)
+    batch = Batch(x, two % classes, two, two, total=2, weight=1.0, when=when)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = _ToyNet(_Toy(shape.numel(), classes))

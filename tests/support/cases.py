@@ -90,6 +90,11 @@ CASES = {
         {"name": "consistency", "start": "noise", "guard": "none"},
         published.consistency("noise", 10),
     ),
+    # Its examples are made twice in an epoch of four batches.
+    "liet": Case(
+        {"name": "liet", "refresh": 3, "guard": "none"},
+        published.liet(100, 3, 0.1, 0.5, 1),
+    ),
     "gat": Case({"name": "gat", "guard": "none"}, published.guided(10, False)),
     "nuat": Case({"name": "nuat", "guard": "none"}, published.guided(4, True)),
     "mart": Case(
@@ -169,7 +174,7 @@ AT_THREE = ("free", "carrying", "average", "awp")
 COMPILED = ("pgd-random", "free", "awp-trades", "cuap")
 AUTOTUNED = ("free",)
 """Those that are compiled with autotuning, too."""
-ROUNDED = ("nuat", "aaer")
+ROUNDED = ("liet", "nuat", "aaer")
 """Those that compute otherwise than the published loop: equal in double precision alone."""
 LARGE = ("n-fgsm",)
 """Those that train the papers' network, too; the others one of a fifth of its layers."""

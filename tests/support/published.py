@@ -366,6 +366,69 @@ def consistency(start: str, strength: float) -> Callable:
     return loop
 
 
+def liet(strength: float, refresh: int, low: float, high: float, times: float) -> Callable:
+    """FGSM-LIET's loop: what a label alone makes the network expect, every so many batches.
+
+    lambda rises by updates, and random numbers are counted ones.
+    """
+
+    def smoothed(x: Tensor, y: Tensor, keys: Tensor, name: str) -> Tensor:
+        rest = rng.uniform(rng.substream(keys, name), (3,)).to(x)
+        rest[torch.arange(len(y)), y] = 0
+        rest = 0.6 * rest / rest.sum(1, keepdim=True)
+        rest[torch.arange(len(y)), y] = 0.4
+        return rest
+
+    def loop(run: Recipe, batches: Iterable, noise: Callable) -> None:
+        expected = torch.empty(0)
+        for x, y, keys in batches:
+            eps, when = run.eps, run.batch.when
+            if when.batch % refresh == 0:
+                run.model.eval()
+                labels = torch.arange(3)
+                grey = x.new_full((3, *x.shape[1:]), 0.5).requires_grad_()
+                target = smoothed(x, labels, rng.sample_keys(when.key, labels), "label")
+                F.cross_entropy(run.model(grey), target).backward()
+                expected = grey.grad.sign()
+                run.model.train()
+            key = rng.substream(torch.tensor([when.key]), "example")
+            share, side = rng.uniform(key, (2,))[0].to(x)
+            hidden = rng.uniform(rng.substream(keys, "hidden"), tuple(x.shape[1:])).to(x)
+            delta = eps * expected[y]
+            rows = hidden < low + (high - low) * share
+            delta[rows] = times * (-eps + 2 * eps * noise(keys)).to(x)[rows]
+            begin = (x - delta if side < 0.5 else x + delta).clamp(0, 1) - x
+            begin.requires_grad_()
+            first = smoothed(x, y, keys, "label before")
+            second = smoothed(x, y, keys, "label after")
+            found: list[Tensor] = []
+
+            def loss(
+                x: Tensor = x,
+                begin: Tensor = begin,
+                first: Tensor = first,
+                second: Tensor = second,
+                found: list[Tensor] = found,
+            ) -> Tensor:
+                before = run.model(x + begin)
+                if not found:
+                    wrong = run.cross_entropy(before, first)
+                    found.extend(torch.autograd.grad(wrong, begin, retain_graph=True))
+                delta = begin.detach() + run.eps * found[0].sign()
+                if times == 1:
+                    delta = clamp(delta, -run.eps, run.eps)
+                after = run.model(x + clamp(delta, -x, 1 - x))
+                p, q = before.softmax(1), after.softmax(1)
+                middle = ((p + q) / 2).log()
+                apart = F.kl_div(middle, p, reduction="batchmean")
+                apart = (apart + F.kl_div(middle, q, reduction="batchmean")) / 2
+                return run.cross_entropy(after, second) + run.done / run.total * strength * apart
+
+            run.update(loss)
+
+    return loop
+
+
 def guided(strength: float, nuclear: bool) -> Callable:
     """Sriramanan et al.'s GAT and NuAT, but that x goes through the network once in train mode."""
 

@@ -1,5 +1,6 @@
 """What methods are made of, against closed forms; whole runs are in tests/parity."""
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from dist_adv.data import Batch, Dataset, When
 from dist_adv.errors import UserError
 from dist_adv.methods import Method, Task, build_method
 from dist_adv.methods.aaer import AAER
+from dist_adv.methods.liet import LIET
 from dist_adv.methods.nuat import NuAT
 from dist_adv.methods.registry import own_methods
 from dist_adv.training import run
@@ -119,7 +121,7 @@ def test_perturbations_an_image_are_drawn_anew_every_forty_epochs() -> None:
     net = Net(Network())
 
     def start(epoch: int) -> Tensor:
-        return it.start.begin(batch(epoch), Linf(0.1))
+        return it.start.begin(net, batch(epoch), Linf(0.1))
 
     learn(it, net, batch())
     assert torch.equal(start(1), start(39))
@@ -133,12 +135,15 @@ def test_perturbations_an_image_are_drawn_anew_every_forty_epochs() -> None:
 def test_perturbations_an_image_follow_their_momentum() -> None:
     """m_i = g_i / mean |g_i| + 0.3 m_i, which is 0 at first; d_i = clip(d_i + sign(m_i))."""
     it = method("consistency", start="prior")
-    signs, momentum = it.start.begin(batch(), Linf(1.0)).sign(), torch.zeros(4, *SHAPE)
+    signs, momentum = (
+        it.start.begin(Net(Network()), batch(), Linf(1.0)).sign(),
+        torch.zeros(4, *SHAPE),
+    )
     for epoch in range(5):
         gradient = torch.randn(4, *SHAPE) * torch.tensor([1.0, 100, 0.01, 1]).view(4, 1, 1, 1)
         given = batch(epoch)
         expected = 0.1 * signs
-        torch.testing.assert_close(it.start.begin(given, Linf(0.1)), expected)
+        torch.testing.assert_close(it.start.begin(Net(Network()), given, Linf(0.1)), expected)
         it.start.learn(Net(Network()), given, gradient)
         size = gradient.abs().mean((1, 2, 3), keepdim=True)
         momentum = gradient / size + 0.3 * momentum
@@ -155,6 +160,70 @@ def test_a_gradient_that_is_not_finite_is_not_remembered() -> None:
         for each in it.carried().values():
             values = each.rows if start == "prior" else each.value
             assert values.isfinite().all(), start
+
+
+def test_examples_are_what_the_network_expects_of_a_label_alone() -> None:
+    """Made anew every few batches; a pixel is hidden as often as the batch's share says."""
+    it = method("liet", smoothing=0.2, refresh=2, hidden=[0.2, 0.4])
+    net = Net(Network())
+    rising = net.model.w.detach().sign().view(SHAPE)  # of the loss of class 0
+    shares = []
+    for number in range(200):
+        given = batch(0, number)
+        start = it.start.begin(net, given, Linf(0.1))
+        torch.testing.assert_close(it.start.signs.value, torch.stack([rising, -rising]))
+        shown = torch.stack([(start.abs() == 0.1)[i] for i in range(4)])
+        sides = (start / 0.1 * it.start.signs.value[given.y])[shown]
+        assert sides.unique().numel() == 1  # 1 or -1, the batch's
+        shares.append(1 - shown.float().mean().item())
+        if number == 2:  # made at batch 2 and kept at batch 3
+            net.model.w.data.neg_()
+            start = it.start.begin(net, batch(0, 3), Linf(0.1))
+            assert torch.equal(it.start.signs.value[0], rising)
+            net.model.w.data.neg_()
+    assert sum(shares) / 200 == pytest.approx(0.3, abs=0.02)
+    assert start.abs().max() <= 0.1
+
+
+def test_examples_under_larger_noise_have_no_ball() -> None:
+    it = method("liet", smoothing=0.2, noise=2, hidden=[1, 1])
+    given = batch()
+    start = it.start.begin(Net(Network()), given, Linf(0.1))
+    assert 0.1 < start.abs().max() <= 0.2
+    assert torch.equal(it.start.clip(3 * start, given.x, Linf(0.1)), (3 * start).clamp(-0.5, 0.5))
+    tight = method("liet", smoothing=0.2).start
+    assert tight.clip(3 * start, given.x, Linf(0.1)).abs().max() <= 0.1
+
+
+def test_labels_are_spread_at_random_and_anew() -> None:
+    it = _liet()
+    before, after = it.target(batch(), "before"), it.target(batch(), "after")
+    for target in (before, after):
+        torch.testing.assert_close(target.sum(1), torch.ones(4))
+        torch.testing.assert_close(target.gather(1, batch().y[:, None]), torch.full((4, 1), 0.4))
+    assert not torch.allclose(before, after, atol=1e-3)
+
+
+def test_a_label_is_not_spread_until_another_is_likelier() -> None:
+    with pytest.raises(UserError, match=r"method\.smoothing: 0\.6 .* 2 classes .* less than 0\.5"):
+        method("liet")
+
+
+def test_the_divergence_of_probabilities_that_are_far_apart_is_finite() -> None:
+    """log 2 at most; where a probability is 0 in this precision, too."""
+    apart = torch.tensor([[0.0, 1000.0, -1000.0]], requires_grad=True)
+    found = LIET.distance(_liet(), torch.tensor([[1000.0, 0.0, -1000.0]]), apart)
+    assert found.item() == pytest.approx(math.log(2))
+    assert torch.autograd.grad(found, apart)[0].isfinite().all()
+    one, other = torch.randn(7, 3), torch.randn(7, 3)
+    p, q = one.softmax(1), other.softmax(1)
+    middle = (p + q) / 2
+    expected = ((p * (p / middle).log() + q * (q / middle).log()) / 2).sum(1).mean()
+    torch.testing.assert_close(LIET.distance(_liet(), one, other), expected)
+
+
+def _liet() -> LIET:
+    return LIET(LIET.Options(), Task(F.cross_entropy, 6, SHAPE, 3, torch.device("cpu")))
 
 
 def test_the_linearity_is_1_where_the_loss_is_straight() -> None:
