@@ -14,6 +14,7 @@ from dist_adv.distributed.collectives import on_main
 from dist_adv.distributed.failures import plain_failures
 from dist_adv.distributed.start import precision_of, start_accelerator, warn_of_unused_precision
 from dist_adv.errors import Preempted, RunFailure, UserError
+from dist_adv.methods.carried import BySample
 from dist_adv.methods.description import describe
 from dist_adv.models import save_model
 from dist_adv.runs import checkpoint, claim
@@ -208,6 +209,12 @@ def _announce(run: RunFolder, trainer: Trainer, precision: str) -> None:
     warn_of_unused_precision(accelerator)
     if trainer.learner.method.caution:
         log.warning("method.name: %s", trainer.learner.method.caution)
+    carried = trainer.learner.method.carried().values()
+    tables = sum(each.rows.nbytes for each in carried if isinstance(each, BySample))
+    if tables:
+        log.info(
+            "its rows a training image take %.1f MB on every rank and in checkpoints", tables / 1e6
+        )
     if config.train.compile != "none":
         log.info("the first steps wait for torch.compile ...")
 

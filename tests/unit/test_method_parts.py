@@ -1,6 +1,7 @@
 """What methods are made of, against closed forms; whole runs are in tests/parity."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -278,16 +279,39 @@ def test_nuat_says_where_it_fails() -> None:
     assert "14.4 % under AutoAttack on CIFAR-100" in _nuat(100).caution
 
 
-def test_a_caution_is_told_when_a_run_begins(
+@pytest.fixture
+def announced(
     said: pytest.LogCaptureFixture, accelerator: Accelerator, digits: Dataset
+) -> Callable[..., str]:
+    """Return what a run of a method begins with."""
+
+    def announce(caution: str = "", **options: Any) -> str:
+        tree = {"method": options, "model": {"name": "preact_resnet18", "width": 4}}
+        config = parse_config(tree, "test")
+        learner = Learner(config, accelerator, digits)
+        learner.method.caution = caution
+        trainer = SimpleNamespace(config=config, accelerator=accelerator, learner=learner)
+        run._announce("x", trainer, "fp32")
+        return said.text
+
+    return announce
+
+
+def test_a_caution_is_told_when_a_run_begins(announced: Callable[..., str]) -> None:
+    assert "method.name: beware" in announced("beware", name="nuat")
+
+
+def test_the_size_of_tables_is_told_when_a_run_begins(
+    announced: Callable[..., str], digits: Dataset
 ) -> None:
-    tree = {"method": {"name": "nuat"}, "model": {"name": "preact_resnet18", "width": 4}}
-    config = parse_config(tree, "test")
-    learner = Learner(config, accelerator, digits)
-    learner.method.caution = "beware"
-    trainer = SimpleNamespace(config=config, accelerator=accelerator, learner=learner)
-    run._announce("x", trainer, "fp32")
-    assert "method.name: beware" in said.text
+    """A byte and two of a number a value of every training image."""
+    size = 3 * len(digits) * digits.images[0].numel() / 1e6
+    text = announced(name="consistency", start="prior")
+    assert f"its rows a training image take {size:.1f} MB on every rank and in checkpoints" in text
+
+
+def test_nothing_is_told_of_tables_where_there_are_none(announced: Callable[..., str]) -> None:
+    assert "rows a training image" not in announced(name="consistency", start="cuap")
 
 
 def test_the_penalty_counts_over_all_ranks() -> None:
