@@ -9,6 +9,10 @@ augmented. The epoch has collapsed where, since the most robust epoch so far, PG
 and fell behind FGSM accuracy, each by more than the noise of so many images.
 benchmarks/guard.py finds how often this is wrong.
 
+With `gap` comes an early sign, which stops nothing: the cosine of input gradients at an image and
+where a step of the full radius leads from there. A loss that bends on so short a way is what lets a
+model mislead that step.
+
 `wong`, of Wong et al. 2020, section 5.4: PGD-5 accuracy on an epoch's first training batch fell by
 more than 0.2 since the epoch before. Two batches of 64 differ by that in one healthy epoch of 80:
 their difference has a standard deviation of up to 0.088. Wong et al. measure in train mode.
@@ -19,19 +23,21 @@ Both measure in eval mode and fp32, so measuring moves no BatchNorm statistics.
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dist_adv.attacks import PGD
+from dist_adv.attacks import PGD, cross_entropy, frozen, input_gradient
 from dist_adv.attacks.threat import Threat
 from dist_adv.config import EvalOptions
 from dist_adv.data import Batch, Dataset
 from dist_adv.distributed.collectives import sum_over_ranks
 from dist_adv.evaluation.evaluate import Supervision, evaluate
-from dist_adv.evaluation.images import subset
+from dist_adv.evaluation.images import Images, subset
+from dist_adv.evaluation.tally import Tally
 from dist_adv.methods import MethodOptions
 from dist_adv.training.clock import Clock
 
@@ -42,6 +48,8 @@ SAMPLE = 512
 SIGMAS = 4.0
 """Of the sample's noise: a one-sided level of 3.2e-5 for two given epochs."""
 FALL = 0.2
+BENT = 0.2
+"""The alignment below which the guard speaks (benchmarks/results/2026-11-27-alignment.md)."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +57,14 @@ class Measured:
     """An epoch, on n training images: accuracy under PGD-5 and, by the rule `gap`, under FGSM.
 
     chance: the share of the most frequent class, which a constant answer keeps under any attack.
+    alignment: by the rule `gap`, the mean of `alignment`; no part of what is compared.
     """
 
     n: int
     pgd: float
     fgsm: float | None = None
     chance: float = 0.0
+    alignment: float | None = field(default=None, compare=False)
 
     def collapsed(self, before: "Measured") -> bool:
         """Compare with an earlier epoch, by the rule that both were measured for."""
@@ -77,6 +87,11 @@ class Measured:
             return self
         return max(before, self, key=lambda each: each.pgd)
 
+    @property
+    def bent(self) -> bool:
+        """Whether the loss bends within the ball."""
+        return self.alignment is not None and self.alignment < BENT
+
     def since(self, before: "Measured") -> str:
         """Say what has changed."""
         text = f"PGD-5 accuracy on training images went from {before.pgd:.1%} to {self.pgd:.1%}"
@@ -86,14 +101,19 @@ class Measured:
 
     def record(self) -> dict[str, float]:
         """Name the figures as metrics.jsonl and checkpoints do."""
-        fgsm = {} if self.fgsm is None else {"guard_fgsm_accuracy": self.fgsm}
-        return {"guard_accuracy": self.pgd, **fgsm}
+        found = {
+            "guard_accuracy": self.pgd,
+            "guard_fgsm_accuracy": self.fgsm,
+            "guard_alignment": self.alignment,
+        }
+        return {name: value for name, value in found.items() if value is not None}
 
 
 class Guard:
     """What a run does about collapse, and what it remembers: `warn` of it, or `stop` before it.
 
-    reference: the epoch that the next is compared with. good: with `stop`, when and with which
+    reference: the epoch that the next is compared with, but for its alignment, which is the last
+    epoch's. good: with `stop`, when and with which
     weights the last good epoch ended. stopped: collapse has ended the run.
     """
 
@@ -112,10 +132,18 @@ class Guard:
         """
         before = self.reference
         tripped = before is not None and now.collapsed(before)
-        self.reference = now.reference(before)
+        self.reference = replace(now.reference(before), alignment=now.alignment)
+        epoch = clock.epochs(batches)
         if before and tripped:
-            epoch = clock.epochs(batches)
             log.warning("catastrophic overfitting in epoch %g: %s", epoch, now.since(before))
+        elif now.bent and not (before and before.bent):
+            log.warning(
+                "the loss bends within the ball in epoch %g (the cosine of input gradients at both "
+                "ends of a step is %.2f): catastrophic overfitting is near, or has begun; a "
+                "shorter step or more noise (n-fgsm) may help",
+                epoch,
+                now.alignment,
+            )
         if self.mode == "stop" and not tripped:
             weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             self.good = replace(clock), weights
@@ -143,8 +171,30 @@ def on_sample(
     (pgd, fgsm), _ = evaluate(
         model, data, threat, options, accelerator, Supervision(between=between)
     )
+    tally = Tally(accelerator, "alignment", 1, None)
+    for x, y, _ in Images(data, options, accelerator, between).chunks(tally):
+        tally.add(alignment(model, x, y, threat).sum())
     counts = data.labels[subset(len(data), SAMPLE)].bincount()
-    return Measured(pgd.n, pgd.accuracy, fgsm.accuracy, counts.max().item() / pgd.n)
+    chance, aligned = counts.max().item() / pgd.n, tally.totals()[0] / pgd.n
+    return Measured(pgd.n, pgd.accuracy, fgsm.accuracy, chance, aligned)
+
+
+def alignment(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
+    """Return the cosine, (n,), of input gradients at x and at the end of a step of eps from there.
+
+    x: images (n, C, H, W) in [0, 1]; y: labels (n,). 0 where a gradient is 0 or not finite.
+    """
+
+    def loss(logits: Tensor) -> Tensor:
+        return cross_entropy(logits, y)
+
+    with frozen(model):
+        _, here = input_gradient(model, x, torch.zeros_like(x), loss)
+        step = threat.project(threat.ascend(torch.zeros_like(x), here, threat.eps), x)
+        _, there = input_gradient(model, x, step, loss)
+    # In double precision, in which no small gradient's square is 0.
+    ends = here.double().flatten(1), there.double().flatten(1)
+    return F.cosine_similarity(*ends, eps=1e-100).nan_to_num(0.0)
 
 
 def on_batch(model: nn.Module, batch: Batch, threat: Threat, accelerator: Accelerator) -> Measured:

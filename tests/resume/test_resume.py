@@ -66,11 +66,11 @@ def test_resumed_weights_are_those_of_the_uninterrupted_run(case, images, tmp_pa
     assert guards[0] == guards[1]
 
 
-def _guards(run_dir: Path) -> dict[float, tuple[float, float, bool]]:
+def _guards(run_dir: Path) -> dict[float, tuple[float, float, float, bool]]:
     """What the guard found after each epoch; of an epoch that was closed twice the last."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    keys = ("guard_accuracy", "guard_fgsm_accuracy", "guard_tripped")
+    keys = ("guard_accuracy", "guard_fgsm_accuracy", "guard_alignment", "guard_tripped")
     return {r["epoch"]: tuple(r[key] for key in keys) for r in records if r["kind"] == "epoch"}
 
 

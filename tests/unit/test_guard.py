@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from dist_adv.data import DataOptions, load_dataset
 from dist_adv.data.datasets import Files
 from dist_adv.evaluation.images import subset
 from dist_adv.models import build_model
-from dist_adv.training.collapse import SAMPLE, Measured, on_sample
+from dist_adv.training.clock import Clock
+from dist_adv.training.collapse import BENT, SAMPLE, Guard, Measured, alignment, on_sample
 from dist_adv.training.run import train_run
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +90,18 @@ def test_a_collapse_after_a_recovery_is_said_again():
 def test_wong_et_al_compare_with_the_pass_before():
     curve = [Measured(64, accuracy) for accuracy in (0.6, 0.5, 0.35, 0.2, 0.6, 0.3)]
     assert alarms(curve) == [6]
+
+
+def test_an_early_sign_is_said_when_it_comes(said):
+    """Also in the first epoch, and again after it had gone."""
+    guard = Guard(parse_config({"method": {"name": "fast"}}, "test").method)
+    told = []
+    for epoch, cosine in enumerate((0.1, 0.15, 0.3, 0.19, 0.1, 0.2, 0.1), 1):
+        said.clear()
+        now = replace(gap(0.4, 0.5), alignment=cosine)
+        guard.look(now, Clock(epoch=epoch), 1, torch.nn.Identity())
+        told += [epoch] * ("the loss bends within the ball" in said.text)
+    assert told == [1, 4, 7]
 
 
 def recorded() -> dict[str, list[Measured]]:
@@ -166,8 +180,51 @@ def test_it_does_not_matter_where_the_images_are(images, accelerator):
     assert found[0].n == 120  # all there are
 
 
+class Valley(torch.nn.Module):
+    """The loss of class 0 rises to both sides of a half, that of class 1 falls."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rise = (x.flatten(1) - 0.5).square().sum(1)
+        return torch.stack([-rise, rise], 1)
+
+
+def test_alignment_is_the_cosine_of_gradients_at_both_ends_of_a_step():
+    """1 where the step goes on uphill; -1 where it goes through the valley, to where it rises."""
+    x = torch.full((3, 1, 2, 2), 0.55)
+    x[2] = 0.5  # no gradient at all
+    found = alignment(Valley(), x, torch.tensor([0, 1, 0]), LINF)
+    assert found.tolist() == pytest.approx([1, -1, 0])
+
+
+def test_alignment_is_free_of_scale(digits, digits_net):
+    """Also of a loss so small that its gradient's square is 0 in single precision."""
+    x, y = digits.images.float() / 255, digits.labels
+    small = torch.nn.Sequential(digits_net, Scaled(1e-30))
+    at_chance = torch.nn.Sequential(digits_net, Scaled(1e-5))
+    expected = alignment(at_chance, x, y, LINF)
+    assert expected.abs().min() > 0
+    torch.testing.assert_close(alignment(small, x, y, LINF), expected, rtol=0, atol=0.05)
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return self.by * logits
+
+
+def test_the_sample_is_aligned_as_its_images_are_on_average(accelerator, digits, digits_net):
+    found = on_sample(digits_net, digits, LINF, accelerator, 7, lambda: None)
+    x, y = digits.images.float() / 255, digits.labels
+    expected = alignment(digits_net, x, y, LINF).mean().item()
+    assert found.alignment == pytest.approx(expected, abs=1e-4)
+    assert found.record()["guard_alignment"] == found.alignment
+
+
 @pytest.mark.slow
-def test_a_run_that_collapses_is_stopped_with_the_weights_from_before(tmp_path, accelerator):
+def test_a_run_that_collapses_is_stopped_with_the_weights_from_before(tmp_path, accelerator, said):
     """FGSM from the image itself, a large radius, no crops: digits collapse within 20 epochs."""
     overrides = [
         *("method.init=zero", "method.alpha=0.3", "threat.eps=0.3", "data.augment=false"),
@@ -186,4 +243,11 @@ def test_a_run_that_collapses_is_stopped_with_the_weights_from_before(tmp_path, 
     assert kept.architecture["trained"]["epoch"] == before["epoch"]
     data = load_dataset(settings.data, "train")
     found = on_sample(kept, data, Linf(0.3), accelerator, 500, lambda: None)
-    assert found.record().items() <= before.items()
+    aligned = found.record().pop("guard_alignment")
+    assert aligned == pytest.approx(before["guard_alignment"], abs=1e-3)
+    assert replace(found, alignment=None).record().items() <= before.items()
+    # The early sign came before: once, some epochs ahead.
+    signs = [record["epoch"] for record in epochs if record["guard_alignment"] < BENT]
+    assert 1 < signs[0] < before["epoch"]
+    assert said.text.count("the loss bends") == 1
+    assert f"the loss bends within the ball in epoch {signs[0]:g}" in said.text
