@@ -28,12 +28,13 @@ def explanation(runs: Sequence[Run]) -> list[str]:
 def methods(runs: Sequence[Run]) -> Table:
     """Return the methods of the runs that recorded theirs, the cheapest first, and the cost."""
     alike: dict[str, list[Run]] = {}
-    for run in sorted(filter(_cost, runs), key=_cost):
+    known = [run for run in runs if run.batch_cost]
+    for run in sorted(known, key=lambda run: run.batch_cost):
         alike.setdefault(method_title(run), []).append(run)
     rows = []
     for title, group in alike.items():
         steps = dict.fromkeys(str(run.env["method"]["steps"]) for run in group)
-        costs = dict.fromkeys(f"{_cost(run):.3g}" for run in group)
+        costs = dict.fromkeys(f"{run.batch_cost:.3g}" for run in group)
         about = group[-1].env["method"].get("about", "")
         rows.append([Cell(title), Cell(about), Cell(", ".join(steps)), Cell(", ".join(costs))])
     return Table(
@@ -49,12 +50,6 @@ def methods(runs: Sequence[Run]) -> Table:
         ],
         rows,
     )
-
-
-def _cost(run: Run) -> float:
-    """Return how many batches of natural training a batch takes; 0 where it was not recorded."""
-    method = run.env.get("method", {})
-    return method.get("steps", 0) * method.get("passes", 0) / 3
 
 
 def _data_sets(runs: Sequence[Run]) -> list[str]:

@@ -79,6 +79,12 @@ class Run:
         return self.seconds / self.epochs_done if self.seconds and self.epochs_done else None
 
     @property
+    def batch_cost(self) -> float:
+        """How many batches of natural training a batch takes; 0 where it was not recorded."""
+        method = self.env.get("method", {})
+        return float(method.get("steps", 0) * method.get("passes", 0) / 3)
+
+    @property
     def precision(self) -> str:
         """What `auto` came to, where the run recorded it."""
         return str(self.env.get("precision", self.config["train"]["precision"]))

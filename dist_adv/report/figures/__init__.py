@@ -6,6 +6,7 @@ from pathlib import Path
 from matplotlib import style
 
 from dist_adv.report.figures import (
+    cost,
     examples,
     networks,
     overfitting,
@@ -38,6 +39,7 @@ def draw(runs: Sequence[Run], comparison: Comparison | None, folder: Path) -> li
     with style.context(["default", {**STYLE, "font.family": lettering.families}]):
         overlays.draw(album, drawn)
         trade_off.draw(album, drawn)
+        cost.draw(album, drawn)
         replays.draw(album, [each.run for each in drawn])
         overfitting.draw(album, drawn)
         chapters = [Chapter("The runs together", album.take())]

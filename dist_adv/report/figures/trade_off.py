@@ -1,18 +1,16 @@
 """Natural accuracy against robust accuracy, with training time as size."""
 
 from collections.abc import Sequence
-from itertools import product
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.text import Text
-from matplotlib.transforms import Bbox
 
 from dist_adv.report.figures.album import Album
 from dist_adv.report.figures.colours import GREY, Drawn
+from dist_adv.report.figures.points import interval_bar, write_names
 from dist_adv.report.tables import attack_name
 from dist_adv.runs.run import strongest_attack
 from dist_adv.text import duration
@@ -46,9 +44,9 @@ def draw(album: Album, drawn: Sequence[Drawn]) -> None:
     times = [each.run.seconds for each in shown if each.run.seconds]
     if times:
         _explain_sizes(figure, sorted({min(times), max(times)}), longest)
-    _label(figure, panels[0], [each for each in shown if each not in crowd], attack)
+    write_names(figure, panels[0], _names([each for each in shown if each not in crowd], attack))
     if crowd:
-        _label(figure, panels[1], crowd, attack)
+        write_names(figure, panels[1], _names(crowd, attack))
     missing = [each.run.label for each in drawn if each not in shown]
     album.add(
         figure,
@@ -80,17 +78,15 @@ def _position(drawn: Drawn, attack: str) -> tuple[float, float]:
     return natural, robust
 
 
+def _names(drawn: Sequence[Drawn], attack: str) -> list[tuple[str, tuple[float, float]]]:
+    return [(each.run.label, _position(each, attack)) for each in drawn]
+
+
 def _plot(axes: Axes, drawn: Drawn, attack: str, longest: float) -> None:
-    evaluations = [drawn.run.evaluations[name] for name in ("natural", attack)]
-    # Not below 0: at an accuracy of exactly 0 or 1 an interval's end may be an ulp beyond it.
-    x_bar, y_bar = (
-        [[max(0.0, 100 * (accuracy - low))], [max(0.0, 100 * (high - accuracy))]]
-        for accuracy, (low, high) in ((each.accuracy, each.interval) for each in evaluations)
-    )
     axes.errorbar(
         *_position(drawn, attack),
-        xerr=x_bar,
-        yerr=y_bar,
+        xerr=interval_bar(drawn.run.evaluations["natural"]),
+        yerr=interval_bar(drawn.run.evaluations[attack]),
         fmt=drawn.marker,
         color=drawn.colour,
         markersize=_marker_size(drawn.run.seconds or 0, longest),
@@ -122,48 +118,3 @@ def _explain_sizes(figure: Figure, times: Sequence[float], longest: float) -> No
         loc="outside right center",
         labelspacing=1.2,
     )
-
-
-def _label(figure: Figure, axes: Axes, drawn: Sequence[Drawn], attack: str) -> None:
-    """Write each run's name beside its point, where it covers neither a marker nor a name."""
-    drawn = sorted(drawn, key=lambda each: -_position(each, attack)[1])
-    points = [_position(each, attack) for each in drawn]
-    notes = [
-        axes.annotate(
-            each.run.label,
-            point,
-            xytext=(0, 0),
-            textcoords="offset points",
-            bbox={"facecolor": (1, 1, 1, 0.75), "edgecolor": "none", "pad": 1},
-            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkB": 3},
-            in_layout=False,
-        )
-        for each, point in zip(drawn, points, strict=True)
-    ]
-    figure.draw_without_rendering()  # settles the layout, so that positions in pixels hold
-    radius = 7 * figure.dpi / 72
-    taken = [
-        Bbox.from_extents(x - radius, y - radius, x + radius, y + radius)
-        for line in axes.get_lines()
-        for x, y in axes.transData.transform(line.get_xydata())
-    ]
-    inside = axes.get_window_extent()
-    middle = np.median(points, axis=0)
-    for note, point in zip(notes, points, strict=True):
-        # Diagonals only, near ones first: straight out, a label would lie on an error bar. Away
-        # from the others first.
-        right_first, up_first = np.where(np.less(point, middle), -1, 1)
-        for distance, across, up, right in product(
-            (11, 24, 37, 50, 63, 76),
-            (5, 30, 55),
-            (up_first, -up_first),
-            (right_first, -right_first),
-        ):
-            note.xyann = (across * right, distance * up)
-            note.set(ha="left" if right > 0 else "right", va="bottom" if up > 0 else "top")
-            box = Text.get_window_extent(note)
-            if not any(box.overlaps(other) for other in taken) and all(
-                inside.contains(x, y) for x, y in (box.min, box.max)
-            ):
-                break
-        taken.append(Text.get_window_extent(note))
