@@ -72,8 +72,8 @@ def _pixel_units(value: float) -> float:
 StepSize = Annotated[Real, AfterValidator(_pixel_units)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[Real, Field(ge=0, le=1)]
-PAIR = Field(strict=False)
-"""Annotates a tuple, which YAML has as a list."""
+TUPLE = Field(strict=False)
+"""Annotates a tuple: YAML has lists."""
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,9 @@ class OptimOptions(Options):
 
     momentum: of SGD; of AdamW its first beta. decay_norms: false leaves norms and biases, whatever
     has one dimension, without weight decay. clip: the largest norm of all gradients together.
-    rise: the share of the run in which the rate of `cyclic` rises; short runs like 0.25. warmup:
-    epochs in which any other rate rises to what it would be. schedule: cyclic, multistep, cosine,
+    rise: the share of the run in which the rate of `cyclic` rises; short runs like 0.25.
+    milestones: the shares of the run at which `multistep` divides the rate by ten. warmup: epochs
+    in which any rate but `cyclic` rises to what it would be. schedule: cyclic, multistep, cosine,
     constant, or a reference to a function of the share of the run that is done, in [0, 1], to the
     share of `lr`.
     """
@@ -67,6 +68,7 @@ class OptimOptions(Options):
     clip: Annotated[Real, Field(gt=0)] | None = None
     schedule: Annotated[str, WithJsonSchema(_SCHEDULE)] = "cyclic"
     rise: Annotated[Real, Field(gt=0, lt=1)] = 0.5
+    milestones: list[Annotated[Real, Field(gt=0, lt=1)]] = [0.5, 0.75]
     warmup: Annotated[Real, Field(ge=0)] = 0.0
     cycle_momentum: bool = False
     """Momentum m -> m - 0.1 -> m over the run, as torch's CyclicLR does unless told otherwise."""
@@ -125,11 +127,11 @@ class TrainOptions(Options):
 
     epochs: how often all images are seen (Free's replays come on top). batch_size: the global one.
     label_smoothing: s, of the training loss: the true class counts 1 - s + s / classes, each other
-    s / classes; attacks go by the labels as they are, but that of `consistency`. max_steps: stop at
-    the first batch boundary at or after this many optimiser steps; the schedule is fitted to it.
-    log_every: batches between two lines of metrics. compile: `default` fuses the network's layers
-    with torch.compile, which takes a minute or two at the start and a C++ compiler; `max` tunes
-    longer and on GPUs replays whole passes as CUDA graphs.
+    s / classes; attacks go by the labels as they are, but those of `consistency`, `liet` and
+    `sora`. max_steps: stop at the first batch boundary at or after this many optimiser steps; the
+    schedule is fitted to it. log_every: batches between two lines of metrics. compile: `default`
+    fuses the network's layers with torch.compile, which takes a minute or two at the start and a
+    C++ compiler; `max` tunes longer and on GPUs replays whole passes as CUDA graphs.
     sync_batchnorm: BatchNorm's statistics are of the global batch instead of each rank's share (on
     GPUs). deterministic: cuDNN takes algorithms that give the same bits each time, so that a run
     on GPUs goes on bit for bit, too; false: the fastest, found out by timing them. CPUs always do.

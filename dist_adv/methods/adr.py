@@ -12,7 +12,7 @@ from dist_adv.attacks import ascend
 from dist_adv.attacks.threat import Threat
 from dist_adv.data import Batch
 from dist_adv.methods.base import Method, MethodOptions, Net, Objective
-from dist_adv.options import PAIR, PositiveInt, Real, Share, StepSize
+from dist_adv.options import TUPLE, PositiveInt, Real, Share, StepSize
 
 Temperature = Annotated[Real, Field(gt=0)]
 
@@ -27,8 +27,8 @@ class ADROptions(MethodOptions):
     name: str = "adr"
     steps: Annotated[PositiveInt, Field(title="K")] = 10
     alpha: StepSize = 2 / 255
-    temperature: Annotated[tuple[Temperature, Temperature], PAIR] = (2.5, 2.0)
-    share: Annotated[tuple[Share, Share], PAIR] = (0.7, 0.95)
+    temperature: Annotated[tuple[Temperature, Temperature], TUPLE] = (2.5, 2.0)
+    share: Annotated[tuple[Share, Share], TUPLE] = (0.7, 0.95)
 
 
 class ADR(Method[ADROptions]):

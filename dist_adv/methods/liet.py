@@ -16,7 +16,7 @@ from dist_adv.errors import UserError
 from dist_adv.methods.base import Guard, MethodOptions, Net, Task
 from dist_adv.methods.carried import Everywhere
 from dist_adv.methods.consistency import Consistent, Start
-from dist_adv.options import PAIR, PositiveInt, Real, Share
+from dist_adv.options import TUPLE, PositiveInt, Real, Share
 
 
 class LIETOptions(MethodOptions):
@@ -32,7 +32,7 @@ class LIETOptions(MethodOptions):
     strength: Annotated[Real, Field(ge=0, title="lambda")] = 100.0
     smoothing: Annotated[Real, Field(ge=0, lt=1)] = 0.6
     refresh: PositiveInt = 10
-    hidden: Annotated[tuple[Share, Share], PAIR] = (0.1, 0.5)
+    hidden: Annotated[tuple[Share, Share], TUPLE] = (0.1, 0.5)
     noise: Annotated[Real, Field(gt=0)] = 1.0
     guard: Guard = "warn"
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dist_adv import rng
-from dist_adv.attacks import LOSS_SCALE, cross_entropy, input_gradient
+from dist_adv.attacks import LOSS_SCALE, input_gradient
 from dist_adv.attacks.threat import Threat, to_pixels
 from dist_adv.data import Batch
 from dist_adv.methods.base import Guard, Method, MethodOptions, Net, Objective, Step, Task
@@ -42,8 +42,12 @@ class SORA(Method[SORAOptions]):
     def steps(self, net: Net, batch: Batch, threat: Threat) -> Iterator[Objective]:
         x, y, linearity = batch.x, batch.y, self.linearity.value
         noise = to_pixels(threat.random(batch.keys, x.shape), x)
+
+        def loss(logits: Tensor) -> Tensor:
+            return len(y) * self.task.loss(logits, y)  # the sum, of labels as smooth as below
+
         with net.frozen() as model:
-            _, first = input_gradient(model, x, noise, lambda z: cross_entropy(z, y))
+            _, first = input_gradient(model, x, noise, loss)
         share = rng.uniform(rng.substream(batch.keys, "share"), tuple(x.shape[1:])).to(x)
         size = 2 * threat.eps * (_LINEAR / (1 - linearity).clamp_min(_LINEAR))
         moved = noise + share * threat.ascend(torch.zeros_like(x), first, 1.0) * size

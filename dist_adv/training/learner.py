@@ -162,7 +162,7 @@ class Learner:
         optim, total = self.config.optim, self.total_steps
         warmup = optim.warmup * self.loader.batches * self.method.steps_per_batch
         return (
-            lr_at(optim.schedule, optim.lr, step, total, optim.rise, warmup),
+            lr_at(optim.schedule, optim.lr, step, total, optim.rise, warmup, optim.milestones),
             momentum_at(optim.momentum, optim.cycle_momentum, step, total, optim.rise),
         )
 

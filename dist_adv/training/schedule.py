@@ -4,13 +4,20 @@ No scheduler object: nothing to save, nothing that Accelerate would step once a 
 """
 
 import math
+from collections.abc import Sequence
 
 from dist_adv import plugins
 from dist_adv.config.schema import SCHEDULE_GROUP, SCHEDULES
 
 
 def lr_at(
-    schedule: str, peak: float, step: int, total: int, rise: float = 0.5, warmup: float = 0.0
+    schedule: str,
+    peak: float,
+    step: int,
+    total: int,
+    rise: float = 0.5,
+    warmup: float = 0.0,
+    milestones: Sequence[float] = (0.5, 0.75),
 ) -> float:
     """Learning rate of update number `step` (from 0) of `total`.
 
@@ -18,8 +25,8 @@ def lr_at(
     without; the cosine is over the rest.
 
     cyclic: a triangle, 0 -> peak -> 0, which rises for the share `rise` of the run (Wong et al.
-    2020, torch's CyclicLR: one half); the first update has rate 0. multistep: x 0.1 at total / 2
-    and again at 3 total / 4 (their alternative).
+    2020, torch's CyclicLR: one half); the first update has rate 0. multistep: x 0.1 at each of the
+    milestones, which are shares of the run (half and three quarters: their alternative).
     """
     done = step / total
     if schedule == "cyclic":
@@ -27,7 +34,8 @@ def lr_at(
     if step + 1 < warmup:
         return peak * (step + 1) / warmup
     if schedule == "multistep":
-        return peak * 0.1 ** (int(step >= total // 2) + int(step >= total * 3 // 4))
+        # 0.7 of 39,100 steps is a little less than 27,370 in floating point.
+        return peak * 0.1 ** sum(step >= math.floor(share * total + 1e-6) for share in milestones)
     if schedule == "cosine":
         return peak * 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (total - warmup)))
     if schedule not in SCHEDULES:

@@ -509,7 +509,8 @@ def sora(run: Recipe, batches: Iterable, noise: Callable) -> None:
     linearity = torch.full((1,), 0.99)
     for x, y, keys in batches:
         eta = clamp(-run.eps + 2 * run.eps * noise(keys), -x, 1 - x)
-        first = run.gradient(x, eta, y)
+        start = eta.clone().requires_grad_()
+        (first,) = torch.autograd.grad(run.cross_entropy(run.model(x + start), y), start)
         longest = 2 * run.eps * torch.clamp(0.02 / (1 - linearity), max=1)
         share = rng.uniform(rng.substream(keys, "share"), tuple(x.shape[1:])).to(x)
         delta = clamp(eta + longest * share * first.sign(), -x, 1 - x).requires_grad_()

@@ -258,6 +258,7 @@ DECIDED: dict[str, tuple[Any, str]] = {
     "optim.weight_decay": (0.0, "no"),
     "optim.schedule": ("constant", "no"),
     "optim.rise": (0.25, "no"),
+    "optim.milestones": ([0.7], "no"),
     "optim.cycle_momentum": (True, "no"),
     "optim.warmup": (1.0, "no"),
     "train.epochs": (46, "longer"),

@@ -1,5 +1,7 @@
 """Learning rate and momentum of every step are those of torch's schedulers."""
 
+import bisect
+
 import pytest
 import torch
 from torch.optim import lr_scheduler
@@ -47,6 +49,19 @@ def test_rates_are_torch_s(schedule, total):
     ours = [lr_at(schedule, PEAK, step, total) for step in range(total)]
     expected = [rate for rate, _ in rates(TORCH[schedule], total)]
     assert ours == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "milestones"),
+    [(100, [70, 85]), (120, [75, 90, 100]), (76, [75]), (110, [100, 105]), (30, [7])],
+)
+def test_milestones_are_those_of_torch_in_epochs(epochs, milestones):
+    """Shares of the run, to the step: at 391 batches an epoch."""
+    total, shares = 391 * epochs, [milestone / epochs for milestone in milestones]
+    ours = [lr_at("multistep", PEAK, step, total, milestones=shares) for step in range(total)]
+    steps = [391 * milestone for milestone in milestones]
+    expected = [PEAK * 0.1 ** bisect.bisect_right(steps, step) for step in range(total)]
+    assert ours == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("rise", [0.1, 0.25, 0.8])
