@@ -35,8 +35,7 @@ class ADR(Method[ADROptions]):
     """PGD training towards r = s q + (1 - s) onehot(y), q = softmax(averaged f(x) / tau).
 
     s = clip(share - (max_k q_k - q_y), 0, 1): less of q where it is wrong. The attack ascends the
-    same cross-entropy. The average is the run's own (`average`), of half an epoch in the paper,
-    which evaluates that of another, slower one.
+    same cross-entropy. The average is the run's own (`average`), of half an epoch as published.
     """
 
     title = "ADR"

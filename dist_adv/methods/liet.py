@@ -25,7 +25,7 @@ class LIETOptions(MethodOptions):
     smoothing: the share of a label that is spread over the other classes, at random and anew each
     time it is asked for. refresh: batches after which the examples are made anew, counted from
     each epoch's first. hidden: between which shares of an example are noise. noise: in eps; above 1
-    only pixels are clipped, and no ball (published with 2 for eps 16/255).
+    only pixels are clipped, and no ball (published with 2 for eps 12/255 and 16/255).
     """
 
     name: str = "liet"
