@@ -77,8 +77,7 @@ class Consistent(Method[ConsistentT], Generic[ConsistentT]):
             if not ascent:
                 total = LOSS_SCALE * n * self.task.loss(before, self.target(batch, "before"))
                 ascent.extend(torch.autograd.grad(total, start, retain_graph=True))
-            moved = threat.ascend(start.detach(), ascent[0], threat.eps)
-            after = net(x + self.start.clip(moved, x, threat))
+            after = net(x + self.start.step(start.detach(), ascent[0], batch, threat))
             apart = self.distance(before, after)
             loss = self.task.loss(after, self.target(batch, "after"))
             loss = loss + self.strength(batch.when) * apart
@@ -118,9 +117,9 @@ class Start:
         """Return a perturbation of the shape of batch.x, x + d in [0, 1]. Every rank calls this."""
         return to_pixels(threat.random(batch.keys, batch.x.shape), batch.x)
 
-    def clip(self, delta: Tensor, x: Tensor, threat: Threat) -> Tensor:
-        """Return where the step ends."""
-        return threat.project(delta, x)
+    def step(self, start: Tensor, gradient: Tensor, batch: Batch, threat: Threat) -> Tensor:
+        """Return where the step ends, x + d in [0, 1]."""
+        return threat.project(threat.ascend(start, gradient, threat.eps), batch.x)
 
     def learn(self, net: Net, batch: Batch, gradient: Tensor) -> None:
         """Learn from the gradient there, (n, C, H, W), which is finite. Every rank calls this."""
@@ -132,8 +131,8 @@ class _Noise(Start):
     def begin(self, net: Net, batch: Batch, threat: Threat) -> Tensor:
         return to_pixels(2 * threat.random(batch.keys, batch.x.shape), batch.x)
 
-    def clip(self, delta: Tensor, x: Tensor, threat: Threat) -> Tensor:
-        return to_pixels(delta, x)
+    def step(self, start: Tensor, gradient: Tensor, batch: Batch, threat: Threat) -> Tensor:
+        return to_pixels(threat.ascend(start, gradient, threat.eps), batch.x)
 
 
 class _Universal(Start):
@@ -141,7 +140,7 @@ class _Universal(Start):
 
     u_c = clip(u_c + sign(m_c)), m_c = mean over the class of g / |g|_1 + 0.3 m_c, where |g|_1 is
     of the whole global batch. As published, but that sizes beyond eps, which the ball clips, are
-    not kept; it makes no difference.
+    not kept: up to 10/255, the size there, it makes no difference.
     """
 
     per_class = True
@@ -182,7 +181,8 @@ class _Prior(Start):
     """A perturbation an image, of -eps, 0 and eps, from where it was left an epoch ago.
 
     d_i = clip(d_i + sign(m_i)), m_i = g_i / mean |g_i| + 0.3 m_i; both drawn anew every 40 epochs.
-    It stays where it is in the crop, as published, which is another part of the image each time.
+    The step is from d_i itself, which no pixel has clipped. d_i stays where it is in the crop, as
+    published, which is another part of the image each time.
     The published code divides by a norm of the whole batch, and clips what it keeps to the pixels
     of a crop that is gone then.
     """
@@ -193,6 +193,9 @@ class _Prior(Start):
 
     def begin(self, net: Net, batch: Batch, threat: Threat) -> Tensor:
         return to_pixels(threat.eps * self._read(batch), batch.x)
+
+    def step(self, start: Tensor, gradient: Tensor, batch: Batch, threat: Threat) -> Tensor:
+        return super().step(threat.eps * self._read(batch), gradient, batch, threat)
 
     def learn(self, net: Net, batch: Batch, gradient: Tensor) -> None:
         size = gradient.abs().flatten(1).mean(1).clamp_min(torch.finfo(gradient.dtype).tiny)

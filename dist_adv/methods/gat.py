@@ -70,7 +70,7 @@ class Guided(Method[GuidedT], Generic[GuidedT]):
 
 
 class GATOptions(MethodOptions):
-    """strength: four times this in the last 15 % of the run, as published."""
+    """strength: four times this in the last 14 % of the run, as published."""
 
     name: str = "gat"
     strength: Annotated[Real, Field(ge=0, title="lambda")] = 10.0
@@ -90,4 +90,4 @@ class GAT(Guided[GATOptions]):
         return (clean.softmax(1) - adversarial.softmax(1)).square().sum(1)
 
     def strength(self, when: When) -> float:
-        return (4 if when.progress >= 0.85 else 1) * self.options.strength
+        return (4 if when.progress >= 0.86 else 1) * self.options.strength

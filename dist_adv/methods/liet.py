@@ -95,8 +95,10 @@ class _Examples(Start):
         delta = torch.where(hidden, noise, threat.eps * self.signs.value[batch.y].to(x))
         return to_pixels(torch.where(of_batch[1] < 0.5, -delta, delta), x)
 
-    def clip(self, delta: Tensor, x: Tensor, threat: Threat) -> Tensor:
-        return to_pixels(delta, x) if self.options.noise > 1 else threat.project(delta, x)
+    def step(self, start: Tensor, gradient: Tensor, batch: Batch, threat: Threat) -> Tensor:
+        if self.options.noise > 1:
+            return to_pixels(threat.ascend(start, gradient, threat.eps), batch.x)
+        return super().step(start, gradient, batch, threat)
 
     def _expected(self, net: Net, when: When) -> Tensor:
         """Return the signs of e, (classes, C, H, W)."""

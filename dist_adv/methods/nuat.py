@@ -43,8 +43,8 @@ class NuAT(Guided[NuATOptions]):
         if task.classes > 10:
             self.caution = (
                 f"nuat is not known to work with {task.classes} classes: a benchmark of ResNet-18 "
-                f"(arXiv 2604.22853) found 14.4 % under AutoAttack on CIFAR-100, where PGD had "
-                f"26.9 %; consistency had 26"
+                f"(arXiv 2604.22853; its attack in train mode) found 14.4 % under AutoAttack on "
+                f"CIFAR-100, where PGD had 26.9 %; consistency had 26"
             )
 
     def distance(self, net: Net, clean: Tensor, adversarial: Tensor) -> Tensor:

@@ -333,18 +333,25 @@ def consistency(start: str, strength: float) -> Callable:
                     kept = (rng.uniform(key, shape)[0] - 0.5).sign().to(x) * size
                     momentum = torch.zeros_like(kept)
                 begin = clamp(kept[rows], -eps, eps)
+            origin = begin.to(x)
             begin = clamp(begin, -x, 1 - x).to(x).requires_grad_()
+            if start != "prior":
+                origin = begin.detach()
             found: list[Tensor] = []
 
             def loss(
-                x: Tensor = x, y: Tensor = y, begin: Tensor = begin, found: list[Tensor] = found
+                x: Tensor = x,
+                y: Tensor = y,
+                begin: Tensor = begin,
+                origin: Tensor = origin,
+                found: list[Tensor] = found,
             ) -> Tensor:
                 before = run.model(x + begin)
                 if not found:
                     found.extend(
                         torch.autograd.grad(run.cross_entropy(before, y), begin, retain_graph=True)
                     )
-                delta = begin.detach() + run.eps * found[0].sign()
+                delta = origin + run.eps * found[0].sign()
                 if start != "noise":
                     delta = clamp(delta, -run.eps, run.eps)
                 after = run.model(x + clamp(delta, -x, 1 - x))
@@ -435,7 +442,7 @@ def guided(strength: float, nuclear: bool) -> Callable:
     def loop(run: Recipe, batches: Iterable, noise: Callable) -> None:
         for x, y, keys in batches:
             weight = strength * (run.done / run.total if nuclear else 1)
-            if not nuclear and run.done / run.total >= 0.85:
+            if not nuclear and run.done / run.total >= 0.86:
                 weight = 4 * strength
             alternate = run.batch.when.batch % 2
             eps = run.eps

@@ -198,9 +198,12 @@ def test_examples_under_larger_noise_have_no_ball() -> None:
     given = batch()
     start = it.start.begin(Net(Network()), given, Linf(0.1))
     assert 0.1 < start.abs().max() <= 0.2
-    assert torch.equal(it.start.clip(3 * start, given.x, Linf(0.1)), (3 * start).clamp(-0.5, 0.5))
+    flat = torch.zeros_like(start)
+    assert torch.equal(
+        it.start.step(3 * start, flat, given, Linf(0.1)), (3 * start).clamp(-0.5, 0.5)
+    )
     tight = method("liet", smoothing=0.2).start
-    assert tight.clip(3 * start, given.x, Linf(0.1)).abs().max() <= 0.1
+    assert tight.step(3 * start, flat, given, Linf(0.1)).abs().max() <= 0.1
 
 
 def test_labels_are_spread_at_random_and_anew() -> None:
@@ -274,9 +277,15 @@ def _nuat(classes: int) -> NuAT:
     return NuAT(NuAT.Options(), task)
 
 
+def test_gat_is_stronger_after_epoch_86_of_100() -> None:
+    it = method("gat", strength=3)
+    shares = 0.0, 0.85, 0.8599, 0.86, 0.99
+    assert [it.strength(When(0, 0, 1, 0, progress=at)) for at in shares] == [3, 3, 3, 12, 12]
+
+
 def test_nuat_says_where_it_fails() -> None:
     assert _nuat(10).caution == ""
-    assert "14.4 % under AutoAttack on CIFAR-100" in _nuat(100).caution
+    assert "14.4 % under AutoAttack" in _nuat(100).caution
 
 
 @pytest.fixture
