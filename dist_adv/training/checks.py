@@ -1,6 +1,11 @@
 """What does not fit together, said before anything is trained."""
 
-from torch import nn
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
 
 from dist_adv.config import Config
 from dist_adv.data import Dataset
@@ -20,6 +25,51 @@ def check_statistics(config: Config, smallest_share: int, network: nn.Module | N
             "train.batch_size: leaves a rank 1 image in some batch, of which BatchNorm has no "
             "statistics; set data.drop_last=true, another batch size or model.norm=group"
         )
+
+
+def check_strides(accelerator: Accelerator, network: nn.Module, shape: Sequence[int]) -> None:
+    """Raise UserError where this CPU computes wrong gradients of a network's weights in bf16.
+
+    On CPUs with AMX oneDNN (3.12, torch 2.14.1) reads memory that nobody wrote for the weights'
+    gradient of a bf16 convolution whose stride is larger than its map: NaN, or silently a wrong
+    number. Such a stride is a ResNet's for images of 8x8 or 16x16 pixels.
+
+    Args:
+        network: in eval mode, on its device.
+        shape: (C, H, W) of an image.
+    """
+    if accelerator.mixed_precision != "bf16" or accelerator.device.type != "cpu" or not has_amx():
+        return
+    found: list[str] = []
+
+    def look(name: str, module: nn.Conv2d, inputs: tuple[Tensor, ...]) -> None:
+        size = inputs[0].shape[-2:]
+        sides = zip(module.kernel_size, module.stride, size, strict=True)
+        if any(kernel > 1 and stride > side for kernel, stride, side in sides):
+            found.append(f"{name} (stride {max(module.stride)}, a map of {size[0]}x{size[1]})")
+
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda module, inputs, name=name: look(name, module, inputs)
+        )
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    with torch.no_grad():
+        network(torch.full((1, *shape), 0.5))
+    for hook in hooks:
+        hook.remove()
+    if found:
+        raise UserError(
+            f"train.precision: in bf16 this CPU (AMX) computes wrong gradients of convolutions "
+            f"that stride over more than their map: {few(found)}; use fp32, or larger images"
+        )
+
+
+def has_amx() -> bool:
+    """Whether bf16 products are computed in AMX tiles."""
+    supported: Any = getattr(torch.cpu, "_is_amx_tile_supported", bool)
+    return bool(supported())
 
 
 def check_splits(train: Dataset, test: Dataset) -> None:

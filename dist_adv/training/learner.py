@@ -26,7 +26,7 @@ from dist_adv.methods import Objective, Task, build_method
 from dist_adv.methods.checked import checked_steps
 from dist_adv.models import Classifier, build_model, check_answers, is_somebodys
 from dist_adv.training.averages import Average
-from dist_adv.training.checks import check_statistics
+from dist_adv.training.checks import check_statistics, check_strides
 from dist_adv.training.clock import Clock
 from dist_adv.training.meter import Meter
 from dist_adv.training.nonfinite import NonFinite
@@ -65,6 +65,7 @@ class Learner:
         if is_somebodys(config.model.name):
             subject = f"model.name: {config.model.name}"
             check_answers(self.copy, subject, data.images.shape[1:], len(data.classes))
+        check_strides(accelerator, self.copy, data.images.shape[1:])
         trained = synchronised(accelerator, network) if train.sync_batchnorm else network
         compile_network(trained, train.compile, "kept graph" in self.method.needs)
         self.net = engines.prepare(accelerator, trained, config)

@@ -20,7 +20,7 @@ from made_up_method import Carrying
 TREE: dict[str, Any] = {
     "method": {"name": "natural"},
     "threat": {"eps": 0.1},
-    "train": {"epochs": 2, "batch_size": 20, "threads": 1},
+    "train": {"epochs": 2, "batch_size": 20, "threads": 1, "precision": "fp32"},
     "data": {"augment": False},
     "eval": {"attacks": ["natural"], "every": 0},
     "track": {"wandb": {"mode": "disabled"}},

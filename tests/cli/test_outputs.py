@@ -53,7 +53,7 @@ def commands(out: str) -> dict[str, list[str]]:
         "plan": [*PLAN, "--json", out],
         "report": ["report", "run", "--out", out],
         "export": ["export", "run", "--out", out],
-        "bench": ["bench", "--only", "peaks", "--quick", "--out", out],
+        "bench": ["bench", "--only", "peaks", "--quick", "--precision", "fp32", "--out", out],
     }
 
 

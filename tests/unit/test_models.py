@@ -8,7 +8,9 @@ import pickle
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +28,8 @@ from dist_adv.models import (
     load_model,
     save_model,
 )
+from dist_adv.training import checks
+from dist_adv.training.checks import check_strides
 
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2471, 0.2435, 0.2616]
 CLASSES = [str(k) for k in range(10)]
@@ -414,3 +418,33 @@ def test_file_that_is_no_model(content, said, tmp_path):
             load_model(given)
         assert str(tmp_path) in str(raised.value)
     assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    ("precision", "amx", "pixels", "refused"),
+    [
+        ("bf16", True, 2, True),
+        ("bf16", True, 4, False),
+        ("bf16", False, 2, False),
+        ("no", True, 2, False),
+    ],
+)
+def test_strides_that_amx_gets_wrong(
+    precision: str, amx: bool, pixels: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU is pretended: of most machines it is another."""
+    monkeypatch.setattr(checks, "has_amx", lambda: amx)
+    accelerator = SimpleNamespace(mixed_precision=precision, device=torch.device("cpu"))
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2, padding=1),
+        nn.Conv2d(4, 4, 3, stride=2, padding=1),
+        nn.Conv2d(4, 4, 1, stride=2),  # a pixel's product, whatever the stride
+    )
+    told = (
+        pytest.raises(UserError, match=r"train\.precision: .*: 1 \(stride 2, a map of 1x1\); use")
+        if refused
+        else nullcontext()
+    )
+    with told:
+        check_strides(accelerator, network, (3, pixels, pixels))
+    assert not any(module._forward_pre_hooks for module in network)
