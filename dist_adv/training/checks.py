@@ -35,7 +35,7 @@ def check_strides(accelerator: Accelerator, network: nn.Module, shape: Sequence[
     number. Such a stride is a ResNet's for images of 8x8 or 16x16 pixels.
 
     Args:
-        network: in eval mode, on its device.
+        network: on its device; left in eval mode.
         shape: (C, H, W) of an image.
     """
     if accelerator.mixed_precision != "bf16" or accelerator.device.type != "cpu" or not has_amx():
@@ -56,7 +56,7 @@ def check_strides(accelerator: Accelerator, network: nn.Module, shape: Sequence[
         if isinstance(module, nn.Conv2d)
     ]
     with torch.no_grad():
-        network(torch.full((1, *shape), 0.5))
+        network.eval()(torch.full((1, *shape), 0.5))
     for hook in hooks:
         hook.remove()
     if found:

@@ -439,6 +439,7 @@ def test_strides_that_amx_gets_wrong(
         nn.Conv2d(3, 4, 3, stride=2, padding=1),
         nn.Conv2d(4, 4, 3, stride=2, padding=1),
         nn.Conv2d(4, 4, 1, stride=2),  # a pixel's product, whatever the stride
+        nn.BatchNorm2d(4),  # which takes no statistics of one image
     )
     told = (
         pytest.raises(UserError, match=r"train\.precision: .*: 1 \(stride 2, a map of 1x1\); use")
