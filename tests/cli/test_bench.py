@@ -17,9 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    # What it starts is forked from it here, with its precision: that of the one-step training.
-    command = [sys.executable, "-m", "dist_adv", "bench", "--quick", "--precision", "fp32"]
-    command += ["--width", "4"]
+    command = [sys.executable, "-m", "dist_adv", "bench", "--quick", "--width", "4"]
     return forked.run(
         [*command, "--batch-size", "8", *arguments],
         capture_output=True,

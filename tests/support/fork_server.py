@@ -159,6 +159,11 @@ def forget_ours() -> None:
     logging.getLogger("dist_adv").handlers.clear()
     logging.getLogger("dist_adv").propagate = True
     tempfile.tempdir = None
+    # The other's Accelerator and its precision, which is bf16 on some CPUs.
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def forget_exit() -> None:
