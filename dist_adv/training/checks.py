@@ -32,7 +32,8 @@ def check_strides(accelerator: Accelerator, network: nn.Module, shape: Sequence[
 
     On CPUs with AMX oneDNN (3.12, torch 2.14.1) reads memory that nobody wrote for the weights'
     gradient of a bf16 convolution whose stride is larger than its map: NaN, or silently a wrong
-    number. Such a stride is a ResNet's for images of 8x8 or 16x16 pixels.
+    number (benchmarks/results/2026-11-27-amx.md). Such a stride is a ResNet's for images of 8x8
+    or 16x16 pixels.
 
     Args:
         network: on its device; left in eval mode.

@@ -113,8 +113,8 @@ class Guard:
     """What a run does about collapse, and what it remembers: `warn` of it, or `stop` before it.
 
     reference: the epoch that the next is compared with, but for its alignment, which is the last
-    epoch's. good: with `stop`, when and with which
-    weights the last good epoch ended. stopped: collapse has ended the run.
+    epoch's. good: with `stop`, when and with which weights the last good epoch ended. stopped:
+    collapse has ended the run.
     """
 
     def __init__(self, options: MethodOptions) -> None:

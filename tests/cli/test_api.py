@@ -15,6 +15,7 @@ import dist_adv
 from cases import make_images
 from dist_adv.distributed.start import as_it_was
 from dist_adv.errors import UserError
+from dist_adv.training import checks
 from made_up_method import Carrying
 
 TREE: dict[str, Any] = {
@@ -58,6 +59,22 @@ class Several(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x.flatten(1)[:, :3], x
+
+
+def test_a_network_is_refused_where_amx_gets_it_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU is pretended; in bf16 it strides by 2 over a map of 1x1."""
+    monkeypatch.setattr(checks, "has_amx", lambda: True)
+    theirs = nn.Sequential(
+        nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 3, 3, stride=2, padding=1), nn.Flatten()
+    )
+    data = images()
+    tree = TREE | {"train": TREE["train"] | {"precision": "bf16"}}
+    with pytest.raises(UserError, match=r"1 \(stride 2, a map of 1x1\); use fp32"):
+        dist_adv.train(tree, tmp_path / "run", model=theirs, data=(data, data))
+    assert not (tmp_path / "run").exists()
+    dist_adv.train(TREE, tmp_path / "run", model=theirs, data=(data, data))
 
 
 def test_a_network_starts_from_its_weights_and_has_the_trained_ones(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from dist_adv.attacks.threat import build
 from dist_adv.config import load_config
 from dist_adv.data import load_dataset
 from dist_adv.distributed import start
-from dist_adv.training.collapse import on_sample
+from dist_adv.training.collapse import Measured, on_sample
 from launch import SMALL
 
 pytestmark = pytest.mark.slow
@@ -72,16 +72,19 @@ def test_launchers_train_on_two_ranks(launcher, method, run, tmp_path):
     assert alone.returncode == 0, alone.stderr[-3000:]
     assert accuracies()[:2] == accuracies()[2:]
     if method == "fast":
-        assert measured_alone(tmp_path / "run") == guarded(tmp_path / "run")
+        found, last = measured_alone(tmp_path / "run"), after_the_last_epoch(tmp_path / "run")
+        assert found.record() == {
+            "guard_accuracy": last["guard_accuracy"],
+            "guard_fgsm_accuracy": last["guard_fgsm_accuracy"],
+            "guard_alignment": pytest.approx(last["guard_alignment"], abs=1e-3),
+        }
 
 
-def guarded(run_dir: Path) -> tuple[float, float]:
-    """What the guard found after the last epoch."""
-    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
-    return last["guard_accuracy"], last["guard_fgsm_accuracy"]
+def after_the_last_epoch(run_dir: Path) -> dict[str, float]:
+    return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
 
 
-def measured_alone(run_dir: Path) -> tuple[float, float]:
+def measured_alone(run_dir: Path) -> Measured:
     """What one process finds in the same weights."""
     settings = load_config(run_dir / "config.yaml")
     threat = build(settings.threat.norm, settings.threat.eps)
@@ -89,8 +92,7 @@ def measured_alone(run_dir: Path) -> tuple[float, float]:
     accelerator = start.start_accelerator(threads=1)
     found = on_sample(load_model(run_dir), data, threat, accelerator, 500, lambda: None)
     assert found.n == 512
-    assert found.fgsm is not None
-    return found.pgd, found.fgsm
+    return found
 
 
 KILL_AFTER_FIRST_CHECKPOINT = """

@@ -53,7 +53,7 @@ def test_resumed_and_pushed_again(images: Path, tmp_path: Path, server: Server, 
     train_run(config, run_dir, "none")
     check(server, run_dir)
     inputs = [each["input"] for name, each in server.asked if name == "CreateArtifact"]
-    assert {each["artifactTypeName"] for each in inputs} == {"model", "report"}
+    assert sorted(each["artifactTypeName"] for each in inputs) == ["model", "report"]
 
     # As if it had been killed in the second epoch: it does that again.
     shutil.rmtree(run_dir / "checkpoints" / "step-000000008")
