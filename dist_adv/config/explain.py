@@ -23,6 +23,8 @@ def explain(error: ErrorDetails, tree: Mapping[str, Any]) -> str:
     match error["type"]:
         case "extra_forbidden":
             return f"{key}: unknown key{_elsewhere(place, tree)}"
+        case "missing" if len(place) > 1:
+            return f"{key}: missing; the list is too short"
         case "missing":
             return f"{key}: missing; a method is needed: 'method: {{name: fast}}'"
         case "union_tag_invalid":

@@ -190,6 +190,8 @@ def test_override_into_a_value():
         ("model.widht=8", r"model\.widht: unknown key; did you mean 'width'"),
         ("track.wandb.projekt=x", r"track\.wandb\.projekt: unknown key; did you mean 'project'"),
         ("method.name=fats", r"method\.name: 'fats' is not known; did you mean 'fast'"),
+        ("method={name: adr, share: [0.5]}", r"method\.share\.1: missing; the list is too short"),
+        ("optim.milestones=[0.5, 1.5]", r"optim\.milestones\.1: input should be less than 1"),
         ("model.name=resnet", r"model\.name: 'resnet' is not known; did you mean 'resnet50'"),
         ("data.name=cifar", r"data\.name: 'cifar' is not known; did you mean 'cifar10'"),
         ("method.init=randm", r"method\.init: 'randm' is not known; did you mean 'random'"),
