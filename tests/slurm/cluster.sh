@@ -12,6 +12,7 @@ set -euo pipefail
 
 dir=$(realpath -m "$2")
 export SLURM_CONF=$dir/slurm.conf
+export PATH=$PATH:/usr/sbin:/sbin # where the daemons are, and which not everybody has there
 
 cannot() {
   echo "$*" >&2
