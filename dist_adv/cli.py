@@ -133,7 +133,7 @@ def evaluate(
     """
     streams.optional()
     _announce()
-    from dist_adv.training.measure import evaluate_run
+    from dist_adv.judging.finished_run import evaluate_run
 
     evaluate_run(
         run_dir, [each.strip() for each in attacks.split(",")] if attacks else [], limit, overrides

@@ -5,19 +5,31 @@ names the file or key and the remedy.
 """
 
 from dist_adv.config.compare import differences, flatten, longer, training_differences
-from dist_adv.config.loading import load_config, parse_config
-from dist_adv.config.schema import Config, EvalOptions, OptimOptions, ThreatOptions, TrainOptions
+from dist_adv.config.loading import load, load_config, parse, parse_config
+from dist_adv.config.schema import (
+    Config,
+    EvalOptions,
+    Judged,
+    OptimOptions,
+    Reference,
+    ThreatOptions,
+    TrainOptions,
+)
 
 __all__ = [
     "Config",
     "EvalOptions",
+    "Judged",
     "OptimOptions",
+    "Reference",
     "ThreatOptions",
     "TrainOptions",
     "differences",
     "flatten",
+    "load",
     "load_config",
     "longer",
+    "parse",
     "parse_config",
     "training_differences",
 ]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dist_adv.config.schema import Config
+from dist_adv.config.schema import Config, Judged
 
 # Differences in these do not change what is trained, so a run goes on in spite of them. The data
 # may have moved; whether they are the same is not seen from where they lie.
@@ -32,7 +32,7 @@ _FREE_TO_CHANGE = (
 _FREE_TO_GROW = ("train.epochs", "train.max_steps")
 
 
-def differences(old: Config, new: Config) -> list[str]:
+def differences(old: Config | Judged, new: Config | Judged) -> list[str]:
     """`key: old -> new` for every key that is not the same."""
     before, after = flatten(old.model_dump()), flatten(new.model_dump())
     return [

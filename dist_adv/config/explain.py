@@ -9,11 +9,14 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from dist_adv.config.compare import flatten
-from dist_adv.config.schema import Config
+from dist_adv.config.schema import Config, Judged
+from dist_adv.config.yaml_text import parse_yaml
 from dist_adv.text import nearest
 
 
-def explain(error: ErrorDetails, tree: Mapping[str, Any]) -> str:
+def explain(
+    error: ErrorDetails, tree: Mapping[str, Any], kind: type[Config | Judged] = Config
+) -> str:
     """One problem as 'key: what is wrong; what to do'."""
     # A section that is one of several kinds has its kind in the location: drop it.
     names = {str(section.get("name")) for section in tree.values() if isinstance(section, dict)}
@@ -22,11 +25,11 @@ def explain(error: ErrorDetails, tree: Mapping[str, Any]) -> str:
     context = error.get("ctx", {})
     match error["type"]:
         case "extra_forbidden":
-            return f"{key}: unknown key{_elsewhere(place, tree)}"
+            return f"{key}: unknown key{_elsewhere(place, tree, kind)}"
         case "missing" if len(place) > 1:
             return f"{key}: missing; the list is too short"
         case "missing":
-            return f"{key}: missing; a method is needed: 'method: {{name: fast}}'"
+            return f"{key}: missing; a {key} is needed: {kind.NEEDS!r}"
         case "union_tag_invalid":
             kinds = re.findall("'(.*?)'", context["expected_tags"])
             found = context["tag"]
@@ -67,18 +70,18 @@ def _remedy(error: ErrorDetails, key: str) -> str:
             return ""
 
 
-def _elsewhere(place: list[str], tree: Mapping[str, Any]) -> str:
+def _elsewhere(place: list[str], tree: Mapping[str, Any], kind: type[Config | Judged]) -> str:
     """Where a key that is not known at `place` is one: in another section, or nearly so here."""
     chosen = {
         name: {"name": section["name"]}
         for name, section in tree.items()
         if isinstance(section, Mapping) and "name" in section
     }
-    natural = {"method": {"name": "natural"}}
+    least = parse_yaml(kind.NEEDS, kind.__name__)
     try:
-        known = Config.model_validate({**natural, **chosen})
+        known = kind.model_validate({**least, **chosen})
     except ValidationError:
-        known = Config.model_validate(natural)
+        known = kind.model_validate(least)
     keys = flatten(known.model_dump())
     homes = [key for key in keys if key.split(".")[-1] == place[-1]]
     if homes:

@@ -3,14 +3,16 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from dist_adv.config.explain import explain
-from dist_adv.config.schema import Config
+from dist_adv.config.schema import Config, Judged
 from dist_adv.config.yaml_text import parse_yaml
 from dist_adv.errors import UserError
+
+Kind = TypeVar("Kind", Config, Judged)
 
 
 def read_mapping(path: Path, needs: str, wanted: str = "") -> dict[str, Any]:
@@ -30,19 +32,19 @@ def read_mapping(path: Path, needs: str, wanted: str = "") -> dict[str, Any]:
     return tree
 
 
-def _read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read_file(path: Path, needs: str, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return the mapping of a file with everything that it extends."""
     here = Path(os.path.realpath(path))  # Path.resolve raises for a link to itself
     if here in seen:
         raise UserError(f"{path}: extends itself; remove the circle of 'extends'")
     wanted = f" (which {seen[-1]} extends)" if seen else ""
-    tree = read_mapping(path, "method: {name: fast}", wanted)
+    tree = read_mapping(path, needs, wanted)
     base = tree.pop("extends", None)
     if base is None:
         return tree
     if not isinstance(base, str):
         raise UserError(f"{path}: extends: must be one file name, relative to this file")
-    return _merge(_read_file(path.parent / base, (*seen, here)), tree)
+    return _merge(_read_file(path.parent / base, needs, (*seen, here)), tree)
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -87,14 +89,24 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
     Raises UserError naming the file and the key, with the nearest known name where there is one.
     """
-    tree = _merge(_read_file(Path(path)) if path else {}, _overrides(overrides))
-    return parse_config(tree, str(path or "overrides"))
+    return load(path, overrides, Config)
+
+
+def load(path: str | Path | None, overrides: Sequence[str], kind: type[Kind]) -> Kind:
+    """Load a configuration of either kind as `load_config` does."""
+    tree = _read_file(Path(path), kind.NEEDS) if path else {}
+    return parse(_merge(tree, _overrides(overrides)), str(path or "overrides"), kind)
 
 
 def parse_config(tree: Mapping[str, Any], source: str) -> Config:
     """Check a whole configuration; `source` is named in errors."""
+    return parse(tree, source, Config)
+
+
+def parse(tree: Mapping[str, Any], source: str, kind: type[Kind]) -> Kind:
+    """Check a configuration of either kind as `parse_config` does."""
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        problems = [explain(detail, tree) for detail in error.errors()]
+        problems = [explain(detail, tree, kind) for detail in error.errors()]
     raise UserError(f"{source}: " + "; ".join(dict.fromkeys(problems)))

@@ -1,7 +1,7 @@
 """The sections of a configuration, each with its keys, their types and defaults."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, WithJsonSchema, field_validator, model_validator
 
@@ -264,6 +264,8 @@ class TrackOptions(Options):
 class Config(Options):
     """A whole experiment."""
 
+    NEEDS: ClassVar[str] = "method: {name: fast}"
+
     method: MethodChoice
     threat: ThreatOptions = ThreatOptions()
     model: ModelChoice = PreActResNet18Options()
@@ -305,4 +307,30 @@ class Config(Options):
 
     def dump(self) -> str:
         """Return the resolved configuration as YAML, which `load_config` reads back to the same."""
+        return to_yaml(self.model_dump())
+
+
+class Reference(Options):
+    """A network as `--model` names it, and the arguments of the function that makes it."""
+
+    reference: str
+    args: dict[str, Any] = {}
+
+
+class Judged(Options):
+    """What is measured of somebody's network."""
+
+    NEEDS: ClassVar[str] = "model: {reference: 'module:function'}"
+
+    model: Reference
+    threat: ThreatOptions = ThreatOptions()
+    data: DataChoice = DataOptions()
+    eval: EvalOptions = EvalOptions()
+
+    def sources(self) -> dict[str, str]:
+        """Return the hashes of the sources of whatever in it is somebody's own, by name."""
+        return plugins.sources([self.model.reference, self.data.name, *self.eval.attacks])
+
+    def dump(self) -> str:
+        """Return it as YAML, which `load_config` reads back to the same."""
         return to_yaml(self.model_dump())

@@ -10,8 +10,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
+from dist_adv.config import Config, Judged, flatten
 from dist_adv.data import Fingerprints, what_changed
 from dist_adv.errors import UserError
+from dist_adv.runs.environment import code_version
 
 T = TypeVar("T")
 
@@ -32,6 +34,20 @@ def check_same_start(accelerator: Accelerator, about: Mapping[str, Any]) -> None
                 f"rank {rank} on {host} and rank 0 on {first} were not started alike "
                 f"({'; '.join(different)}); give every rank the same command, code and files"
             )
+
+
+def check_started_alike(
+    config: Config | Judged, accelerator: Accelerator, arguments: Mapping[str, Any]
+) -> None:
+    """Raise UserError where a rank has another command, configuration, code or torch than rank 0.
+
+    The images may lie elsewhere on each machine.
+    """
+    settings = flatten(config.model_dump()) | {"train.precision": accelerator.mixed_precision}
+    del settings["data.root"]
+    about = {**settings, **arguments, "code": code_version(), "torch": torch.__version__}
+    about |= {f"source of {name}": source for name, source in config.sources().items()}
+    check_same_start(accelerator, about)
 
 
 def check_same_images(accelerator: Accelerator, prints: Fingerprints) -> None:

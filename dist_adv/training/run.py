@@ -10,10 +10,11 @@ import torch
 from accelerate import Accelerator
 
 from dist_adv.config import Config, longer, parse_config
-from dist_adv.distributed.collectives import on_main
+from dist_adv.distributed.collectives import check_started_alike, on_main
 from dist_adv.distributed.failures import plain_failures
 from dist_adv.distributed.start import precision_of, start_accelerator, warn_of_unused_precision
 from dist_adv.errors import Preempted, RunFailure, UserError
+from dist_adv.judging.measurement import Measurement, check_attacks, final_weights
 from dist_adv.methods.carried import BySample
 from dist_adv.methods.description import describe
 from dist_adv.models import save_model
@@ -24,8 +25,8 @@ from dist_adv.terminal import bar, log_file, start_logging
 from dist_adv.tracking.tracker import Tracker, check_tracking
 from dist_adv.training import state
 from dist_adv.training.display import TrainingDisplay
-from dist_adv.training.measure import Measurement, check_attacks, measure_the_rest
-from dist_adv.training.supervision import check_started_alike, supervised
+from dist_adv.training.measure import measure_the_rest
+from dist_adv.training.supervision import supervised
 from dist_adv.training.trainer import Surroundings, Trainer
 
 log = logging.getLogger("dist_adv")
@@ -98,7 +99,7 @@ def _train(
                 trainer.writer.wait()
         on_main(accelerator, lambda: _save_final(run, trainer))
         measurement = Measurement(run, config, accelerator, tracker, session.between_chunks)
-        measurement.take(trainer.test_data)
+        measurement.take(final_weights(run), trainer.test_data)
 
 
 def _take(run: RunFolder, config: Config, resume: str, stack: ExitStack) -> bool:

@@ -1,36 +1,18 @@
 """One start of a command on a run: the same on every rank, recorded however it ends."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
-import torch
 from accelerate import Accelerator
 
-from dist_adv.config import Config, flatten
-from dist_adv.distributed.collectives import check_same_start
+from dist_adv.config import Config
 from dist_adv.distributed.session import Session
 from dist_adv.errors import Preempted
-from dist_adv.runs.environment import code_version
 from dist_adv.runs.folder import RunFolder
 from dist_adv.tracking.tracker import Tracker
 
 log = logging.getLogger("dist_adv")
-
-
-def check_started_alike(
-    config: Config, accelerator: Accelerator, arguments: Mapping[str, Any]
-) -> None:
-    """Raise UserError where a rank has another command, configuration, code or torch than rank 0.
-
-    The images may lie elsewhere on each machine.
-    """
-    settings = flatten(config.model_dump()) | {"train.precision": accelerator.mixed_precision}
-    del settings["data.root"]
-    about = {**settings, **arguments, "code": code_version(), "torch": torch.__version__}
-    about |= {f"source of {name}": source for name, source in config.sources().items()}
-    check_same_start(accelerator, about)
 
 
 @contextmanager

@@ -14,9 +14,9 @@ from PIL import Image
 from cases import config
 from dist_adv.config import Config, parse_config
 from dist_adv.errors import UserError
+from dist_adv.judging import measurement
+from dist_adv.judging.finished_run import evaluate_run
 from dist_adv.runs import checkpoint
-from dist_adv.training import measure
-from dist_adv.training.measure import evaluate_run
 from dist_adv.training.run import train_run
 from launch import checkpoints
 
@@ -140,7 +140,7 @@ def test_an_interrupted_evaluation_goes_on_with_its_own_images_only(
         said.clear()
         with monkeypatch.context() as patch:
             for name, value in patched.items():
-                patch.setattr(measure, name, value)
+                patch.setattr(measurement, name, value)
             evaluate_run(run_dir, ["natural"], None, [f"data.root={where}"])
         return said.text
 

@@ -12,6 +12,7 @@ import pytest
 from dist_adv import files
 from dist_adv.config import load_config
 from dist_adv.errors import UserError
+from dist_adv.judging.finished_run import evaluate_run
 from dist_adv.report import write_report
 from dist_adv.report.text import notices
 from dist_adv.runs import reading, status
@@ -19,7 +20,6 @@ from dist_adv.runs.export import export_run
 from dist_adv.runs.folder import RunFolder
 from dist_adv.runs.run import read_runs
 from dist_adv.tracking.wandb_run import final
-from dist_adv.training.measure import evaluate_run
 from dist_adv.training.run import train_run
 from made_up_runs import epoch, evaluation, make_run, write_lines
 

@@ -1,0 +1,1 @@
+"""Judge networks: the final weights of a run, or anybody's."""

@@ -1,0 +1,139 @@
+"""A network's figures under attacks, added to the results of its folder."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+from torch import nn
+
+from dist_adv import packages
+from dist_adv.attacks.threat import build as build_threat
+from dist_adv.config import Config, Judged, parse
+from dist_adv.data import Dataset, load_dataset
+from dist_adv.distributed.collectives import check_same_images, main_process_first, on_every
+from dist_adv.distributed.failures import plain_failures
+from dist_adv.evaluation.display import EvaluationDisplay, results_table
+from dist_adv.evaluation.evaluate import Supervision, evaluate
+from dist_adv.evaluation.unfinished import Unfinished
+from dist_adv.models import load_model, read_final
+from dist_adv.runs.folder import RunFolder
+from dist_adv.terminal import bar
+from dist_adv.tracking.tracker import Tracker, write_results
+
+log = logging.getLogger("dist_adv")
+
+Kind = TypeVar("Kind", Config, Judged)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network to measure.
+
+    load: makes it. identity: tells it from others of its folder. about: what results.jsonl says
+    of it besides its figures.
+    """
+
+    load: Callable[[], nn.Module]
+    identity: Mapping[str, Any]
+    about: Mapping[str, Any]
+
+
+def final_weights(run: RunFolder) -> Subject:
+    """Return the network of model.safetensors, the file that is handed on.
+
+    Raises UserError where the run is not finished.
+    """
+    trained = read_final(run.weights)["trained"]
+    about = {"epoch": trained["epoch"], "step": trained["step"]}
+    return Subject(partial(load_model, run.path), {"weights": digest(run)}, about)
+
+
+def digest(run: RunFolder) -> str | None:
+    """Return the SHA-256 of the final weights; None where they cannot be read."""
+    with suppress(OSError), run.weights.open("rb") as weights:
+        return hashlib.file_digest(weights, "sha256").hexdigest()
+    return None
+
+
+def with_attacks(config: Kind, attacks: Sequence[str], limit: int | None) -> Kind:
+    """Return a configuration with what a command asks for in place of its own attacks and limit.
+
+    Raises UserError for an attack that is not known or cannot run here.
+    """
+    asked = {"attacks": list(attacks) or config.eval.attacks, "limit": limit or config.eval.limit}
+    tree = config.model_dump()
+    tree["eval"] |= asked
+    config = parse(tree, "--attacks", type(config))
+    check_attacks(config.eval.attacks)
+    return config
+
+
+def check_attacks(attacks: Sequence[str]) -> None:
+    """Raise UserError for what would be missing after hours of training."""
+    if "autoattack" in attacks:
+        packages.need("pyautoattack", "autoattack", "'dist-adv[autoattack]'")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """`config.eval`'s attacks on a network, in a folder. between: as of `Supervision`."""
+
+    folder: RunFolder
+    config: Config | Judged
+    accelerator: Accelerator
+    tracker: Tracker | None = None
+    between: Callable[[], None] = lambda: None
+
+    def take(self, subject: Subject, data: Dataset | None = None) -> None:
+        """Measure, and record what comes out. Every rank calls this.
+
+        data: the test images, where they are not to be loaded.
+        """
+        config, accelerator = self.config, self.accelerator
+        if not config.eval.attacks:
+            return
+        model = subject.load().to(accelerator.device)
+        log.info("evaluating: %s ...", ", ".join(config.eval.attacks))
+        data = data or load_test_images(config, accelerator)
+        threat = build_threat(config.threat.norm, config.threat.eps)
+        with (
+            plain_failures(accelerator, "eval.batch_size", config.eval.batch_size),
+            bar(accelerator.is_main_process) as progress,
+        ):
+            display = EvaluationDisplay(progress)
+            about = self._identity(subject, data)
+            unfinished = Unfinished(self.folder.path, about, accelerator)
+            supervision = Supervision(display.update, self.between, unfinished)
+            results, examples = evaluate(model, data, threat, config.eval, accelerator, supervision)
+        if accelerator.is_main_process:
+            where = {"dataset": config.data.name, "split": "test"}
+            write_results(self.folder, results, examples, {**subject.about, **where})
+            unfinished.finished()
+            if self.tracker:
+                self.tracker.results()
+            results_table(results)
+
+    def _identity(self, subject: Subject, data: Dataset) -> dict[str, Any]:
+        """Everything that the figures depend on, but for the number of ranks."""
+        config, where = self.config, {"root", "resident_gb", "workers"}
+        return {
+            **subject.identity,
+            "threat": config.threat.model_dump(),
+            "data": config.data.model_dump(exclude=where) | {"images": data.fingerprint},
+            "eval": {key: getattr(config.eval, key) for key in ("step_size", "loss", "seed")},
+            "attacks": config.eval.attacks,
+            "limit": config.eval.limit,
+        }
+
+
+def load_test_images(config: Config | Judged, accelerator: Accelerator) -> Dataset:
+    """Return the test images, the same on every rank; UserError on all where one has others."""
+    first = partial(main_process_first, accelerator)
+    data = on_every(accelerator, partial(load_dataset, config.data, "test", first))
+    check_same_images(accelerator, {"test": data.fingerprint})
+    return data
