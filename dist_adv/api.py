@@ -119,7 +119,8 @@ def evaluate(
             model.to(accelerator.device)
             shape, classes = images.images.shape[1:], len(images.classes)
             models.check_answers(model, "the model", shape, classes, more=True)
-            results, _ = evaluation.evaluate(model, images, threat, chosen, accelerator)
+            plain = model if isinstance(model, models.Classifier) else models.Contiguous(model)
+            results, _ = evaluation.evaluate(plain, images, threat, chosen, accelerator)
         finally:
             model.to(first.device)
             for module, mode in training.items():

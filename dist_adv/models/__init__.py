@@ -117,6 +117,7 @@ class Classifier(nn.Module):
         self.net = _network(
             architecture["model"], len(architecture["mean"]), len(architecture["classes"])
         )
+        self.channels_last = takes_channels_last(architecture["model"]["name"])
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (n, classes) for images x (n, channels, height, width), float in [0, 1].
@@ -126,7 +127,19 @@ class Classifier(nn.Module):
         """
         if not (torch.jit.is_scripting() or torch.jit.is_tracing()):  # no branch on a size there
             check_images(x, len(self.architecture["mean"]))
-        return self.net(self.normalize(x))
+        x = self.normalize(x)
+        return self.net(x if self.channels_last else x.contiguous())
+
+
+class Contiguous(nn.Module):
+    """Somebody's network, given images as `x.view(len(x), -1)` needs them."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.contiguous())
 
 
 def check_images(x: Tensor, channels: int) -> None:
@@ -158,9 +171,23 @@ def is_somebodys(name: str) -> bool:
 
 def takes_pixels(name: str) -> bool:
     """Tell whether a network normalises images itself: somebody's own with `normalize = False`."""
-    return is_somebodys(name) and not getattr(
-        plugins.find(name, GROUP, _OWN, may_import=False), "normalize", True
-    )
+    return not _says(name, "normalize", True)
+
+
+def takes_channels_last(name: str) -> bool:
+    """Tell whether a network is trained with that layout: somebody's own with `channels_last = True`.
+
+    A network of convolutions is faster in it, and one with `x.view(len(x), -1)` fails.
+    """
+    return _says(name, "channels_last", False)
+
+
+def _says(name: str, attribute: str, default: bool) -> bool:
+    """Return what somebody's own network says of itself; dist_adv's own says yes to both."""
+    if not is_somebodys(name):
+        return True
+    found = plugins.find(name, GROUP, _OWN, may_import=False)
+    return bool(getattr(found, attribute, default))
 
 
 def build_model(
@@ -181,7 +208,8 @@ def build_model(
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.stream_key(seed, "weights") & (2**63 - 1))
-        return Classifier(architecture).to(memory_format=torch.channels_last)
+        model = Classifier(architecture)
+    return model.to(memory_format=torch.channels_last) if model.channels_last else model
 
 
 def check_answers(

@@ -61,6 +61,26 @@ class Several(nn.Module):
         return x.flatten(1)[:, :3], x
 
 
+class Tutorial(nn.Module):
+    """Flattens its feature map by `view`, which refuses one with its channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolve, self.classify = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(36, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool2d(self.convolve(x).relu(), 2)
+        return self.classify(x.view(x.size(0), -1))
+
+
+def test_a_network_may_take_views(tmp_path: Path) -> None:
+    data, theirs = images(), Tutorial()
+    tree = TREE | {"method": {"name": "pgd", "steps": 2, "alpha": 0.05}}
+    dist_adv.train(tree, tmp_path / "run", model=theirs, data=(data, data))
+    attacks = ["natural", "pgd-2", "autoattack"]
+    dist_adv.evaluate(theirs, data, threat=dist_adv.Linf(0.01), attacks=attacks, limit=6)
+
+
 def test_a_network_is_refused_where_amx_gets_it_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
