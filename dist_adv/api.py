@@ -20,6 +20,7 @@ from dist_adv.config import Config, EvalOptions, load_config, parse_config
 from dist_adv.data import DataOptions
 from dist_adv.distributed.start import as_it_was, start_accelerator
 from dist_adv.evaluation import evaluate as evaluation
+from dist_adv.evaluation.doubts import doubts
 from dist_adv.evaluation.results import Result
 from dist_adv.methods import Method
 from dist_adv.models import ModelOptions
@@ -121,10 +122,13 @@ def evaluate(
             models.check_answers(model, "the model", shape, classes, more=True)
             plain = model if isinstance(model, models.Classifier) else models.Contiguous(model)
             results, _ = evaluation.evaluate(plain, images, threat, chosen, accelerator)
+            doubtful = doubts(plain, images, chosen.batch_size)
         finally:
             model.to(first.device)
             for module, mode in training.items():
                 module.training = mode
+    for result in results:
+        result.flags.extend(doubtful if result.attack == "natural" else [])
     return {result.attack: result for result in results}
 
 

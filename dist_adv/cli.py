@@ -113,8 +113,15 @@ def _run_dir(config: Path) -> Path:
 
 
 @cli.command(name="eval")
-@click.argument("run_dir", type=_PATH)
-@_OVERRIDES
+@click.argument("arguments", nargs=-1, metavar="[RUN_DIR] [KEY.PATH=VALUE]...")
+@click.option(
+    "--model",
+    metavar="REFERENCE",
+    help="Any network in place of a run: module:function that makes it, a folder or file of one, "
+    "hf:USER/REPO, timm:NAME.",
+)
+@click.option("--model-args", multiple=True, metavar="KEY=VALUE", help="Of that function.")
+@click.option("--out", type=_PATH, help="With --model: where to.  [default: judged/NAME]")
 @click.option(
     "--attacks",
     help="Comma-separated: natural, fgsm, pgd-STEPS, pgd-STEPS-RESTARTS, autoattack.  "
@@ -122,22 +129,39 @@ def _run_dir(config: Path) -> Path:
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only so many random test images.")
 def evaluate(
-    run_dir: Path, overrides: tuple[str, ...], attacks: str | None, limit: int | None
+    arguments: tuple[str, ...],
+    model: str | None,
+    model_args: tuple[str, ...],
+    out: Path | None,
+    attacks: str | None,
+    limit: int | None,
 ) -> None:
     """Attack a trained model and add what comes out to RUN_DIR/results.jsonl.
+
+    With --model that is anybody's network: images in [0, 1] to logits. What looks wrong about it
+    is said beside its figures.
 
     \b
     dist-adv eval runs/cifar10-fast
     dist-adv eval runs/cifar10-fast --attacks natural,pgd-50-10 --limit 1000
     dist-adv eval runs/cifar10-fast eval.loss=margin data.root=/data
+    dist-adv eval --model mine.networks:robust --model-args width=32 --attacks pgd-20,autoattack
+    dist-adv eval --model robustbench.utils:load_model --model-args model_name=Wong2020Fast \\
+      data.name=cifar10 threat.eps=8/255 --limit 1000
     """
+    if model is None and (model_args or out):
+        raise click.UsageError("--model-args and --out go with --model.")
+    if model is None and not arguments:
+        raise click.UsageError("Missing argument 'RUN_DIR', or --model.")
     streams.optional()
     _announce()
-    from dist_adv.judging.finished_run import evaluate_run
+    names = [each.strip() for each in attacks.split(",")] if attacks else []
+    from dist_adv.judging.judge import judge_folder, judge_network
 
-    evaluate_run(
-        run_dir, [each.strip() for each in attacks.split(",")] if attacks else [], limit, overrides
-    )
+    if model is None:
+        judge_folder(_PATH.convert(arguments[0], None, None), names, limit, arguments[1:])
+    else:
+        judge_network(model, model_args, out, names, limit, arguments)
 
 
 @cli.command()

@@ -15,6 +15,7 @@ from dist_adv.config.schema import (
     ThreatOptions,
     TrainOptions,
 )
+from dist_adv.config.yaml_text import parse_yaml
 
 __all__ = [
     "Config",
@@ -31,5 +32,6 @@ __all__ = [
     "longer",
     "parse",
     "parse_config",
+    "parse_yaml",
     "training_differences",
 ]

@@ -33,8 +33,8 @@ class EvaluationDisplay:
             log.info("%s: %d of %d images", attack, done, of)
 
 
-def results_table(results: "Sequence[Result]") -> None:
-    """Print the final figures."""
+def results_table(results: "Sequence[Result]", said: Sequence[str] = ()) -> None:
+    """Print the final figures, and their flags but those that were `said` already."""
     table = Table("attack", "accuracy", "95 % interval", "n", "seconds")
     for result in results:
         record = result.record()
@@ -49,4 +49,5 @@ def results_table(results: "Sequence[Result]") -> None:
     Console().print(table)
     for result in results:
         for flag in result.flags:
-            log.warning("%s: %s", result.attack, flag)
+            if flag not in said:
+                log.warning("%s: %s", result.attack, flag)

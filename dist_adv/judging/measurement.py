@@ -18,6 +18,7 @@ from dist_adv.data import Dataset, load_dataset
 from dist_adv.distributed.collectives import check_same_images, main_process_first, on_every
 from dist_adv.distributed.failures import plain_failures
 from dist_adv.evaluation.display import EvaluationDisplay, results_table
+from dist_adv.evaluation.doubts import doubts
 from dist_adv.evaluation.evaluate import Supervision, evaluate
 from dist_adv.evaluation.unfinished import Unfinished
 from dist_adv.models import load_model, read_final
@@ -101,6 +102,9 @@ class Measurement:
         log.info("evaluating: %s ...", ", ".join(config.eval.attacks))
         data = data or load_test_images(config, accelerator)
         threat = build_threat(config.threat.norm, config.threat.eps)
+        doubtful = doubts(model, data, config.eval.batch_size)
+        for each in doubtful:
+            log.warning("%s", each)
         with (
             plain_failures(accelerator, "eval.batch_size", config.eval.batch_size),
             bar(accelerator.is_main_process) as progress,
@@ -110,13 +114,15 @@ class Measurement:
             unfinished = Unfinished(self.folder.path, about, accelerator)
             supervision = Supervision(display.update, self.between, unfinished)
             results, examples = evaluate(model, data, threat, config.eval, accelerator, supervision)
+        for result in results:
+            result.flags.extend(doubtful if result.attack == "natural" else [])
         if accelerator.is_main_process:
             where = {"dataset": config.data.name, "split": "test"}
             write_results(self.folder, results, examples, {**subject.about, **where})
             unfinished.finished()
             if self.tracker:
                 self.tracker.results()
-            results_table(results)
+            results_table(results, said=doubtful)
 
     def _identity(self, subject: Subject, data: Dataset) -> dict[str, Any]:
         """Everything that the figures depend on, but for the number of ranks."""

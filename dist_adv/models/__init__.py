@@ -175,9 +175,9 @@ def takes_pixels(name: str) -> bool:
 
 
 def takes_channels_last(name: str) -> bool:
-    """Tell whether a network is trained with that layout: somebody's own with `channels_last = True`.
+    """Tell whether a network has that layout: somebody's own with `channels_last = True`.
 
-    A network of convolutions is faster in it, and one with `x.view(len(x), -1)` fails.
+    One of convolutions is faster in it, and one with `x.view(len(x), -1)` fails.
     """
     return _says(name, "channels_last", False)
 

@@ -14,7 +14,8 @@ State = Literal["running", "preempted", "failed", "done"]
 class RunFolder:
     """Every file that a run writes or heeds. Printed and passed to `open`, it is its path.
 
-    weights: of the finished run; its being there means that training is over.
+    weights: of the finished run; its being there means that training is over. judged: in a folder
+    of somebody's network in place of a run, what was measured of it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -22,6 +23,7 @@ class RunFolder:
         self.config, self.environment = path / "config.yaml", path / "env.json"
         self.status, self.log = path / "status.json", path / "log.txt"
         self.metrics, self.results = path / "metrics.jsonl", path / "results.jsonl"
+        self.judged = path / "judged.yaml"
         self.weights, self.examples = path / "model.safetensors", path / "examples.safetensors"
         self.checkpoints = path / "checkpoints"
         self.identity = path / "wandb" / "run.json"

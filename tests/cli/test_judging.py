@@ -1,0 +1,243 @@
+"""`dist-adv eval --model`: anybody's network, in a folder of its own, on colour images."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dist_adv
+import forked
+import theirs
+from dist_adv import cli
+from dist_adv.config import Judged, load, parse_config
+from dist_adv.evaluation.doubts import doubts
+from dist_adv.judging import measurement
+from dist_adv.judging.network import Program
+from dist_adv.models import build_model, load_model, save_model
+
+DATA = ["data.name=theirs:Reds", "threat.eps=0.1"]
+Run = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def judged(model: str, *arguments: str, out: str = "out") -> Run:
+    """Judge a network; return the lines of its results by attack, the last of each."""
+    assert cli._run(["eval", "--model", model, "--out", out, *DATA, *arguments]) == 0
+    return results(out)
+
+
+def results(out: str) -> Run:
+    lines = map(json.loads, Path(out, "results.jsonl").read_text().splitlines())
+    return {line["attack"]: line for line in lines}
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert cli._run(["eval", *arguments]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("dist-adv: ")
+    return line
+
+
+def test_a_network_is_judged(said: pytest.LogCaptureFixture) -> None:
+    """Against an independent count and Python's own call; later attacks are added."""
+    found = judged("theirs:Red", "--model-args", "strength=10", "--attacks", "pgd-3", "--limit=90")
+    images, labels, _ = theirs.Reds(theirs.Reds.Options(name="a")).load("test")
+    images = (images * 255).round() / 255
+    red = images[:, 0].mean((1, 2), keepdim=True)[:, :, 0]
+    right = (red - torch.tensor([0.2, 0.5, 0.8])).abs().argmin(1) == labels
+    everything = judged("theirs:Red", "--model-args", "strength=10")
+    assert everything["natural"]["correct"] == right.sum() < everything["natural"]["n"] == 150
+    assert found["natural"]["n"] == found["pgd-3"]["n"] == 90
+    assert not found["natural"]["flags"]
+    net, threat = theirs.Red(10), dist_adv.Linf(0.1)
+    same = dist_adv.evaluate(net, (images, labels), threat=threat, attacks=["pgd-3"], limit=90)
+    assert 0 < found["pgd-3"]["correct"] == same["pgd-3"].correct < found["natural"]["correct"]
+    assert cli._run(["eval", "out", "--attacks", "fgsm", "threat.eps=0.05"]) == 0
+    assert results("out")["fgsm"]["eps"] == 0.05
+    written = load(Path("out", "judged.yaml"), [], Judged)
+    assert (written.model.reference, written.model.args) == ("theirs:Red", {"strength": 10})
+    assert written.threat.eps == 0.1
+    about = json.loads(Path("out", "env.json").read_text())
+    assert about["weights"] == found["natural"]["weights"]
+    assert torch.__version__.startswith(about["torch"])
+
+
+def test_two_ranks_and_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks count what one does; what one has done is not done again by two."""
+    one = judged("theirs:Red", "--attacks", "pgd-5", "eval.batch_size=20")
+
+    def cut(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    arguments = ["--attacks", "pgd-5", "eval.batch_size=10"]
+    with monkeypatch.context() as patch:
+        patch.setattr(measurement, "write_results", cut)
+        assert cli._run(["eval", "--model", "theirs:Red", "--out", "two", *DATA, *arguments]) == 130
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command += ["dist_adv", "eval", "two", *arguments]
+    monkeypatch.setenv("PYTHONPATH", str(Path(theirs.__file__).parent))
+    done = forked.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "going on after 150 images" in done.stdout + done.stderr
+    two = results("two")
+    for attack in ("natural", "pgd-5"):
+        assert two[attack]["correct"] == one[attack]["correct"]
+    assert not list(Path("two").glob("unfinished-*"))
+
+
+def saved_folder() -> str:
+    """An export of one of dist_adv's own networks."""
+    options = parse_config(
+        {"method": {"name": "natural"}, "model": {"name": "preact_resnet18", "width": 4}}, "here"
+    ).model
+    model = build_model(options, [0.5] * 3, [0.25] * 3, ["a", "b", "c"], 0)
+    Path("saved").mkdir()
+    save_model(Path("saved", "model.safetensors"), model.architecture, model.state_dict())
+    return "saved"
+
+
+def torchscript() -> str:
+    torch.jit.script(load_model(saved_folder())).save("script.pt")
+    return "script.pt"
+
+
+def exported() -> str:
+    model, image = load_model(saved_folder()), torch.rand(2, 3, 8, 8)
+    dynamic = ({0: torch.export.Dim("n")},)
+    torch.export.save(torch.export.export(model, (image,), dynamic_shapes=dynamic), "program.pt2")
+    return "program.pt2"
+
+
+@pytest.mark.parametrize("make", [torchscript, exported])
+def test_programs_that_torch_saved_are_judged_as_their_network(make: Any) -> None:
+    attacks = ["--attacks", "pgd-3", "--limit", "60"]
+    program = judged(make(), *attacks)
+    network = judged("saved", *attacks, out="network")
+    assert program["natural"]["correct"] == network["natural"]["correct"]
+    assert abs(program["pgd-3"]["correct"] - network["pgd-3"]["correct"]) <= 1  # of 60: rounding
+    assert program["natural"]["loss"] == pytest.approx(network["natural"]["loss"], rel=1e-5)
+
+
+def test_a_program_has_no_mode() -> None:
+    exported()
+    program = Program(torch.export.load("program.pt2"))
+    assert not program.eval().training
+
+
+@pytest.mark.parametrize("model", ["theirs:shared_out", "theirs:half", "theirs:READY"])
+def test_other_wrappings(model: str) -> None:
+    assert judged(model, "--limit", "60")["natural"]["correct"] > 50
+
+
+def test_timm_normalises_inside(said: pytest.LogCaptureFixture) -> None:
+    arguments = ["num_classes=3", "pretrained=false", "in_chans=3"]
+    given = [part for each in arguments for part in ("--model-args", each)]
+    judged("timm:test_resnet", *given, "--attacks", "natural", "--limit", "10")
+    weights = json.loads(Path("out", "env.json").read_text())["weights"]
+    assert len(weights) == 64
+
+
+DOUBTS = {
+    "probabilities": "the outputs are probabilities and no logits",
+    "normalised_outside": "are right normalised by the data's mean and deviation",
+    "normalises_twice": "as if it were done twice",
+    "bytes_wanted": "are right from 0 to 255",
+    "from_minus_one": "put into the network what prepares them",  # normalised is as good
+    "blue_first": "with their channels in reverse",
+    "noisy": "not deterministic (two passes differ by",
+    "of_the_batch": "depends on the others of its batch",
+    "Stubborn": "1 layers train in spite of eval mode (BatchNorm1d)",
+}
+
+
+@pytest.mark.parametrize("name", DOUBTS)
+def test_what_looks_wrong_is_said_beside_the_figure(
+    name: str, said: pytest.LogCaptureFixture
+) -> None:
+    flags = judged(f"theirs:{name}", "--attacks", "natural")["natural"]["flags"]
+    assert any(DOUBTS[name] in flag for flag in flags), flags
+    assert said.text.count(DOUBTS[name]) == 1
+
+
+def test_no_doubts_about_honest_networks() -> None:
+    images, labels, names = theirs.Reds(theirs.Reds.Options(name="a")).load("test")
+    data = dist_adv.data.of_tensors("reds", images, labels, names)
+    dropout = nn.Sequential(theirs.Red(), nn.Dropout(0.5), nn.BatchNorm1d(3))
+    untrained = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    for network in (
+        theirs.Red(),
+        dropout,
+        untrained,
+        theirs.Around(after=lambda x: x.log_softmax(1)),
+    ):
+        assert doubts(network.train(), data, batch_size=40) == []
+        assert not network.training
+
+
+BAD = {
+    "theirs:nonesuch": "cannot be imported",
+    "nomodule:make": "cannot be imported",
+    "theirs:NUMBER": "is an object of builtins.int",
+    "theirs:nothing": "returns an object of builtins.NoneType, not a torch.nn.Module",
+    "theirs:raises": "theirs.py, line",
+    "theirs:fails": "--model: it fails on images of shape (2, 3, 8, 8)",
+    "theirs:a_pair": "--model: it returns tuple",
+    "theirs:five_classes": "returns (2, 5) for 2 images of 3 classes",
+    "nowhere.pt": "no such file or folder",
+    "empty": "no such weights file",
+    "page.pt": "is a web page",
+    "weights.pt": "neither TorchScript nor torch.export's",
+    "torn.pt": "neither TorchScript nor torch.export's",
+    "torn.pt2": "it cannot be loaded",
+    "timm:nonesuch": "Unknown model",
+}
+
+
+@pytest.mark.parametrize("model", BAD)
+def test_what_is_no_network(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("empty").mkdir()
+    Path("page.pt").write_text(" <!DOCTYPE html><html><title>Google Drive - Virus scan warning")
+    torch.save(theirs.Red().state_dict(), "weights.pt")
+    Path("torn.pt").write_bytes(Path("weights.pt").read_bytes()[:200])
+    Path("torn.pt2").write_bytes(Path("weights.pt").read_bytes()[:200])
+    assert BAD[model] in refused(capsys, "--model", model, "--out", "out", *DATA)
+    assert not Path("out").exists()
+
+
+def test_folders_and_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    judged("theirs:unseeded", "--attacks", "natural", "--limit", "5")
+    before = Path("out", "results.jsonl").read_bytes()
+    mine = ["--model", "theirs:Red", "--out"]
+    assert "is of another network (model.reference:" in refused(capsys, *mine, "out", *DATA)
+    assert "has other weights than when it was judged" in refused(capsys, "out")
+    assert "is of another network (model.args.x" in refused(capsys, "out", "model.args={x: 1}")
+    assert Path("out", "results.jsonl").read_bytes() == before
+    Path("notes").mkdir()
+    assert "or a network with --model" in refused(capsys, "notes", *DATA)
+    Path("notes", "notes").touch()
+    assert "is not empty and nothing was judged" in refused(capsys, *mine, "notes", *DATA)
+    assert "'strength' is no argument" in refused(capsys, *mine, "new", "--model-args", "strength")
+    assert "--model-args" in refused(capsys, "out", "--model-args", "strength=1")
+    wrong = refused(capsys, *mine, "new", "--model-args", "sharpness=1", *DATA)
+    assert "unexpected keyword argument 'sharpness'" in wrong
+    assert "train: unknown key" in refused(capsys, *mine, "new", *DATA, "train.epochs=3")
+    assert "did you mean 'autoattack'" in refused(
+        capsys, *mine, "new", *DATA, "--attacks", "autoatack"
+    )
+    assert "RUN_DIR" in refused(capsys)
+    assert not Path("new").exists()
+
+
+def test_its_place_is_called_as_it_is() -> None:
+    assert cli._run(["eval", "--model", "theirs:Red", *DATA, "--attacks", "natural"]) == 0
+    assert results("judged/theirs-Red")["natural"]["n"] == 150
