@@ -124,10 +124,21 @@ def _run_dir(config: Path) -> Path:
 @click.option("--out", type=_PATH, help="With --model: where to.  [default: judged/NAME]")
 @click.option(
     "--attacks",
-    help="Comma-separated: natural, fgsm, pgd-STEPS, pgd-STEPS-RESTARTS, autoattack.  "
-    "[default: the run's own]",
+    help="Comma-separated: natural, noise, fgsm, pgd-STEPS, pgd-STEPS-RESTARTS, square, "
+    "autoattack.  [default: the run's own]",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only so many random test images.")
+@click.option(
+    "--thorough",
+    is_flag=True,
+    help="Attacks that must fit together where the network's robustness is its own, and a verdict "
+    "on it: of 200 images, unless --limit says more.",
+)
+@click.option(
+    "--second",
+    metavar="REFERENCE",
+    help="With --thorough: another network, of which adversarial images are tried.",
+)
 def evaluate(
     arguments: tuple[str, ...],
     model: str | None,
@@ -135,6 +146,8 @@ def evaluate(
     out: Path | None,
     attacks: str | None,
     limit: int | None,
+    thorough: bool,
+    second: str | None,
 ) -> None:
     """Attack a trained model and add what comes out to RUN_DIR/results.jsonl.
 
@@ -148,20 +161,31 @@ def evaluate(
     dist-adv eval --model mine.networks:robust --model-args width=32 --attacks pgd-20,autoattack
     dist-adv eval --model robustbench.utils:load_model --model-args model_name=Wong2020Fast \\
       data.name=cifar10 threat.eps=8/255 --limit 1000
+    dist-adv eval runs/cifar10-fast --thorough --second runs/cifar10-natural
     """
     if model is None and (model_args or out):
         raise click.UsageError("--model-args and --out go with --model.")
     if model is None and not arguments:
         raise click.UsageError("Missing argument 'RUN_DIR', or --model.")
+    if thorough and attacks:
+        raise click.UsageError("--thorough has attacks of its own; leave --attacks out.")
+    if second and not thorough:
+        raise click.UsageError("--second goes with --thorough.")
     streams.optional()
     _announce()
-    names = [each.strip() for each in attacks.split(",")] if attacks else []
-    from dist_adv.judging.judge import judge_folder, judge_network
+    from dist_adv.judging.judge import folder_of, judge, judge_folder, reference
+    from dist_adv.judging.measurement import Asked
+    from dist_adv.runs.folder import RunFolder
 
+    names = [each.strip() for each in attacks.split(",")] if attacks else []
+    other = reference(second, ()) if second else None
     if model is None:
-        judge_folder(_PATH.convert(arguments[0], None, None), names, limit, arguments[1:])
+        asked = Asked(names, limit, arguments[1:], thorough, other)
+        judge_folder(_PATH.convert(arguments[0], None, None), asked)
     else:
-        judge_network(model, model_args, out, names, limit, arguments)
+        network = reference(model, model_args)
+        asked = Asked(names, limit, arguments, thorough, other)
+        judge(RunFolder(out or folder_of(network)), network, asked)
 
 
 @cli.command()

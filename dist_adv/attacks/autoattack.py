@@ -1,6 +1,7 @@
 """AutoAttack standard (Croce and Hein 2020), by its authors' code as packaged in pyautoattack."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from dist_adv.errors import UserError
 
 _NORMS = {"linf": "Linf", "l2": "L2"}
 
-_ENSEMBLE = ["apgd-ce", "apgd-t", "fab-t", "square"]
+ENSEMBLE = ("apgd-ce", "apgd-t", "fab-t", "square")
 _TARGETS = 9
 """Other classes that the standard ensemble targets for each image, the likeliest first."""
 
@@ -43,6 +44,8 @@ class _Warnings(logging.Handler):
 class AutoAttack:
     """The standard ensemble: APGD-CE, targeted APGD-DLR, targeted FAB and Square, in that order.
 
+    attacks: of these, those to run; Square alone takes no gradient.
+
     With fewer than ten classes it has as many targets as there are other classes, and with two or
     three no targeted APGD, whose loss needs the fourth largest logit. Once it was called `settings`
     says which attacks it has and how many targets, `left_out` what is missing and why.
@@ -50,14 +53,21 @@ class AutoAttack:
     Raises UserError where pyautoattack is not installed.
     """
 
-    def __init__(self, model: nn.Module, threat: Threat, seed: int, device: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        threat: Threat,
+        seed: int,
+        device: Any,
+        attacks: Sequence[str] = ENSEMBLE,
+    ) -> None:
         try:
             import pyautoattack
         except ImportError:
             raise UserError(
                 "autoattack: is not installed; pip install 'dist-adv[autoattack]'"
             ) from None
-        self.model = model
+        self.model, self.wanted = model, attacks
         self.attack = pyautoattack.AutoAttack(
             self._logits, norm=_NORMS[threat.norm], eps=threat.eps, seed=seed, device=device
         )
@@ -100,12 +110,13 @@ class AutoAttack:
         targets = min(_TARGETS, classes - 1)
         self.attack.apgd_targeted.n_target_classes = self.attack.fab.n_target_classes = targets
         self.attack.attacks_to_run = [
-            name for name in _ENSEMBLE if name != "apgd-t" or classes >= 4
+            name for name in self.wanted if name != "apgd-t" or classes >= 4
         ]
-        if classes < 4:
+        if classes < 4 and "apgd-t" in self.wanted:
             self.left_out = [f"APGD-T is left out: it needs four classes, and there are {classes}"]
+        whole = targets == _TARGETS and self.wanted == ENSEMBLE
         self.settings = {
-            "version": "standard" if targets == _TARGETS else "custom",
+            "version": "standard" if whole else "custom",
             "attacks": self.attack.attacks_to_run,
             "target_classes": targets,
         }

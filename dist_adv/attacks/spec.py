@@ -1,4 +1,4 @@
-"""Names of attacks: natural, fgsm, pgd-K, pgd-K-R, autoattack, and those of somebody's own."""
+"""Names of attacks: natural, noise, fgsm, pgd-K, pgd-K-R, square, autoattack, and others' own."""
 
 import re
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class AttackSpec:
     """A parsed name. `steps` counts for FGSM and PGD alone."""
 
     name: str
-    kind: Literal["natural", "fgsm", "pgd", "autoattack", "other"]
+    kind: Literal["natural", "noise", "fgsm", "pgd", "square", "autoattack", "other"]
     steps: int
     restarts: int
 
@@ -30,18 +30,25 @@ def parse_attack(name: str) -> AttackSpec:
 
     Raises ValueError for anything else, saying what was meant.
     """
-    if name == "natural":
-        return AttackSpec(name, "natural", 0, 1)
+    if name in ("natural", "noise", "square", "autoattack"):
+        return AttackSpec(name, name, 0, 1)  # type: ignore[arg-type]
     if name == "fgsm":
         return AttackSpec(name, "fgsm", 1, 1)
-    if name == "autoattack":
-        return AttackSpec(name, "autoattack", 0, 1)
     if ":" in name or name in plugins.installed(GROUP):
         attack_kind(name)
         return AttackSpec(name, "other", 0, 1)
     match = re.fullmatch(r"pgd-([0-9]{1,6})(?:-([0-9]{1,6}))?", name)
     if match is None:
-        known = ["natural", "fgsm", "pgd-10", "pgd-20", "pgd-50", "pgd-50-10", "autoattack"]
+        known = [
+            "natural",
+            "noise",
+            "fgsm",
+            "pgd-10",
+            "pgd-50",
+            "pgd-50-10",
+            "square",
+            "autoattack",
+        ]
         hint = nearest(name, known)
         raise ValueError(f"{name!r} is no attack (pgd-STEPS or pgd-STEPS-RESTARTS){hint}")
     steps, restarts = int(match[1]), int(match[2] or 1)

@@ -12,9 +12,9 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from dist_adv import plugins
+from dist_adv import plugins, rng
 from dist_adv.attacks import PGD, AttackSpec, attack_kind, correct, frozen, parse_attack
-from dist_adv.attacks.autoattack import AutoAttack
+from dist_adv.attacks.autoattack import ENSEMBLE, AutoAttack
 from dist_adv.attacks.threat import Threat
 from dist_adv.config import EvalOptions
 from dist_adv.errors import UserError
@@ -135,17 +135,49 @@ class Gradient:
         ]
 
 
+class Noise:
+    """Random points of the ball, of which the worst counts: no network withstands less."""
+
+    name, members = "noise", ("noise",)
+    draws = 10
+
+    def __init__(self, model: nn.Module, images: Images, threat: Threat, seed: int) -> None:
+        self.model, self.images, self.threat, self.seed = model, images, threat, seed
+        self.messages: list[str] = []
+
+    def __call__(self, x: Tensor, y: Tensor, keys: Tensor) -> Attacked:
+        worst = x
+        with torch.inference_mode():
+            logits = self.model(x)
+            for draw in range(self.draws):
+                keys_of_draw = rng.substream(keys, f"noise {draw}")
+                near = x + self.threat.project(self.threat.random(keys_of_draw, x.shape), x)
+                tried = self.model(near)
+                fooled = correct(logits, y) & ~correct(tried, y)
+                worst = torch.where(fooled.view(-1, 1, 1, 1), near, worst)
+                logits = torch.where(fooled[:, None], tried, logits)
+        return Attacked(worst, logits, [correct(logits, y)])
+
+    def settings(self, member: str) -> dict[str, Any]:
+        return _settings(self, {"draws": self.draws})
+
+    def flags(self, attacked: float, zero_gradients: float) -> list[str]:
+        return []
+
+
 class Ensemble:
-    """AutoAttack on images that are right without it (it drops the others itself).
+    """AutoAttack on images that are right without it (it drops the others itself), or its Square.
 
     Raises UserError where pyautoattack is not installed.
     """
 
-    name, members = "autoattack", ("autoattack",)
-
-    def __init__(self, model: nn.Module, images: Images, threat: Threat, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, images: Images, threat: Threat, seed: int, name: str
+    ) -> None:
         self.model, self.images, self.threat, self.seed = model, images, threat, seed
-        self.attack = AutoAttack(model, threat, seed, images.device)
+        self.name, self.members = name, (name,)
+        attacks = ENSEMBLE if name == "autoattack" else (name,)
+        self.attack = AutoAttack(model, threat, seed, images.device, attacks)
         self.messages = self.attack.warnings.messages
 
     def __call__(self, x: Tensor, y: Tensor, keys: Tensor) -> Attacked:
@@ -212,7 +244,7 @@ class Other:
         return sorted(set(gather_object(self.messages)))
 
 
-def _settings(attack: Ensemble | Other, own: dict[str, Any]) -> dict[str, Any]:
+def _settings(attack: Noise | Ensemble | Other, own: dict[str, Any]) -> dict[str, Any]:
     """Return an attack's own settings, with the ball and how numbers are computed."""
     ball = {"norm": attack.threat.norm, "eps": attack.threat.eps}
     return {**ball, **own, "seed": attack.seed, **_precision(attack.images.device)}
@@ -233,13 +265,16 @@ def build_attacks(
     """
     wanted = [parse_attack(name) for name in dict.fromkeys(options.attacks)]
     attacks: list[Attack] = []
-    if any(spec.kind == "natural" for spec in wanted):
+    kinds = {spec.kind for spec in wanted}
+    if "natural" in kinds:
         attacks.append(Natural(model))
+    if "noise" in kinds:
+        attacks.append(Noise(model, images, threat, options.seed))
     attacks += [
         Gradient(model, images, threat, options, members) for members in _shared_runs(wanted)
     ]
-    if any(spec.kind == "autoattack" for spec in wanted):
-        attacks.append(Ensemble(model, images, threat, options.seed))
+    ensembles = [name for name in ("square", "autoattack") if name in kinds]
+    attacks += [Ensemble(model, images, threat, options.seed, name) for name in ensembles]
     others = [spec.name for spec in wanted if spec.kind == "other"]
     attacks += [Other(model, images, threat, options, name) for name in others]
     return attacks

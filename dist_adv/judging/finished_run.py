@@ -1,6 +1,5 @@
 """More attacks on a finished run, with its own settings unless told otherwise."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from dist_adv.config import Config, differences, load_config
@@ -8,15 +7,14 @@ from dist_adv.distributed.collectives import check_started_alike, on_main
 from dist_adv.distributed.failures import plain_failures
 from dist_adv.distributed.start import start_accelerator
 from dist_adv.errors import UserError
-from dist_adv.judging.measurement import Measurement, digest, final_weights, with_attacks
+from dist_adv.judging.measurement import Asked, Measurement, digest, final_weights
+from dist_adv.judging.thorough import measure
 from dist_adv.runs import claim
 from dist_adv.runs.folder import RunFolder
 from dist_adv.terminal import start_logging
 
 
-def evaluate_run(
-    run_dir: Path, attacks: Sequence[str], limit: int | None, overrides: Sequence[str]
-) -> None:
+def evaluate_run(run_dir: Path, asked: Asked) -> None:
     """Measure the final weights of a run; its own attacks and settings unless told otherwise.
 
     Every rank calls this. Raises UserError, also where the ranks were not started alike.
@@ -26,16 +24,16 @@ def evaluate_run(
         raise UserError(
             f"{run}: is no run folder (it has no config.yaml); name one, or a network with --model"
         )
-    config = load_config(run.config, overrides)
+    config = load_config(run.config, asked.overrides)
     _check_overrides(load_config(run.config), config)
-    config = with_attacks(config, attacks, limit)
+    config = asked.over(config)
     accelerator = start_accelerator("fp32", config.train.threads)
     start_logging(accelerator.is_main_process)
     on_main(accelerator, lambda: claim.check_writable(run))
-    arguments = {"--limit": limit, "weights": digest(run)}
+    arguments = {"--limit": asked.limit, "weights": digest(run)}
     with plain_failures(accelerator, "eval.batch_size", config.eval.batch_size):
         check_started_alike(config, accelerator, arguments)
-        Measurement(run, config, accelerator).take(final_weights(run))
+        measure(Measurement(run, config, accelerator), final_weights(run), asked)
 
 
 def _check_overrides(own: Config, config: Config) -> None:

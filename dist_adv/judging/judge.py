@@ -4,28 +4,27 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
-from torch import nn
 
 from dist_adv import files
 from dist_adv.config import Judged, Reference, differences, load, parse_yaml
 from dist_adv.data import Dataset
 from dist_adv.distributed.collectives import (
+    check_same_start,
     check_started_alike,
-    main_process_first,
-    on_every,
     on_main,
 )
 from dist_adv.distributed.failures import plain_failures
 from dist_adv.distributed.start import start_accelerator
 from dist_adv.errors import UserError, unwritable
 from dist_adv.judging.finished_run import evaluate_run
-from dist_adv.judging.measurement import Measurement, Subject, load_test_images, with_attacks
-from dist_adv.judging.network import digest_of, load_network
-from dist_adv.models import check_answers
+from dist_adv.judging.measurement import Asked, Measurement, Subject, load_test_images
+from dist_adv.judging.network import digest_of, load_everywhere
+from dist_adv.judging.thorough import measure
 from dist_adv.runs import claim
 from dist_adv.runs.environment import environment
 from dist_adv.runs.folder import RunFolder
@@ -40,17 +39,10 @@ def folder_of(model: Reference) -> Path:
     return Path("judged", re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words)).strip("-.")[:100])
 
 
-def judge_network(
-    reference: str,
-    args: Sequence[str],
-    out: Path | None,
-    attacks: Sequence[str],
-    limit: int | None,
-    overrides: Sequence[str],
-) -> None:
-    """Judge a network by its reference; `args` are `key=value` of the function that makes it.
+def reference(name: str, args: Sequence[str]) -> Reference:
+    """Return a network's reference with its arguments, given as `key=value`.
 
-    Raises UserError as `judge` does.
+    Raises UserError for what is no argument.
     """
     given = {}
     for each in args:
@@ -58,30 +50,21 @@ def judge_network(
         if not equals or not key.isidentifier():
             raise UserError(f"--model-args: {each!r} is no argument; write key=value")
         given[key] = parse_yaml(text, f"--model-args: {key}")
-    model = Reference(reference=reference, args=given)
-    judge(RunFolder(out or folder_of(model)), model, attacks, limit, overrides)
+    return Reference(reference=name, args=given)
 
 
-def judge_folder(
-    folder: Path, attacks: Sequence[str], limit: int | None, overrides: Sequence[str]
-) -> None:
+def judge_folder(folder: Path, asked: Asked) -> None:
     """Measure more of what a folder is of: a run, or somebody's network.
 
     Raises UserError as `judge` and `evaluate_run` do.
     """
     if RunFolder(folder).judged.is_file():
-        judge(RunFolder(folder), None, attacks, limit, overrides)
+        judge(RunFolder(folder), None, asked)
     else:
-        evaluate_run(folder, attacks, limit, overrides)
+        evaluate_run(folder, asked)
 
 
-def judge(
-    folder: RunFolder,
-    model: Reference | None,
-    attacks: Sequence[str],
-    limit: int | None,
-    overrides: Sequence[str],
-) -> None:
+def judge(folder: RunFolder, model: Reference | None, asked: Asked) -> None:
     """Measure a network and add what comes out to the results in `folder`, which is made.
 
     Every rank calls this.
@@ -89,29 +72,28 @@ def judge(
     Args:
         folder: where judged.yaml says what an earlier call has judged, and how: that goes on.
         model: the network; None for that of the folder.
-        attacks, limit, overrides: what is asked for besides; natural accuracy, and with it what
-            looks wrong about the network, is always measured.
+        asked: what to measure; natural accuracy, and with it what looks wrong about the network,
+            is always measured.
 
     Raises:
         UserError: there is no such network, it does not fit the images, or the folder is
             another's.
     """
-    own = _own(folder, model, overrides)
-    config = with_attacks(own, attacks, limit)
+    own = _own(folder, model, asked.overrides)
+    config = asked.over(own)
     if "natural" not in config.eval.attacks:
-        config = with_attacks(own, ["natural", *config.eval.attacks], limit)
+        config = replace(asked, attacks=["natural", *config.eval.attacks]).over(own)
     accelerator = start_accelerator("fp32")
     start_logging(accelerator.is_main_process)
     with plain_failures(accelerator, "eval.batch_size", config.eval.batch_size):
-        network = on_every(accelerator, partial(_load, config.model, accelerator))
-        weights = digest_of(network)
-        check_started_alike(config, accelerator, {"weights": weights})
+        check_started_alike(config, accelerator, {"--limit": asked.limit})
         data = load_test_images(config, accelerator)
-        shape, classes = data.images.shape[1:], len(data.classes)
-        check_answers(network, "--model: it", shape, classes)
+        network = load_everywhere(config.model, "--model", data, accelerator)
+        weights = digest_of(network)
+        check_same_start(accelerator, {"weights": weights})
         on_main(accelerator, partial(_take, folder, own, accelerator, weights, data))
         subject = Subject(lambda: network, {"weights": weights}, {"weights": weights})
-        Measurement(folder, config, accelerator).take(subject, data)
+        measure(Measurement(folder, config, accelerator), subject, asked, data)
 
 
 def _own(folder: RunFolder, model: Reference | None, overrides: Sequence[str]) -> Judged:
@@ -133,11 +115,6 @@ def _changed(before: Judged, now: Judged, model: Reference | None) -> str:
     """Return how the network that is asked for is none of the folder's; '' where it is that."""
     asked = now.model_copy(update={"model": model}) if model else now
     return "; ".join(line for line in differences(before, asked) if line.startswith("model."))
-
-
-def _load(model: Reference, accelerator: Accelerator) -> nn.Module:
-    with main_process_first(accelerator):  # it may download
-        return load_network(model)
 
 
 def _take(

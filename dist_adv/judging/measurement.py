@@ -13,7 +13,7 @@ from torch import nn
 
 from dist_adv import packages
 from dist_adv.attacks.threat import build as build_threat
-from dist_adv.config import Config, Judged, parse
+from dist_adv.config import Config, Judged, Reference, parse
 from dist_adv.data import Dataset, load_dataset
 from dist_adv.distributed.collectives import check_same_images, main_process_first, on_every
 from dist_adv.distributed.failures import plain_failures
@@ -61,23 +61,38 @@ def digest(run: RunFolder) -> str | None:
     return None
 
 
-def with_attacks(config: Kind, attacks: Sequence[str], limit: int | None) -> Kind:
-    """Return a configuration with what a command asks for in place of its own attacks and limit.
+@dataclass(frozen=True)
+class Asked:
+    """What a command asks for.
 
-    Raises UserError for an attack that is not known or cannot run here.
+    attacks, limit: in place of the configuration's own. overrides: of its keys. thorough: the
+    attacks of an examination, and another network to try images of.
     """
-    asked = {"attacks": list(attacks) or config.eval.attacks, "limit": limit or config.eval.limit}
-    tree = config.model_dump()
-    tree["eval"] |= asked
-    config = parse(tree, "--attacks", type(config))
-    check_attacks(config.eval.attacks)
-    return config
+
+    attacks: Sequence[str] = ()
+    limit: int | None = None
+    overrides: Sequence[str] = ()
+    thorough: bool = False
+    second: Reference | None = None
+
+    def over(self, config: Kind) -> Kind:
+        """Return a configuration with these attacks and this limit.
+
+        Raises UserError for an attack that is not known or cannot run here.
+        """
+        attacks = list(self.attacks) or config.eval.attacks
+        tree = config.model_dump()
+        tree["eval"] |= {"attacks": attacks, "limit": self.limit or config.eval.limit}
+        config = parse(tree, "--attacks", type(config))
+        check_attacks(["autoattack"] if self.thorough else config.eval.attacks)
+        return config
 
 
 def check_attacks(attacks: Sequence[str]) -> None:
     """Raise UserError for what would be missing after hours of training."""
-    if "autoattack" in attacks:
-        packages.need("pyautoattack", "autoattack", "'dist-adv[autoattack]'")
+    for name in ("autoattack", "square"):
+        if name in attacks:
+            packages.need("pyautoattack", name, "'dist-adv[autoattack]'")
 
 
 @dataclass(frozen=True)
@@ -110,7 +125,7 @@ class Measurement:
             bar(accelerator.is_main_process) as progress,
         ):
             display = EvaluationDisplay(progress)
-            about = self._identity(subject, data)
+            about = self.identity(subject, data)
             unfinished = Unfinished(self.folder.path, about, accelerator)
             supervision = Supervision(display.update, self.between, unfinished)
             results, examples = evaluate(model, data, threat, config.eval, accelerator, supervision)
@@ -124,8 +139,8 @@ class Measurement:
                 self.tracker.results()
             results_table(results, said=doubtful)
 
-    def _identity(self, subject: Subject, data: Dataset) -> dict[str, Any]:
-        """Everything that the figures depend on, but for the number of ranks."""
+    def identity(self, subject: Subject, data: Dataset) -> dict[str, Any]:
+        """Return everything that the figures depend on, but for the number of ranks."""
         config, where = self.config, {"root", "resident_gb", "workers"}
         return {
             **subject.identity,

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dist_adv import packages, plugins
 from dist_adv.config import Reference
+from dist_adv.data import Dataset
+from dist_adv.distributed.collectives import main_process_first, on_every
 from dist_adv.errors import UserError
-from dist_adv.models import Classifier, Contiguous, load_model
+from dist_adv.models import Classifier, Contiguous, check_answers, load_model
 from dist_adv.models.layers import Normalize
 from dist_adv.text import shown
 
@@ -41,6 +44,23 @@ def load_network(chosen: Reference) -> nn.Module:
         net = net.module  # which would share a rank's batch among all GPUs
     _to_fp32(net)
     return net.eval() if isinstance(net, Classifier) else Contiguous(net).eval()
+
+
+def load_everywhere(
+    chosen: Reference, option: str, data: Dataset, accelerator: Accelerator
+) -> nn.Module:
+    """Return a network for the images of `data` on every rank: on one a node first, to download.
+
+    option: by which it was named. Raises UserError on every rank where it fails on one.
+    """
+
+    def load() -> nn.Module:
+        with main_process_first(accelerator):
+            network = load_network(chosen)
+        check_answers(network, f"{option}: it", data.images.shape[1:], len(data.classes))
+        return network
+
+    return on_every(accelerator, load)
 
 
 def digest_of(network: nn.Module) -> str:

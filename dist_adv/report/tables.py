@@ -35,7 +35,12 @@ _METHOD_OPTIONS = {
     "fast": {"alpha": "alpha ", "init": "init "},
 }
 _METHOD_TITLES = {"natural": "Natural", "pgd": "PGD", "free": "Free", "fast": "Fast"}
-_ATTACK_TITLES = {"natural": "Natural", "autoattack": "AutoAttack"}
+_ATTACK_TITLES = {
+    "natural": "Natural",
+    "noise": "Noise",
+    "square": "Square",
+    "autoattack": "AutoAttack",
+}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ class RunFolder:
     """Every file that a run writes or heeds. Printed and passed to `open`, it is its path.
 
     weights: of the finished run; its being there means that training is over. judged: in a folder
-    of somebody's network in place of a run, what was measured of it.
+    of somebody's network in place of a run, what was measured of it. thorough: whether robust
+    accuracy is to be believed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -23,7 +24,7 @@ class RunFolder:
         self.config, self.environment = path / "config.yaml", path / "env.json"
         self.status, self.log = path / "status.json", path / "log.txt"
         self.metrics, self.results = path / "metrics.jsonl", path / "results.jsonl"
-        self.judged = path / "judged.yaml"
+        self.judged, self.thorough = path / "judged.yaml", path / "thorough.json"
         self.weights, self.examples = path / "model.safetensors", path / "examples.safetensors"
         self.checkpoints = path / "checkpoints"
         self.identity = path / "wandb" / "run.json"

@@ -26,15 +26,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dist_adv.attacks import PGD, cross_entropy, frozen, input_gradient
+from dist_adv.attacks import PGD
 from dist_adv.attacks.threat import Threat
 from dist_adv.config import EvalOptions
 from dist_adv.data import Batch, Dataset
 from dist_adv.distributed.collectives import sum_over_ranks
+from dist_adv.evaluation.alignment import alignment
 from dist_adv.evaluation.evaluate import Supervision, evaluate
 from dist_adv.evaluation.images import Images, subset
 from dist_adv.evaluation.tally import Tally
@@ -177,24 +177,6 @@ def on_sample(
     counts = data.labels[subset(len(data), SAMPLE)].bincount()
     chance, aligned = counts.max().item() / pgd.n, tally.totals()[0] / pgd.n
     return Measured(pgd.n, pgd.accuracy, fgsm.accuracy, chance, aligned)
-
-
-def alignment(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
-    """Return the cosine, (n,), of input gradients at x and at the end of a step of eps from there.
-
-    x: images (n, C, H, W) in [0, 1]; y: labels (n,). 0 where a gradient is 0 or not finite.
-    """
-
-    def loss(logits: Tensor) -> Tensor:
-        return cross_entropy(logits, y)
-
-    with frozen(model):
-        _, here = input_gradient(model, x, torch.zeros_like(x), loss)
-        step = threat.project(threat.ascend(torch.zeros_like(x), here, threat.eps), x)
-        _, there = input_gradient(model, x, step, loss)
-    # In double precision, in which no small gradient's square is 0.
-    ends = here.double().flatten(1), there.double().flatten(1)
-    return F.cosine_similarity(*ends, eps=1e-100).nan_to_num(0.0)
 
 
 def on_batch(model: nn.Module, batch: Batch, threat: Threat, accelerator: Accelerator) -> Measured:

@@ -10,17 +10,35 @@ import torch
 from torch import nn
 
 import dist_adv
+import fakes
 import forked
 import theirs
-from dist_adv import cli
+from dist_adv import cli, plugins, rng
+from dist_adv.attacks.autoattack import AutoAttack
 from dist_adv.config import Judged, load, parse_config
+from dist_adv.evaluation.attacks import Noise
 from dist_adv.evaluation.doubts import doubts
-from dist_adv.judging import measurement
-from dist_adv.judging.network import Program
+from dist_adv.evaluation.images import subset
+from dist_adv.judging import measurement, thorough
+from dist_adv.judging.network import GROUP, Program
 from dist_adv.models import build_model, load_model, save_model
 
 DATA = ["data.name=theirs:Reds", "threat.eps=0.1"]
 Run = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AutoAttack is itself, of fewer steps and queries."""
+    fit = AutoAttack._fit
+
+    def fitted(self: AutoAttack, classes: int) -> None:
+        fit(self, classes)
+        self.attack.square.n_queries = 50
+        for attack in (self.attack.apgd, self.attack.apgd_targeted, self.attack.fab):
+            attack.n_iter = 5
+
+    monkeypatch.setattr(AutoAttack, "_fit", fitted)
 
 
 @pytest.fixture(autouse=True)
@@ -227,17 +245,145 @@ def test_folders_and_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     Path("notes", "notes").touch()
     assert "is not empty and nothing was judged" in refused(capsys, *mine, "notes", *DATA)
     assert "'strength' is no argument" in refused(capsys, *mine, "new", "--model-args", "strength")
-    assert "--model-args" in refused(capsys, "out", "--model-args", "strength=1")
     wrong = refused(capsys, *mine, "new", "--model-args", "sharpness=1", *DATA)
     assert "unexpected keyword argument 'sharpness'" in wrong
     assert "train: unknown key" in refused(capsys, *mine, "new", *DATA, "train.epochs=3")
     assert "did you mean 'autoattack'" in refused(
         capsys, *mine, "new", *DATA, "--attacks", "autoatack"
     )
-    assert "RUN_DIR" in refused(capsys)
+    for wrong in ([], ["out", "--model-args", "strength=1"]):
+        assert cli._run(["eval", *wrong]) == 2
+    assert "--model" in capsys.readouterr().err
     assert not Path("new").exists()
 
 
 def test_its_place_is_called_as_it_is() -> None:
     assert cli._run(["eval", "--model", "theirs:Red", *DATA, "--attacks", "natural"]) == 0
     assert results("judged/theirs-Red")["natural"]["n"] == 150
+
+
+def test_noise_is_the_worst_of_ten_points_of_the_ball() -> None:
+    found = judged("theirs:Red", "--attacks", "noise", "threat.eps=0.2", "--limit", "60")
+    images, labels, names = theirs.Reds(theirs.Reds.Options(name="a")).load("test")
+    data = dist_adv.data.of_tensors("reds", images, labels, names)
+    order = subset(len(data), 60)
+    x, y = data.images[order] / 255, data.labels[order]
+    keys = rng.sample_keys(rng.stream_key(0, "attack"), order)
+    threat, net = dist_adv.Linf(0.2), theirs.Red()
+    right = net(x).argmax(1) == y
+    for draw in range(10):
+        delta = threat.random(rng.substream(keys, f"noise {draw}"), x.shape)
+        right &= net((x + delta).clamp(0, 1)).argmax(1) == y
+    assert found["noise"]["correct"] == right.sum()
+    assert found["noise"]["draws"] == 10
+
+
+def test_square_alone_is_autoattacks() -> None:
+    found = judged("theirs:Red", "--attacks", "pgd-10,square", "--limit", "20")
+    assert found["square"]["attacks"] == ["square"]
+    assert found["square"]["version"] == "custom"
+    assert found["pgd-10"]["correct"] <= found["square"]["correct"] <= found["natural"]["correct"]
+
+
+QUICK = ["natural", "noise", "fgsm", "pgd-10", "pgd-20", "pgd-50-10", "transfer"]
+
+
+def examined(network: nn.Module, monkeypatch: pytest.MonkeyPatch, *more: str) -> dict[str, Any]:
+    """Examine a network within 0.1, by these attacks of an examination."""
+
+    def chosen(*given: Any) -> list[thorough.Part]:
+        return [part for part in parts(*given) if set(part.attacks) <= {*QUICK, *more}]
+
+    parts = thorough._parts
+    monkeypatch.setattr(thorough, "_parts", chosen)
+    monkeypatch.setattr(theirs, "READY", network)
+    out = ["--out", f"out-{len(list(Path().glob('out*')))}"]
+    command = ["eval", "--model", "theirs:READY", *out, *DATA, "--thorough", "--limit", "40"]
+    plugins._FOUND.pop((GROUP, "theirs:READY"), None)
+    assert cli._run([*command, "--second", "theirs:Red"]) == 0
+    return json.loads(Path(out[1], "thorough.json").read_text())
+
+
+def test_an_honest_network_is_consistent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = examined(theirs.Red(), monkeypatch, "square", "autoattack")
+    assert (found["verdict"], found["because"]) == ("consistent", [])
+    figures = found["figures"]
+    assert list(figures)[:7] == [
+        "natural", "noise", "fgsm", "pgd-10", "pgd-50-10", "pgd-50-10, margin", "pgd-50-10, dlr"
+    ]  # fmt: skip
+    assert list(figures)[7:] == [
+        "pgd-10, another seed", "square", "autoattack", "transfer", "pgd-20, eps 0.2",
+        "pgd-20, eps 0.4",
+    ]  # fmt: skip
+    assert figures["pgd-50-10, margin"]["loss_fn"] == "margin"
+    assert figures["pgd-10, another seed"]["seed"] == 1
+    assert figures["pgd-20, eps 0.4"]["correct"] == 0
+    assert figures["autoattack"]["correct"] <= figures["pgd-50-10"]["correct"]
+    assert found["alignment"] > 0.9
+    out = capsys.readouterr().out
+    assert "consistent: nothing here" in out
+
+
+FAKES = {
+    "quantised": "the input gradient is exactly 0 for 100%",
+    "resized": "the output is not deterministic",
+    "saturated": "the input gradient is exactly 0 for",
+    "without_gradient": "are right within eps 0.5",
+    "misled": "transfer leaves",
+}
+
+
+@pytest.mark.parametrize("kind", FAKES)
+def test_fakes_are_suspicious(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = examined(fakes.Fake(theirs.Red(), fakes.KINDS[kind]), monkeypatch)
+    assert found["verdict"] == "suspicious"
+    assert any(FAKES[kind] in reason for reason in found["because"]), found["because"]
+
+
+def test_who_knows_the_attacks_seed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = theirs.Reds(theirs.Reds.Options(name="a")).load("test")[0]
+    images = (images * 255).round() / 255
+    network = fakes.Memoriser(theirs.Red(), images, dist_adv.Linf(0.1))
+    found = examined(network, monkeypatch)
+    assert any("knows the attack's random numbers" in each for each in found["because"]), found
+
+
+def test_an_examination_goes_on_where_it_was_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = examined(theirs.Red(), monkeypatch)
+
+    def cut(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    command = [
+        "eval",
+        "--model",
+        "theirs:Red",
+        *DATA,
+        "--thorough",
+        "--limit",
+        "40",
+        "--out",
+        "cut",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(thorough, "_alignment", cut)
+        assert cli._run(command) == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(Noise, "__call__", cut)
+        assert cli._run(command) == 0
+    found = json.loads(Path("cut", "thorough.json").read_text())["figures"]
+    for name, figure in found.items():
+        assert figure["correct"] == whole["figures"][name]["correct"]
+    assert not list(Path("cut").glob("unfinished-*"))
+
+
+def test_what_goes_with_thorough(capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in (["--thorough", "--attacks", "fgsm"], ["--second", "theirs:Red"]):
+        assert cli._run(["eval", "--model", "theirs:Red", *wrong]) == 2
+    assert "leave --attacks out" in capsys.readouterr().err
+    said = refused(
+        capsys, "--model", "theirs:Red", *DATA, "--thorough", "--second", "theirs:a_pair"
+    )
+    assert "--second: it returns tuple" in said

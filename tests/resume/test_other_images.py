@@ -16,6 +16,7 @@ from dist_adv.config import Config, parse_config
 from dist_adv.errors import UserError
 from dist_adv.judging import measurement
 from dist_adv.judging.finished_run import evaluate_run
+from dist_adv.judging.measurement import Asked
 from dist_adv.runs import checkpoint
 from dist_adv.training.run import train_run
 from launch import checkpoints
@@ -141,7 +142,7 @@ def test_an_interrupted_evaluation_goes_on_with_its_own_images_only(
         with monkeypatch.context() as patch:
             for name, value in patched.items():
                 patch.setattr(measurement, name, value)
-            evaluate_run(run_dir, ["natural"], None, [f"data.root={where}"])
+            evaluate_run(run_dir, Asked(["natural"], overrides=[f"data.root={where}"]))
         return said.text
 
     with pytest.raises(KeyboardInterrupt):

@@ -16,10 +16,11 @@ from dist_adv.attacks.threat import Linf
 from dist_adv.config import load_config, parse_config
 from dist_adv.data import DataOptions, load_dataset
 from dist_adv.data.datasets import Files
+from dist_adv.evaluation.alignment import alignment
 from dist_adv.evaluation.images import subset
 from dist_adv.models import build_model
 from dist_adv.training.clock import Clock
-from dist_adv.training.collapse import BENT, SAMPLE, Guard, Measured, alignment, on_sample
+from dist_adv.training.collapse import BENT, SAMPLE, Guard, Measured, on_sample
 from dist_adv.training.run import train_run
 
 ROOT = Path(__file__).parents[2]

@@ -13,6 +13,7 @@ from dist_adv import files
 from dist_adv.config import load_config
 from dist_adv.errors import UserError
 from dist_adv.judging.finished_run import evaluate_run
+from dist_adv.judging.measurement import Asked
 from dist_adv.report import write_report
 from dist_adv.report.text import notices
 from dist_adv.runs import reading, status
@@ -81,7 +82,7 @@ def test_another_look_displaces_no_figure(
         lines(run),
         {line["attack"]: line["accuracy"] for line in lines(run)},
     )
-    evaluate_run(run, attacks, limit, overrides)
+    evaluate_run(run, Asked(attacks, limit, overrides))
     assert len(lines(run)) == 2 + len(attacks)
     found = card(run, tmp_path / "exported")
     assert {attack: int(row["images"]) for attack, row in found.items()} == {
@@ -102,7 +103,7 @@ def test_another_look_displaces_no_figure(
 
 
 def test_what_is_not_shown_is_said(run: Path) -> None:
-    evaluate_run(run, ["pgd-2"], 20, ["threat.eps=1/255"])
+    evaluate_run(run, Asked(["pgd-2"], 20, ["threat.eps=1/255"]))
     (said,) = notices(read_runs([run]))
     assert "run: of its evaluations 1 within another threat" in said
 
@@ -113,7 +114,7 @@ def test_what_is_not_shown_is_said(run: Path) -> None:
 def test_a_quick_look_is_not_the_evaluation(limit: int | None, overrides: list[str], run: Path):
     """A run that was killed before its evaluation, and looked at since, is still to be measured."""
     (run / "results.jsonl").unlink()
-    evaluate_run(run, ["pgd-2"], limit, overrides)
+    evaluate_run(run, Asked(["pgd-2"], limit, overrides))
     assert attacks_measured(run, "eval.limit=30") == ["natural", "pgd-2"]
     assert attacks_measured(run, "eval.limit=30") == []
     assert attacks_measured(run) == ["natural", "pgd-2"]  # on all of them
