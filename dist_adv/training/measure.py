@@ -1,9 +1,7 @@
 """Attacks on the final weights of a run: at its end, and whenever somebody asks for more."""
 
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from dist_adv import packages
+from dist_adv import files, packages
 from dist_adv.attacks.threat import build as build_threat
 from dist_adv.config import Config, differences, load_config, parse_config
 from dist_adv.data import Dataset, load_dataset
@@ -57,7 +55,7 @@ def evaluate_run(
     accelerator = start_accelerator("fp32", config.train.threads)
     start_logging(accelerator.is_main_process)
     on_main(accelerator, lambda: claim.check_writable(run))
-    arguments = {"--limit": limit, "weights": _weights(run)}
+    arguments = {"--limit": limit, "weights": files.sha256(run.weights)}
     with plain_failures(accelerator, "eval.batch_size", config.eval.batch_size):
         check_started_alike(config, accelerator, arguments)
         Measurement(run, config, accelerator).take()
@@ -170,17 +168,10 @@ class Measurement:
         """Everything that the figures depend on, but for the number of ranks."""
         config, where = self.config, {"root", "resident_gb", "workers"}
         return {
-            "weights": _weights(self.run),
+            "weights": files.sha256(self.run.weights),
             "threat": config.threat.model_dump(),
             "data": config.data.model_dump(exclude=where) | {"images": data.fingerprint},
             "eval": {key: getattr(config.eval, key) for key in ("step_size", "loss", "seed")},
             "attacks": config.eval.attacks,
             "limit": config.eval.limit,
         }
-
-
-def _weights(run: RunFolder) -> str | None:
-    """SHA-256 of the final weights; None where they cannot be read."""
-    with suppress(OSError), run.weights.open("rb") as weights:
-        return hashlib.file_digest(weights, "sha256").hexdigest()
-    return None
