@@ -1,0 +1,158 @@
+"""`dist-adv import`: somebody's checkpoint becomes a folder of this project."""
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from dist_adv.attacks.threat import build as build_threat
+from dist_adv.config import Config, load_config
+from dist_adv.data import Dataset, load_dataset
+from dist_adv.distributed.collectives import main_process_first, on_every, on_main
+from dist_adv.distributed.failures import plain_failures
+from dist_adv.distributed.start import start_accelerator
+from dist_adv.errors import UserError
+from dist_adv.evaluation.display import EvaluationDisplay, results_table
+from dist_adv.evaluation.evaluate import Supervision, evaluate
+from dist_adv.evaluation.results import Result, wilson
+from dist_adv.importing.choice import Choice, choose
+from dist_adv.importing.folder import write
+from dist_adv.models.foreign_keys import PUBLIC
+from dist_adv.terminal import bar, start_logging
+from dist_adv.text import nearest
+
+log = logging.getLogger("dist_adv")
+
+_FOR_A_TRIAL = 500  # test images: enough to tell a right choice from a wrong one
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `dist-adv import` was asked for. expect_clean: in percent."""
+
+    file: Path
+    network: str
+    overrides: tuple[str, ...]
+    normalise: str | None
+    expect_clean: float | None
+    limit: int | None
+    out: Path
+
+
+def run_import(asked: Asked) -> None:
+    """Write a foreign checkpoint as model.safetensors, config.json and README.md to a new folder.
+
+    Its clean accuracy is measured. Every rank calls this.
+
+    Raises UserError where the file, the options or the measured accuracy do not fit, before
+    anything is written.
+    """
+    if asked.network not in PUBLIC:
+        raise UserError(f"--as: {asked.network!r} is not known{nearest(asked.network, [*PUBLIC])}")
+    if asked.out.exists():
+        raise UserError(f"{asked.out}: exists already; choose a new folder")
+    config = _configuration(asked)
+    accelerator = start_accelerator("fp32")
+    start_logging(accelerator.is_main_process)
+    with plain_failures(accelerator, "eval.batch_size", config.eval.batch_size):
+        choice = on_every(accelerator, lambda: choose(asked.file, config, asked.normalise))
+        for note in choice.foreign.notes:
+            log.info("%s: %s", asked.file, note)
+        data = on_every(accelerator, lambda: _test_images(config, choice, accelerator))
+        log.info("measuring it on images of %s ...", config.data.name)
+        natural = _measure(choice, data, config, asked.limit, accelerator)
+        if accelerator.is_main_process:
+            results_table([natural])
+        if asked.expect_clean is None:
+            what = choice.assumed or "that it is this network"
+            log.warning("nothing proves %s; --expect-clean would", what)
+        elif not _fits(natural, asked.expect_clean):
+            other = _look_for_another(choice, data, config, asked.expect_clean, accelerator)
+            raise UserError(f"{_misses(asked, natural)}; {other}")
+    expected = asked.expect_clean
+    on_main(accelerator, lambda: write(asked.out, choice, data, natural, expected))
+
+
+def _configuration(asked: Asked) -> Config:
+    """Return the configuration that has the sections `model` and `data`."""
+    allowed = ("model.", "data.", "eval.batch_size=")
+    for override in asked.overrides:
+        if not override.startswith(allowed) or override.startswith("model.name="):
+            raise UserError(
+                f"{override!r}: an import takes keys of model and data; the network is that of --as"
+            )
+    names = ["method.name=natural", f"model.name={asked.network}"]
+    return load_config(None, [*names, *asked.overrides])
+
+
+def _test_images(config: Config, choice: Choice, accelerator: Accelerator) -> Dataset:
+    """Return the images to measure on. Raises UserError where the network is not for them."""
+    first = partial(main_process_first, accelerator)
+    data = load_dataset(config.data, "test", first)
+    for what, theirs, ours in (
+        ("classes", choice.classes, len(data.classes)),
+        ("channels", choice.channels, data.images.shape[1]),
+    ):
+        if theirs != ours:
+            raise UserError(
+                f"{choice.file}: is for {theirs} {what} and {config.data.name} has {ours}; name "
+                f"the data that it was trained on with data.name and data.root"
+            )
+    return data
+
+
+def _measure(
+    choice: Choice, data: Dataset, config: Config, limit: int | None, accelerator: Accelerator
+) -> Result:
+    """Return the clean accuracy on test images, `limit` of them or all."""
+    options = config.eval.model_copy(update={"attacks": ["natural"], "limit": limit})
+    model = choice.build(data.classes).to(accelerator.device)
+    threat = build_threat(config.threat.norm, config.threat.eps)
+    with bar(accelerator.is_main_process) as progress:
+        display = EvaluationDisplay(progress)
+        supervision = Supervision(display.update)
+        (natural,), _ = evaluate(model, data, threat, options, accelerator, supervision)
+    return natural
+
+
+def _fits(natural: Result, expected: float) -> bool:
+    """Tell whether the expected percentage is in the 95 % interval of the measured one."""
+    low, high = wilson(natural.correct, natural.n)
+    return low <= expected / 100 <= high
+
+
+def _misses(asked: Asked, natural: Result) -> str:
+    low, high = wilson(natural.correct, natural.n)
+    return (
+        f"--expect-clean: {asked.expect_clean:g} % is not what {asked.file} has: "
+        f"{natural.accuracy:.2%} of {natural.n:,} test images ({low:.2%} to {high:.2%})"
+    )
+
+
+def _look_for_another(
+    choice: Choice, data: Dataset, config: Config, expected: float, accelerator: Accelerator
+) -> str:
+    """Say which other shortcut, final norm and normalisation would fit, each tried on some images.
+
+    Every rank calls this.
+    """
+    log.info("trying other choices on %d images each ...", min(_FOR_A_TRIAL, len(data)))
+    tried = [
+        (other, _measure(other, data, config, _FOR_A_TRIAL, accelerator))
+        for other in choice.others()
+    ]
+    near = sorted(
+        (pair for pair in tried if _fits(pair[1], expected)),
+        key=lambda pair: abs(pair[1].accuracy - expected / 100),
+    )
+    if not near:
+        return (
+            f"none of {len(tried)} other choices of shortcut, final norm and normalisation fits; "
+            f"look at --as and at the data"
+        )
+    fitting = "; or ".join(
+        f"{other.assumed} ({natural.accuracy:.1%} of {natural.n})" for other, natural in near[:3]
+    )
+    return f"what would fit is {fitting}"
