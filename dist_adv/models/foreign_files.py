@@ -63,7 +63,7 @@ def read_foreign(path: Path, first: str) -> Foreign:
     norms = {match.string for match in inside}
     outside = [key for key in state if not key.startswith(prefix) and key not in norms]
     if outside:
-        raise UserError(f"{path}: has {few(outside)} besides the network in {prefix}*")
+        raise UserError(f"{path}: has {few(outside)} beside the network, which is {prefix}*")
     dtypes = {str(each.dtype).removeprefix("torch.") for each in state.values()}
     if rounded := sorted(dtypes & {"float16", "bfloat16", "float64"}):
         notes.append(f"{' and '.join(rounded)} was brought to float32.")

@@ -141,7 +141,7 @@ def take(
         if name not in known and not name.startswith(needless) and not name.endswith(_COUNTER)
     ]
     if more:
-        raise ValueError(f"has {few(more)} besides")
+        raise ValueError(f"also has {few(more)}")
     for key, name in wanted.items():
         if theirs[name].shape != ours[key].shape:
             raise ValueError(

@@ -55,8 +55,8 @@ def read_start(config: Config, data: Dataset) -> Start | None:
     differences = list(_differences(architecture, config, data))
     if differences:
         raise UserError(
-            f"train.start: {path} is of another network ({'; '.join(differences)}); set these "
-            f"keys to its own, or start from another"
+            f"train.start: {path} is of another network ({'; '.join(differences)}); configure its "
+            f"own, or start from another"
         )
     return Start(path, files.sha256(path), architecture, weights)
 
