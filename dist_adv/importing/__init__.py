@@ -1,12 +1,14 @@
 """`dist-adv import`: somebody's checkpoint becomes a folder of this project."""
 
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
 
+from dist_adv import files
 from dist_adv.attacks.threat import build as build_threat
 from dist_adv.config import Config, load_config
 from dist_adv.data import Dataset, load_dataset
@@ -18,13 +20,14 @@ from dist_adv.evaluation.display import EvaluationDisplay, results_table
 from dist_adv.evaluation.evaluate import Supervision, evaluate
 from dist_adv.evaluation.results import Result, wilson
 from dist_adv.importing.choice import Choice, choose
-from dist_adv.importing.folder import write
+from dist_adv.importing.folder import fill
 from dist_adv.models.foreign_keys import PUBLIC
 from dist_adv.terminal import bar, start_logging
 from dist_adv.text import nearest
 
 log = logging.getLogger("dist_adv")
 
+_BATCH = "eval.batch_size"
 _FOR_A_TRIAL = 500  # test images: enough to tell a right choice from a wrong one
 
 
@@ -46,38 +49,53 @@ def run_import(asked: Asked) -> None:
 
     Its clean accuracy is measured. Every rank calls this.
 
-    Raises UserError where the file, the options or the measured accuracy do not fit, before
-    anything is written.
+    Raises UserError where the file, the options or the measured accuracy do not fit, and leaves
+    no folder then.
     """
     if asked.network not in PUBLIC:
         raise UserError(f"--as: {asked.network!r} is not known{nearest(asked.network, [*PUBLIC])}")
-    if asked.out.exists():
-        raise UserError(f"{asked.out}: exists already; choose a new folder")
     config = _configuration(asked)
     accelerator = start_accelerator("fp32")
     start_logging(accelerator.is_main_process)
-    with plain_failures(accelerator, "eval.batch_size", config.eval.batch_size):
+    with ExitStack() as stack, plain_failures(accelerator, _BATCH, config.eval.batch_size):
+        # First: an --out that cannot be is said before minutes of measuring.
+        folder = on_main(accelerator, lambda: stack.enter_context(files.new_folder(asked.out)))
         choice = on_every(accelerator, lambda: choose(asked.file, config, asked.normalise))
         for note in choice.foreign.notes:
             log.info("%s: %s", asked.file, note)
         data = on_every(accelerator, lambda: _test_images(config, choice, accelerator))
-        log.info("measuring it on images of %s ...", config.data.name)
         natural = _measure(choice, data, config, asked.limit, accelerator)
         if accelerator.is_main_process:
             results_table([natural])
-        if asked.expect_clean is None:
-            what = choice.assumed or "that it is this network"
-            log.warning("nothing proves %s; --expect-clean would", what)
-        elif not _fits(natural, asked.expect_clean):
-            other = _look_for_another(choice, data, config, asked.expect_clean, accelerator)
-            raise UserError(f"{_misses(asked, natural)}; {other}")
+        _check_accuracy(asked, choice, natural, data, config, accelerator)
+        on_main(accelerator, lambda: fill(folder, choice, data, natural, asked.expect_clean))
+
+
+def _check_accuracy(
+    asked: Asked,
+    choice: Choice,
+    natural: Result,
+    data: Dataset,
+    config: Config,
+    accelerator: Accelerator,
+) -> None:
+    """Raise UserError where another accuracy was expected, saying what would have it."""
     expected = asked.expect_clean
-    on_main(accelerator, lambda: write(asked.out, choice, data, natural, expected))
+    if expected is None:
+        what = choice.assumed or "that it is this network"
+        log.warning("nothing proves %s; --expect-clean would", what)
+    elif not _fits(natural, expected):
+        low, high = wilson(natural.correct, natural.n)
+        raise UserError(
+            f"--expect-clean: {expected:g} % is not what {asked.file} has: {natural.accuracy:.2%} "
+            f"of {natural.n:,} test images ({low:.2%} to {high:.2%}); "
+            f"{_look_for_another(choice, data, config, expected, accelerator)}"
+        )
 
 
 def _configuration(asked: Asked) -> Config:
     """Return the configuration that has the sections `model` and `data`."""
-    allowed = ("model.", "data.", "eval.batch_size=")
+    allowed = ("model.", "data.", f"{_BATCH}=")
     for override in asked.overrides:
         if not override.startswith(allowed) or override.startswith("model.name="):
             raise UserError(
@@ -89,6 +107,7 @@ def _configuration(asked: Asked) -> Config:
 
 def _test_images(config: Config, choice: Choice, accelerator: Accelerator) -> Dataset:
     """Return the images to measure on. Raises UserError where the network is not for them."""
+    log.info("measuring it on images of %s ...", config.data.name)
     first = partial(main_process_first, accelerator)
     data = load_dataset(config.data, "test", first)
     for what, theirs, ours in (
@@ -121,14 +140,6 @@ def _fits(natural: Result, expected: float) -> bool:
     """Tell whether the expected percentage is in the 95 % interval of the measured one."""
     low, high = wilson(natural.correct, natural.n)
     return low <= expected / 100 <= high
-
-
-def _misses(asked: Asked, natural: Result) -> str:
-    low, high = wilson(natural.correct, natural.n)
-    return (
-        f"--expect-clean: {asked.expect_clean:g} % is not what {asked.file} has: "
-        f"{natural.accuracy:.2%} of {natural.n:,} test images ({low:.2%} to {high:.2%})"
-    )
 
 
 def _look_for_another(

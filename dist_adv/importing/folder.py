@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dist_adv import files
 from dist_adv.data import Dataset
 from dist_adv.evaluation.results import Result, wilson
 from dist_adv.importing.choice import Choice
@@ -12,21 +11,20 @@ from dist_adv.models import save_model
 from dist_adv.text import shown
 
 
-def write(
-    out: Path, choice: Choice, data: Dataset, natural: Result, expected: float | None
+def fill(
+    folder: Path, choice: Choice, data: Dataset, natural: Result, expected: float | None
 ) -> None:
-    """Write model.safetensors, config.json and README.md to the new folder `out`, or nothing.
+    """Write model.safetensors, config.json and README.md.
 
     natural: the clean accuracy as measured; expected: in percent, where one was.
 
-    Raises UserError where `out` exists or cannot be made; RunFailure where the disk refuses.
+    Raises RunFailure or OSError where the disk refuses.
     """
     model = choice.build(data.classes)
     architecture = model.architecture | {"imported": _origin(choice, data, natural, expected)}
-    with files.new_folder(out) as folder:
-        save_model(folder / "model.safetensors", architecture, model.state_dict())
-        (folder / "config.json").write_text(json.dumps(architecture, indent=1))
-        (folder / "README.md").write_text(_readme(choice, architecture), encoding="utf-8")
+    save_model(folder / "model.safetensors", architecture, model.state_dict())
+    (folder / "config.json").write_text(json.dumps(architecture, indent=1))
+    (folder / "README.md").write_text(_readme(choice, architecture), encoding="utf-8")
 
 
 def _origin(

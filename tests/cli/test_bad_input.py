@@ -278,6 +278,24 @@ REAL = [
         run=True,
         log="passed over: run/checkpoints/step-",
     ),
+    Row(
+        "start-missing",
+        TRAIN_TINY + "train.start=nothing --run-dir new",
+        ("train.start: nothing: no such weights file",),
+    ),
+    Row(
+        "start-of-another-network",
+        TRAIN_TINY + "train.start=run model.width=8 --run-dir new",
+        ("train.start: run/model.safetensors", "model.width: 4 there, 8 here", "configure"),
+        run=True,
+    ),
+    # What reads somebody's checkpoint.
+    Row(
+        "import-web-page",
+        "import theirs.pt --as preact_resnet18 --normalise none --out new",
+        ("theirs.pt: is a web page and no checkpoint", "Google Drive", "gdown"),
+        {"theirs.pt": "<!DOCTYPE html><html></html>"},
+    ),
     # What reads a run.
     Row(
         "eval-other-classes",

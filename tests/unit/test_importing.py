@@ -558,7 +558,10 @@ def test_no_final_norm_where_one_is_wanted(tmp_path):
         (["nothing.pt", "--as", "preact_resnet18", "--out", "new"], "nothing.pt: no such file"),
         (["folder", "--as", "preact_resnet18", "--out", "new"], "folder: is a folder; name"),
         (["a.pt", "--as", "resnet18", "--out", "new"], "--as: 'resnet18' is not known"),
-        (["a.pt", "--as", "preact_resnet18", "--out", "folder"], "folder: exists already; choose"),
+        (
+            ["a.pt", "--as", "preact_resnet18", "--out", "folder"],
+            "folder: cannot be written (File exists)",
+        ),
         (
             ["a.pt", "--as", "preact_resnet18", "--out", "new", "train.seed=3"],
             "'train.seed=3': an import takes keys of model and data",
