@@ -315,7 +315,7 @@ def import_checkpoint(file: Path, **asked: Any) -> None:
     dist-adv import cifar_model.pth --as preact_resnet18 model.shortcut=raw --normalise cifar10 \\
       --expect-clean 83.3 --out wong2020
     dist-adv import trades.pt --as wide_resnet --normalise none --expect-clean 84.9 --out trades
-    dist-adv train configs/cifar10/fast.yaml train.start=wong2020 model.shortcut=raw
+    dist-adv train configs/cifar10/fast.yaml train.start=trades model.name=wide_resnet
     """
     _announce()
     from dist_adv.importing import Asked, run_import

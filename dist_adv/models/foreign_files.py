@@ -27,7 +27,7 @@ _NORMALISATION = re.compile(_WRAPPERS + r"(?:normali[sz]\w*\.)?(?:(mu|mean)|(sig
 
 @dataclass(frozen=True)
 class Foreign:
-    """The weights of a checkpoint, in fp32, by their names within the network.
+    """The weights of a checkpoint by their names within the network.
 
     format: how they were packed, in words. mean, std: of a normalisation that is in the file.
     notes: what was decided about it, a sentence each.
@@ -66,11 +66,11 @@ def read_foreign(path: Path, first: str) -> Foreign:
         raise UserError(f"{path}: has {few(outside)} beside the network, which is {prefix}*")
     dtypes = {str(each.dtype).removeprefix("torch.") for each in state.values()}
     if rounded := sorted(dtypes & {"float16", "bfloat16", "float64"}):
-        notes.append(f"{' and '.join(rounded)} was brought to float32.")
+        notes.append(f"{' and '.join(rounded)} becomes float32.")
     return Foreign(
         sha256,
         ", ".join([kind, *places, *([f"prefix {prefix}"] if prefix else [])]),
-        {key.removeprefix(prefix): each.float() for key, each in state.items() if key not in norms},
+        {key.removeprefix(prefix): each for key, each in state.items() if key not in norms},
         mean,
         std,
         notes,
