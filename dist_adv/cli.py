@@ -321,7 +321,8 @@ def import_checkpoint(file: Path, **asked: Any) -> None:
     from dist_adv.importing import Asked, run_import
 
     run_import(Asked(file, **asked))
-    click.echo(f"imported: {click.format_filename(asked['out'])}")
+    if launched.rank() == 0:
+        click.echo(f"imported: {click.format_filename(asked['out'])}")
 
 
 @cli.command()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dist_adv import files
 from dist_adv.errors import UserError
-from dist_adv.text import few, one_line
+from dist_adv.text import few, said
 
 # Where training scripts put the weights, in the order in which they are looked for.
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "last", "best")
@@ -110,7 +110,7 @@ def _read(path: Path) -> tuple[str, Any]:
         elif any(sign in str(error) for sign in signs):
             what = "is cut short; download it again"
         else:
-            what = f"is no checkpoint that can be read ({one_line(error)[:120]})"
+            what = f"is no checkpoint that can be read ({said(error)[:120]})"
         raise UserError(f"{path}: {what}") from None
 
 
