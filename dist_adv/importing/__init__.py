@@ -64,21 +64,54 @@ def run_import(asked: Asked) -> None:
         for note in choice.foreign.notes:
             log.info("%s: %s", asked.file, note)
         data = on_every(accelerator, lambda: _test_images(config, choice, accelerator))
-        natural = _measure(choice, data, config, asked.limit, accelerator)
+        judge = _Judge(config, data, accelerator)
+        natural = judge.accuracy(choice, asked.limit)
         if accelerator.is_main_process:
             results_table([natural])
-        _check_accuracy(asked, choice, natural, data, config, accelerator)
+        _check_accuracy(asked, choice, natural, judge)
         on_main(accelerator, lambda: fill(folder, choice, data, natural, asked.expect_clean))
 
 
-def _check_accuracy(
-    asked: Asked,
-    choice: Choice,
-    natural: Result,
-    data: Dataset,
-    config: Config,
-    accelerator: Accelerator,
-) -> None:
+@dataclass(frozen=True)
+class _Judge:
+    """Measures the clean accuracy of what a file is read as. Every rank calls it."""
+
+    config: Config
+    data: Dataset
+    accelerator: Accelerator
+
+    def accuracy(self, choice: Choice, limit: int | None) -> Result:
+        """Return that on the test images, `limit` random ones or all."""
+        main, threat = self.accelerator.is_main_process, self.config.threat
+        options = self.config.eval.model_copy(update={"attacks": ["natural"], "limit": limit})
+        model = choice.build(self.data.classes).to(self.accelerator.device)
+        ball = build_threat(threat.norm, threat.eps)
+        with bar(main) as progress:
+            supervision = Supervision(EvaluationDisplay(progress).update)
+            (natural,), _ = evaluate(model, self.data, ball, options, self.accelerator, supervision)
+        return natural
+
+    def look_for_another(self, choice: Choice, expected: float) -> str:
+        """Say which other shortcut, final norm and normalisation would fit; each is tried."""
+        log.info("trying other choices on %d images each ...", min(_FOR_A_TRIAL, len(self.data)))
+        tried = [(other, self.accuracy(other, _FOR_A_TRIAL)) for other in choice.others()]
+        near = sorted(
+            (pair for pair in tried if _fits(pair[1], expected)),
+            key=lambda pair: abs(pair[1].accuracy - expected / 100),
+        )
+        if not near:
+            return (
+                f"none of {len(tried)} other choices of shortcut, final norm and normalisation "
+                f"fits; look at --as and at the data"
+            )
+        fitting = "; or ".join(
+            f"{other.assumed} ({natural.accuracy:.1%} of {natural.n})"
+            for other, natural in near[:3]
+        )
+        return f"what would fit is {fitting}"
+
+
+def _check_accuracy(asked: Asked, choice: Choice, natural: Result, judge: _Judge) -> None:
     """Raise UserError where another accuracy was expected, saying what would have it."""
     expected = asked.expect_clean
     if expected is None:
@@ -89,7 +122,7 @@ def _check_accuracy(
         raise UserError(
             f"--expect-clean: {expected:g} % is not what {asked.file} has: {natural.accuracy:.2%} "
             f"of {natural.n:,} test images ({low:.2%} to {high:.2%}); "
-            f"{_look_for_another(choice, data, config, expected, accelerator)}"
+            f"{judge.look_for_another(choice, expected)}"
         )
 
 
@@ -122,48 +155,7 @@ def _test_images(config: Config, choice: Choice, accelerator: Accelerator) -> Da
     return data
 
 
-def _measure(
-    choice: Choice, data: Dataset, config: Config, limit: int | None, accelerator: Accelerator
-) -> Result:
-    """Return the clean accuracy on test images, `limit` of them or all."""
-    options = config.eval.model_copy(update={"attacks": ["natural"], "limit": limit})
-    model = choice.build(data.classes).to(accelerator.device)
-    threat = build_threat(config.threat.norm, config.threat.eps)
-    with bar(accelerator.is_main_process) as progress:
-        display = EvaluationDisplay(progress)
-        supervision = Supervision(display.update)
-        (natural,), _ = evaluate(model, data, threat, options, accelerator, supervision)
-    return natural
-
-
 def _fits(natural: Result, expected: float) -> bool:
     """Tell whether the expected percentage is in the 95 % interval of the measured one."""
     low, high = wilson(natural.correct, natural.n)
     return low <= expected / 100 <= high
-
-
-def _look_for_another(
-    choice: Choice, data: Dataset, config: Config, expected: float, accelerator: Accelerator
-) -> str:
-    """Say which other shortcut, final norm and normalisation would fit, each tried on some images.
-
-    Every rank calls this.
-    """
-    log.info("trying other choices on %d images each ...", min(_FOR_A_TRIAL, len(data)))
-    tried = [
-        (other, _measure(other, data, config, _FOR_A_TRIAL, accelerator))
-        for other in choice.others()
-    ]
-    near = sorted(
-        (pair for pair in tried if _fits(pair[1], expected)),
-        key=lambda pair: abs(pair[1].accuracy - expected / 100),
-    )
-    if not near:
-        return (
-            f"none of {len(tried)} other choices of shortcut, final norm and normalisation fits; "
-            f"look at --as and at the data"
-        )
-    fitting = "; or ".join(
-        f"{other.assumed} ({natural.accuracy:.1%} of {natural.n})" for other, natural in near[:3]
-    )
-    return f"what would fit is {fitting}"
