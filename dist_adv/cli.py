@@ -327,6 +327,52 @@ def export(run_dir: Path, out: Path) -> None:
     click.echo(f"exported: {click.format_filename(out)}")
 
 
+@cli.command(name="import")
+@click.argument("file", type=_PATH)
+@_OVERRIDES
+@click.option(
+    "--as",
+    "network",
+    required=True,
+    metavar="NETWORK",
+    help="preact_resnet18 or wide_resnet, whose layers the file has by their public names.",
+)
+@click.option(
+    "--normalise",
+    metavar="NAME|MEAN:STD",
+    help="What the network does to images: cifar10, cifar100, svhn, none, or numbers a channel "
+    "as in 0.5,0.5,0.5:0.25,0.25,0.25.  [default: what is in the file]",
+)
+@click.option(
+    "--expect-clean",
+    type=click.FloatRange(1, 100),
+    metavar="PERCENT",
+    help="The published clean accuracy; refuse where it is outside the measured 95 % interval.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Only so many random test images.")
+@click.option("--out", type=_PATH, required=True)
+def import_checkpoint(file: Path, **asked: Any) -> None:
+    """Turn FILE, a checkpoint of somebody else's code, into a folder as `export` writes it.
+
+    For networks of fast_adversarial, robust_overfitting, TRADES, AWP and RobustBench: weights of
+    torch.save or safetensors, wrapped or not. Nothing in the file is executed. Width, depth and
+    classes are read off it. Which shortcut and normalisation its authors had is not in it: say
+    so, and check it with --expect-clean on the test images of `data`. See docs/importing.md.
+
+    \b
+    dist-adv import cifar_model.pth --as preact_resnet18 model.shortcut=raw --normalise cifar10 \\
+      --expect-clean 83.3 --out wong2020
+    dist-adv import trades.pt --as wide_resnet --normalise none --expect-clean 84.9 --out trades
+    dist-adv train configs/cifar10/fast.yaml train.start=trades model.name=wide_resnet
+    """
+    _announce()
+    from dist_adv.importing import Asked, run_import
+
+    run_import(Asked(file, **asked))
+    if launched.rank() == 0:
+        click.echo(f"imported: {click.format_filename(asked['out'])}")
+
+
 @cli.command()
 @click.option("--only", default="", metavar="CASES", help="Cases to run, with commas between.")
 @click.option("--out", type=_PATH, default=Path("bench"), show_default=True)

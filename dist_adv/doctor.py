@@ -72,6 +72,7 @@ def examine(path: Path | None, overrides: Sequence[str], run_dir: Path) -> list[
         "Slurm": _slurm,
         "W&B": lambda: _wandb(config),
         "data": lambda: _data(config),
+        "train.start": lambda: _start(config),
         "run folder": lambda: _run_folder(config, run_dir),
         "limits": _limits,
         "a run here": lambda: _use(config),
@@ -272,6 +273,18 @@ def _data(config: Config | None) -> Findings:
 
 def _is_there(name: str, root: Path) -> bool:
     return all(os.path.exists(root / file) for file in _FILES[name])
+
+
+def _start(config: Config | None) -> Findings:
+    from dist_adv.models import read_weights, weights_file
+
+    if config and config.train.start:
+        try:
+            architecture, _ = read_weights(weights_file(config.train.start))
+        except UserError as error:
+            yield Finding("train.start", str(error), "problem", "name weights that are there")
+            return
+        yield Finding("train.start", f"{config.train.start}: {architecture['model']['name']}")
 
 
 def _run_folder(config: Config | None, folder: Path) -> Findings:

@@ -1,16 +1,19 @@
-"""Files of a run folder: JSON lines that grow, and files that are replaced whole."""
+"""Files of a run folder: JSON lines that grow, files and folders that are written whole."""
 
+import errno
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from dist_adv.errors import RunFailure, UserError
+from dist_adv.errors import RunFailure, UserError, unwritable
 
 Record = dict[str, Any]
 _BLOCK = 1 << 16
@@ -41,6 +44,35 @@ def replace(path: Path, content: bytes) -> None:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise RunFailure(f"{path}: could not be written ({error.strerror})") from error
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield a folder to fill that becomes `out` when all went well, and is removed otherwise.
+
+    Raises UserError where `out` exists or cannot be made; RunFailure where the disk refuses.
+    """
+    partial = out.with_name(f".partial-{out.name}") if out.name else out
+    try:
+        if out.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        shutil.rmtree(partial, ignore_errors=True)  # of a command that was killed
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(out)
+    except BaseException as error:
+        if partial != out:
+            shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise unwritable(out, error, "choose a new folder") from None
+        raise
+
+
+def sha256(path: Path) -> str | None:
+    """Return the SHA-256 of a file's bytes; None where they cannot be read."""
+    with suppress(OSError), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+    return None
 
 
 def output_file(path: Path, option: str, own: Callable[[bytes], bool]) -> Path:

@@ -7,7 +7,8 @@ from typing import Any
 from dist_adv.config.schema import Config, Judged
 
 # Differences in these do not change what is trained, so a run goes on in spite of them. The data
-# may have moved; whether they are the same is not seen from where they lie.
+# and the weights of the start may have moved; whether they are the same is not seen from where they
+# lie.
 _FREE_TO_CHANGE = (
     "track.",
     "eval.",
@@ -26,7 +27,7 @@ _FREE_TO_CHANGE = (
             "save_steps",
         )
     ),
-    *(f"train.{key}" for key in ("skip_limit", "threads", "timeout_minutes")),
+    *(f"train.{key}" for key in ("skip_limit", "start", "threads", "timeout_minutes")),
 )
 # More of these is a longer run; less is another one.
 _FREE_TO_GROW = ("train.epochs", "train.max_steps")

@@ -135,7 +135,9 @@ class TrainOptions(Options):
     sync_batchnorm: BatchNorm's statistics are of the global batch instead of each rank's share (on
     GPUs). deterministic: cuDNN takes algorithms that give the same bits each time, so that a run
     on GPUs goes on bit for bit, too; false: the fastest, found out by timing them. CPUs always do.
-    threads: CPU threads of a rank (null: the cores divided by the ranks).
+    threads: CPU threads of a rank (null: the cores divided by the ranks). start: the folder of a
+    run, an export or an import, or a model.safetensors, from whose weights and normalisation
+    training starts (null: fresh weights).
 
     Checkpoints come at the end of every epoch, and every `save_steps` optimiser steps and every
     `save_minutes` (null: not); `keep` of them stay. max_minutes: save and leave after so long, to
@@ -162,6 +164,7 @@ class TrainOptions(Options):
     timeout_minutes: Minutes = 10.0
     log_every: PositiveInt = 50
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    start: str | None = None
 
 
 def _check_options(name: str, kind: type[Options], given: dict[str, Any]) -> None:

@@ -110,8 +110,8 @@ class Dataset:
 
     def statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation a channel, in pixel units of [0, 1]."""
-        if self.name in _STATISTICS:
-            return _STATISTICS[self.name]
+        if self.name in STATISTICS:
+            return STATISTICS[self.name]
         # Of some images where all would have to be read. Exact from the 256 counts a channel; no
         # float copy of the images.
         images = self.images
@@ -130,7 +130,7 @@ class Dataset:
 
 
 _IMAGES_FOR_STATISTICS = 2000
-_STATISTICS = {
+STATISTICS = {
     "cifar10": ([0.4914, 0.4822, 0.4465], [0.2471, 0.2435, 0.2616]),
     "cifar100": ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),
     "svhn": ([0.4377, 0.4438, 0.4728], [0.1980, 0.2010, 0.1970]),

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+from dist_adv import files
 from dist_adv.config import Config, differences, load_config
 from dist_adv.distributed.collectives import check_started_alike, on_main
 from dist_adv.distributed.failures import plain_failures
 from dist_adv.distributed.start import start_accelerator
 from dist_adv.errors import UserError
-from dist_adv.judging.measurement import Asked, Measurement, digest, final_weights
+from dist_adv.judging.measurement import Asked, Measurement, final_weights
 from dist_adv.judging.thorough import measure
 from dist_adv.runs import claim
 from dist_adv.runs.folder import RunFolder
@@ -30,7 +31,7 @@ def evaluate_run(run_dir: Path, asked: Asked) -> None:
     accelerator = start_accelerator("fp32", config.train.threads)
     start_logging(accelerator.is_main_process)
     on_main(accelerator, lambda: claim.check_writable(run))
-    arguments = {"--limit": asked.limit, "weights": digest(run)}
+    arguments = {"--limit": asked.limit, "weights": files.sha256(run.weights)}
     with plain_failures(accelerator, "eval.batch_size", config.eval.batch_size):
         check_started_alike(config, accelerator, arguments)
         measure(Measurement(run, config, accelerator), final_weights(run), asked)

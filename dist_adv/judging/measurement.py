@@ -1,9 +1,7 @@
 """A network's figures under attacks, added to the results of its folder."""
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -11,7 +9,7 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from torch import nn
 
-from dist_adv import packages
+from dist_adv import files, packages
 from dist_adv.attacks.threat import build as build_threat
 from dist_adv.config import Config, Judged, Reference, parse
 from dist_adv.data import Dataset, load_dataset
@@ -51,14 +49,7 @@ def final_weights(run: RunFolder) -> Subject:
     """
     trained = read_final(run.weights)["trained"]
     about = {"epoch": trained["epoch"], "step": trained["step"]}
-    return Subject(partial(load_model, run.path), {"weights": digest(run)}, about)
-
-
-def digest(run: RunFolder) -> str | None:
-    """Return the SHA-256 of the final weights; None where they cannot be read."""
-    with suppress(OSError), run.weights.open("rb") as weights:
-        return hashlib.file_digest(weights, "sha256").hexdigest()
-    return None
+    return Subject(partial(load_model, run.path), {"weights": files.sha256(run.weights)}, about)
 
 
 @dataclass(frozen=True)

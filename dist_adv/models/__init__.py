@@ -286,6 +286,13 @@ def read_final(path: Path) -> dict[str, Any]:
     return architecture
 
 
+def weights_file(path: str | Path) -> Path:
+    """Return the weights of a run folder or an export folder, or the file that is named itself."""
+    path = Path(os.path.expanduser(path))
+    # Not is_dir, which raises for a folder without permission; read_weights says what is wrong.
+    return path / "model.safetensors" if os.path.isdir(path) else path
+
+
 def load_model(path: str | Path) -> Classifier:
     """Return the trained network of a run folder, an export folder or a `model.safetensors`.
 
@@ -294,10 +301,7 @@ def load_model(path: str | Path) -> Classifier:
 
     Raises UserError where there is no such file, or one that is damaged or not this project's.
     """
-    path = Path(os.path.expanduser(path))
-    # Not is_dir, which raises for a folder without permission; read_weights says what is wrong.
-    folder = os.path.isdir(path)
-    architecture, tensors = read_weights(path / "model.safetensors" if folder else path)
+    architecture, tensors = read_weights(weights_file(path))
     try:
         model = Classifier(architecture)
     except ValueError as error:

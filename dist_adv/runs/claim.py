@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from dist_adv import files
 from dist_adv.config import Config, differences, load_config, longer, training_differences
 from dist_adv.errors import UserError
-from dist_adv.models import read_final
+from dist_adv.models import read_final, weights_file
+from dist_adv.runs import reading
 from dist_adv.runs.environment import environment
 from dist_adv.runs.folder import RunFolder
 from dist_adv.runs.lock import Lock, unusable
@@ -44,6 +45,8 @@ def holds(run: RunFolder, config: Config, resume: bool = True) -> bool:
             f"{run}: exists already; choose another --run-dir, or --resume auto to go on"
         )
     check_same_experiment(load_config(run.config), config, run.path)
+    if run.environment.exists():
+        check_same_start(reading.read_environment(run.path).get("start"), config, run.path)
     return True
 
 
@@ -108,4 +111,19 @@ def check_same_experiment(old: Config, new: Config, where: Path) -> None:
         raise UserError(
             f"{where}: holds a run with another configuration ({'; '.join(differences)}); "
             f"choose another --run-dir, or go on with its own config.yaml"
+        )
+
+
+def check_same_start(before: str | None, config: Config, where: Path) -> None:
+    """Raise UserError where `train.start` has other weights than those that a run began with.
+
+    before: their SHA-256. Of a file that is gone nothing is known: a finished run does without.
+    """
+    start = config.train.start
+    now = None if start is None else files.sha256(weights_file(start))
+    if before != now and (start is None or now is not None):
+        told = [f"SHA-256 {each[:12]}" if each else "fresh ones" for each in (before, now)]
+        raise UserError(
+            f"{where}: began with other weights ({told[0]}) than train.start has now ({told[1]}); "
+            f"restore them, or choose another --run-dir"
         )

@@ -1,13 +1,11 @@
 """A trained model as a folder to hand on: weights, config.json and a model card."""
 
-import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dist_adv.errors import unwritable
+from dist_adv import files
 from dist_adv.models import read_final
 from dist_adv.runs import reading
 from dist_adv.runs.folder import RunFolder
@@ -34,20 +32,10 @@ def export_run(run_dir: Path, out: Path) -> None:
     weights = RunFolder(run_dir).weights
     architecture = read_final(weights)
     card = _card(architecture, run_dir)
-    partial = out.with_name(f".partial-{out.name}") if out.name else out
-    try:
-        if out.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-        partial.mkdir(parents=True)
-        shutil.copy(weights, partial / "model.safetensors")
-        (partial / "config.json").write_text(json.dumps(architecture, indent=1))
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        partial.rename(out)
-    except OSError as error:
-        if partial != out:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise unwritable(out, error, "choose a new folder") from None
+    with files.new_folder(out) as folder:
+        shutil.copy(weights, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(architecture, indent=1))
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _card(architecture: dict, run_dir: Path) -> str:

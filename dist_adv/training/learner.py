@@ -32,6 +32,7 @@ from dist_adv.training.meter import Meter
 from dist_adv.training.nonfinite import NonFinite
 from dist_adv.training.perturbation import WeightPerturbation
 from dist_adv.training.schedule import lr_at, momentum_at
+from dist_adv.training.start import Start, read_start
 
 log = logging.getLogger("dist_adv")
 
@@ -60,7 +61,9 @@ class Learner:
         self.threat = build_threat(config.threat.norm, config.threat.eps)
         self.method = build_method(config.method, self._task())
         # One network trains; the other is its plain fp32 copy, which is evaluated and saved.
-        network, self.copy = self._build(), self._build()
+        start = read_start(config, data)
+        self.started_from = start.sha256 if start else None
+        network, self.copy = self._build(start), self._build(start)
         check_statistics(config, self.loader.smallest_share, network)
         if is_somebodys(config.model.name):
             subject = f"model.name: {config.model.name}"
@@ -96,11 +99,13 @@ class Learner:
     def _average(self) -> Average:
         assert self.config.average
         steps = self.config.average.epochs * self.loader.batches * self.method.steps_per_batch
-        return Average(self._build(), self.net, max(0.0, 1 - 1 / steps))
+        return Average(copy.deepcopy(self.copy), self.net, max(0.0, 1 - 1 / steps))
 
-    def _build(self) -> Classifier:
-        mean, std = self.data.statistics()
+    def _build(self, start: Start | None) -> Classifier:
+        mean, std = start.normalisation if start else self.data.statistics()
         model = build_model(self.config.model, mean, std, self.data.classes, self.config.train.seed)
+        if start:
+            start.put_into(model)
         return model.to(self.accelerator.device)
 
     @property

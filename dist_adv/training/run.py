@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from dist_adv import files
 from dist_adv.config import Config, longer, parse_config
 from dist_adv.distributed.collectives import check_started_alike, on_main
 from dist_adv.distributed.failures import plain_failures
@@ -17,7 +18,7 @@ from dist_adv.errors import Preempted, RunFailure, UserError
 from dist_adv.judging.measurement import Measurement, check_attacks, final_weights
 from dist_adv.methods.carried import BySample
 from dist_adv.methods.description import describe
-from dist_adv.models import save_model
+from dist_adv.models import save_model, weights_file
 from dist_adv.runs import checkpoint, claim
 from dist_adv.runs.checkpoint import Checkpoint
 from dist_adv.runs.folder import RunFolder
@@ -64,7 +65,9 @@ def train_run(config: Config, run_dir: Path, resume: str) -> None:
 def _train(
     config: Config, run: RunFolder, resume: str, accelerator: Accelerator, stack: ExitStack
 ) -> None:
-    arguments = {"--run-dir": str(run), "--resume": resume}
+    arguments: dict[str, Any] = {"--run-dir": str(run), "--resume": resume}
+    if config.train.start:
+        arguments["weights of train.start"] = files.sha256(weights_file(config.train.start))
     check_started_alike(config, accelerator, arguments)
     exists = on_main(accelerator, partial(_take, run, config, resume, stack))
     if on_main(accelerator, lambda: exists and claim.trained(run, config)):
@@ -120,6 +123,7 @@ def _starting_point(run: RunFolder, config: Config, resume: str) -> tuple[Path, 
         except UserError as error:
             raise UserError(f"{error}; name a good one or use --resume auto") from None
         claim.check_same_experiment(parse_config(saved.state["config"], str(path)), config, path)
+        claim.check_same_start(saved.state.get("start"), config, path)
         return path, saved
     found = checkpoint.load_newest(run.checkpoints, log.warning)
     if found is None and resume == "auto" and run.config.exists():
@@ -154,6 +158,7 @@ def _about(trainer: Trainer) -> dict[str, Any]:
     sources = trainer.config.sources()
     return {
         **({"sources": sources} if sources else {}),
+        **({"start": learner.started_from} if learner.started_from else {}),
         "precision": precision_of(trainer.accelerator),
         "total_steps": learner.total_steps,
         "method": describe(
@@ -207,6 +212,8 @@ def _announce(run: RunFolder, trainer: Trainer, precision: str) -> None:
         accelerator.device.type,
         accelerator.num_processes,
     )
+    if config.train.start:
+        log.info("started from the weights of %s, with their normalisation", config.train.start)
     warn_of_unused_precision(accelerator)
     if trainer.learner.method.caution:
         log.warning("method.name: %s", trainer.learner.method.caution)

@@ -107,6 +107,7 @@ def _numbers(learner: Learner, kept: Kept, wandb_id: str | None) -> dict[str, An
         "wandb_id": wandb_id,
         "images": kept.images,
         "sources": learner.config.sources(),
+        "start": learner.started_from,
         "config": learner.config.model_dump(),
     }
 

@@ -44,6 +44,7 @@ CHECKPOINT = Path("checkpoints/step-000000001")
 NO_TENSORBOARD = "import sys; sys.modules['tensorboard'] = None"
 LATE = "time.sleep(1.5 if os.environ['RANK'] == '0' else 0)"
 ELSEWHERE = "if os.environ['RANK'] == '1': os.environ['DIST_ADV_DATA'] = 'elsewhere'"
+IN_ANOTHER_FOLDER = "if os.environ['RANK'] == '1': os.chdir('elsewhere')"
 AS_RANK = "import os, time\n{}\nfrom dist_adv.cli import main\nmain()\n"
 
 Prepare = Callable[[Path], object]
@@ -117,6 +118,11 @@ def checkpoints_damaged(folder: Path) -> None:
     shutil.copytree(folder / "run" / CHECKPOINT, folder / "run/checkpoints/step-000000002")
     for checkpoint in (folder / "run/checkpoints").iterdir():
         damage(checkpoint / "model.safetensors")
+
+
+def other_weights(folder: Path) -> None:
+    shutil.copytree(folder / "run", folder / "elsewhere" / "run")
+    damage(folder / "elsewhere/run/model.safetensors")
 
 
 def results_damaged(folder: Path) -> None:
@@ -277,6 +283,24 @@ REAL = [
         prepare=checkpoints_damaged,
         run=True,
         log="passed over: run/checkpoints/step-",
+    ),
+    Row(
+        "start-missing",
+        TRAIN_TINY + "train.start=nothing --run-dir new",
+        ("train.start: nothing: no such weights file",),
+    ),
+    Row(
+        "start-of-another-network",
+        TRAIN_TINY + "train.start=run model.width=8 --run-dir new",
+        ("train.start: run/model.safetensors", "model.width: 4 there, 8 here", "configure"),
+        run=True,
+    ),
+    # What reads somebody's checkpoint.
+    Row(
+        "import-web-page",
+        "import theirs.pt --as preact_resnet18 --normalise none --out new",
+        ("theirs.pt: is a web page and no checkpoint", "Google Drive", "gdown"),
+        {"theirs.pt": "<!DOCTYPE html><html></html>"},
     ),
     # What reads a run.
     Row(
@@ -856,6 +880,14 @@ RANKS = [
         ("data.root: elsewhere/train ", "<class>"),
         {"rank.py": AS_RANK.format(ELSEWHERE)},
         prepare=images,
+    ),
+    Row(
+        "rank-1-starts-from-others",
+        TRAIN_TINY + "train.start=run --run-dir new",
+        ("not started alike", "weights of train.start: ", "on rank 0"),
+        {"rank.py": AS_RANK.format(IN_ANOTHER_FOLDER)},
+        prepare=other_weights,
+        run=True,
     ),
 ]
 

@@ -30,6 +30,7 @@ LONG = "x" * 300
 READ = ("taken/run", LONG, f"{LONG}/run", "loop", "loop/run", "closed", "closed/run")
 WRITTEN = (*READ, "frozen/new")
 
+AS_IS = "--as preact_resnet18 --normalise none data.name=digits"
 # BAD stands for the path.
 PLACES = {
     "train CONFIG": ("train BAD", READ),
@@ -47,6 +48,8 @@ PLACES = {
     "report --out": ("report run --out BAD", WRITTEN),
     "export": ("export BAD --out new", READ),
     "export --out": ("export run --out BAD", WRITTEN),
+    "import": (f"import BAD {AS_IS} --out new", READ),
+    "import --out": (f"import theirs.pt {AS_IS} --out BAD", WRITTEN),
     "bench --out": ("bench --quick --only nothing --out BAD", (LONG, "loop", "closed/run")),
     "plan": ("plan BAD", READ),
     "plan --step-times": (f"plan {DIGITS}/fast.yaml --bandwidth 10 --step-times BAD", READ),

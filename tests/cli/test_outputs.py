@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import forked
 from dist_adv import cli
 from dist_adv.bench import CASES, Row
 from dist_adv.config import parse_config
 from dist_adv.models import build_model, save_model
+from dist_adv.models.foreign_keys import public_keys
 from limits import limited
 from made_up_runs import evaluation, make_run
 
@@ -28,6 +30,8 @@ pytestmark = pytest.mark.usefixtures("undrawn")
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits" / "fast.yaml"
 PLAN = ["plan", str(DIGITS), "--gpus", "2", "--step-ms", "64:9", "--bandwidth", "10"]
+IMPORT = ["import", "theirs.pt", "--as", "preact_resnet18", "--normalise", "none"]
+IMPORT += ["data.name=digits"]
 NOTES = "my notes"
 
 
@@ -39,7 +43,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     run = make_run(Path("run"), results=[evaluation("natural", 0.9, step=40)])
     small = {"name": "preact_resnet18", "width": 1}
     config = parse_config({"method": {"name": "fast"}, "model": small}, "here")
-    model = build_model(config.model, [0.5], [0.5], ["a", "b"], 0)
+    model = build_model(config.model, [0.5], [0.5], list("0123456789"), 0)
+    state = model.net.state_dict()
+    public = public_keys("preact_resnet18", state)
+    torch.save({public[key]: each for key, each in state.items()}, "theirs.pt")
     trained = {"epoch": 4, "step": 40, "method": "natural", "data": "digits"}
     about = {**model.architecture, "trained": trained, "threat": {"norm": "linf", "eps": 8 / 255}}
     save_model(run / "model.safetensors", about, model.state_dict())
@@ -53,6 +60,7 @@ def commands(out: str) -> dict[str, list[str]]:
         "plan": [*PLAN, "--json", out],
         "report": ["report", "run", "--out", out],
         "export": ["export", "run", "--out", out],
+        "import": [*IMPORT, "--out", out],
         "bench": ["bench", "--only", "peaks", "--quick", "--precision", "fp32", "--out", out],
     }
 
@@ -122,10 +130,13 @@ def test_an_earlier_plan_stays(place: Path, capsys: pytest.CaptureFixture[str]) 
     assert Path("new.json").read_bytes() == before
 
 
-def test_an_earlier_export_stays(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli._run(commands("new")["export"]) == 0
-    assert "new: cannot be written (File exists)" in refused(commands("new")["export"], capsys)
-    assert {path.name for path in place.iterdir()} == {"run", "new"}
+@pytest.mark.parametrize("name", ["export", "import"])
+def test_an_earlier_export_stays(
+    name: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli._run(commands("new")[name]) == 0
+    assert "new: cannot be written (File exists)" in refused(commands("new")[name], capsys)
+    assert {path.name for path in place.iterdir()} == {"run", "theirs.pt", "new"}
 
 
 @pytest.mark.parametrize(
@@ -170,7 +181,7 @@ def tree(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["report", "export", "plan"])
+@pytest.mark.parametrize("name", ["report", "export", "import", "plan"])
 def test_the_same_command_after_the_disk_has_room(name: str, place: Path) -> None:
     """One line, exit status 1; and then the command does what it would have done."""
 
@@ -197,7 +208,8 @@ def test_the_same_command_after_the_disk_has_room(name: str, place: Path) -> Non
     # In a forked process matplotlib is imported, and MPLBACKEND was read.
     done = call(subprocess.run if name == "report" else forked.run)
     assert done.returncode == 0, done.stderr
-    files = {"report": "new/report.html", "export": "new/model.safetensors", "plan": "new"}
+    weights = "new/model.safetensors"
+    files = {"report": "new/report.html", "export": weights, "import": weights, "plan": "new"}
     assert (place / files[name]).stat().st_size > 400
 
 
@@ -205,4 +217,4 @@ def test_an_export_that_was_killed_is_no_obstacle(place: Path) -> None:
     Path(".partial-new").mkdir()
     Path(".partial-new/model.safetensors").write_text("half")
     assert cli._run(commands("new")["export"]) == 0
-    assert {path.name for path in place.iterdir()} == {"run", "new"}
+    assert {path.name for path in place.iterdir()} == {"run", "theirs.pt", "new"}

@@ -20,6 +20,7 @@ COMMANDS = {
     "status": ["status", "PLACE"],
     "report": ["report", "PLACE", "--out", "new"],
     "export": ["export", "PLACE", "--out", "new"],
+    "import": ["import", "PLACE", "--as", "preact_resnet18", "--normalise", "none", "--out", "new"],
     "plan": ["plan", "PLACE"],
     "step-times": ["plan", DIGITS, "--bandwidth", "10", "--step-times", "PLACE"],
     "sweep": ["sweep", "PLACE"],

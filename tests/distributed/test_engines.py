@@ -66,9 +66,15 @@ def difference(one: Path, two: Path) -> float:
     return max((expected[name].double() - found[name]).abs().max().item() for name in expected)
 
 
+def started(weights: Path) -> dict[str, Any]:
+    """A run that starts from the weights of a finished one."""
+    train = {"start": str(weights), "epochs": 1}
+    return {"name": "started", "case": "natural", "norm": "group", "train": train}
+
+
 @pytest.fixture(scope="module")
 def ddp(once: Callable[[str, Callable], Path], images: Path) -> Path:
-    return once("ddp", lambda out: train_under(out, images, RUNS))
+    return once("ddp", lambda out: train_under(out, images, [*RUNS, started(out / "free")]))
 
 
 class Engine(NamedTuple):
@@ -98,6 +104,7 @@ def engine(
     """Its runs, some of which go on from checkpoints, its own or DDP's."""
     found = Engine(request.param, tmp_path_factory.mktemp("engine"), TOLERANCE[request.param])
     runs = RUNS + [{"name": case, "case": case} for case in REFUSED if case not in METHODS]
+    runs.append(started(ddp / "free"))
     for name, case, begun in [
         *((f"{case}-again", case, found.out) for case in GO_ON if not found.refuses(case)),
         ("from-ddp", "adamw", ddp),
@@ -108,7 +115,7 @@ def engine(
     return found
 
 
-@pytest.mark.parametrize("name", [*METHODS, "skips", "shard", "awp", "gradalign"])
+@pytest.mark.parametrize("name", [*METHODS, "skips", "shard", "started", "awp", "gradalign"])
 def test_weights_are_those_of_ddp_or_refused(name, engine, ddp):
     """`skips`: two updates of eight were NaN on one rank and were taken on none.
 

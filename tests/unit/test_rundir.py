@@ -279,6 +279,7 @@ DECIDED: dict[str, tuple[Any, str]] = {
     "train.timeout_minutes": (5.0, "yes"),
     "train.log_every": (5, "yes"),
     "train.threads": (1, "yes"),
+    "train.start": ("elsewhere", "yes"),
     "eval.attacks": (["natural"], "yes"),
     "eval.limit": (5, "yes"),
     "eval.step_size": (0.1, "yes"),
