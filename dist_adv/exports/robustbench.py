@@ -45,8 +45,7 @@ class {name}Net({base}):
 ENTRY = ("{name}", {{"model": {name}Net, "gdrive_id": None}})
 '''
 
-_CLAIM = """{notes}
-# Paper Information
+_CLAIM = """{notes}# Paper Information
 
 - **Paper Title**:
 - **Paper URL**:
@@ -100,7 +99,7 @@ def write(run: Finished, asked: Asked, folder: Path) -> str:
         "robust_n": robust.n,
         "version": robust.record.get("version"),
         "attacks": ", ".join(robust.record.get("attacks", ())),
-        "notes": "".join(f"> {line}\n" for line in _notes(run, natural, robust)),
+        "notes": "".join(f"{line}\n" for line in _notes(run, natural, robust)),
     }
     (folder / "claim.md").write_text(_CLAIM.format(**claim), encoding="utf-8")
     return _verify(name, folder, model)
@@ -241,7 +240,7 @@ def _notes(run: Finished, natural: Evaluation, robust: Evaluation) -> list[str]:
         lines.append(f"RobustBench ranks {norm} at eps {_RANKED[norm]}, not {eps}.")
     if robust.record.get("version") != "standard":
         lines.append("This was not AutoAttack's standard version.")
-    return ["**Not a claim yet:**", *(f"- {line}" for line in lines)] if lines else []
+    return ["**Not a claim yet:**", *(f"- {line}" for line in lines), ""] if lines else []
 
 
 def _verify(name: str, folder: Path, model: nn.Module) -> str:
@@ -251,7 +250,7 @@ def _verify(name: str, folder: Path, model: nn.Module) -> str:
     except ImportError as error:
         return (
             f"not verified: RobustBench's class has not been tried on {name}.pt "
-            f"({one_line(error)}); pip install robustbench, and export again"
+            f"({one_line(error)}); install robustbench as docs/sharing.md says, and export again"
         )
     theirs = entry["model"]().eval()
     theirs.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True))
