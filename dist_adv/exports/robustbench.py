@@ -25,7 +25,7 @@ _TEST_IMAGES = 10_000
 _NORMS = {"linf": "Linf", "l2": "L2"}
 _RANKED = {"Linf": "8/255", "L2": "0.5"}
 
-_ENTRY = '''"""{name} as an entry of RobustBench's zoo, for robustbench/model_zoo/{dataset}.py."""
+_ENTRY = '''"""{name} as an entry of RobustBench's model zoo."""
 
 import torch
 from robustbench.model_zoo.architectures.{module} import {imports}
@@ -89,7 +89,7 @@ def write(run: Finished, asked: Asked, folder: Path) -> str:
     about = _about(run, natural, robust)
     (folder / f"{name}.json").write_text(json.dumps(about, indent=2) + "\n")
     mean, std = run.architecture["mean"], run.architecture["std"]
-    entry = {"name": name, "dataset": about["dataset"], "mu": mean, "sigma": std, **arguments}
+    entry = {"name": name, "mu": mean, "sigma": std, **arguments}
     (folder / "entry.py").write_text(_ENTRY.format(**entry), encoding="utf-8")
     claim = {
         **about,

@@ -341,13 +341,18 @@ def test_runs_that_they_do_not_take(export: Export) -> None:
 # --- ONNX and torch.export -----------------------------------------------------------------------
 
 OWN = [
-    PreActResNet18Options(width=4),
-    PreActResNet18Options(width=16, shortcut="raw", final_norm=False),
-    PreActResNet18Options(width=8, norm="group"),
-    WRN,
-    WideResNetOptions(depth=8, widen=2, width=8, norm="group"),
-    ResNet50Options(width=4),
-    ResNet50Options(width=8, stem="imagenet", norm="group"),
+    (WRN, 3),
+    *(
+        pytest.param(options, channels, marks=pytest.mark.slow)
+        for options, channels in (
+            (PreActResNet18Options(width=4), 1),
+            (PreActResNet18Options(width=16, shortcut="raw", final_norm=False), 3),
+            (PreActResNet18Options(width=8, norm="group"), 3),
+            (WideResNetOptions(depth=8, widen=2, width=8, norm="group"), 1),
+            (ResNet50Options(width=4), 3),
+            (ResNet50Options(width=8, stem="imagenet", norm="group"), 1),
+        )
+    ),
 ]
 
 
@@ -368,22 +373,12 @@ def by_torch(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("kind", "file", "run"),
-    [("onnx", "model.onnx", by_onnx_runtime), ("torch-export", "model.pt2", by_torch)],
-    ids=["onnx", "torch-export"],
-)
-@pytest.mark.parametrize(
-    ("options", "channels"),
     [
-        pytest.param(
-            options,
-            channels,
-            id=f"{options!r}-{channels}",
-            marks=() if options is WRN and channels == 3 else pytest.mark.slow,
-        )
-        for options in OWN
-        for channels in (1, 3)
+        pytest.param("onnx", "model.onnx", by_onnx_runtime, id="onnx", marks=pytest.mark.slow),
+        pytest.param("torch-export", "model.pt2", by_torch, id="torch-export"),
     ],
 )
+@pytest.mark.parametrize(("options", "channels"), OWN, ids=str)
 def test_graphs_give_the_logits(
     options: ModelOptions,
     channels: int,
@@ -407,7 +402,7 @@ def test_graphs_give_the_logits(
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max())
 
 
-@pytest.mark.parametrize("kind", ["onnx", "torch-export"])
+@pytest.mark.parametrize("kind", [pytest.param("onnx", marks=pytest.mark.slow), "torch-export"])
 def test_a_graph_that_is_another_function(
     kind: str, export: Export, monkeypatch: pytest.MonkeyPatch
 ) -> None:
