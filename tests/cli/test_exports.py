@@ -350,7 +350,7 @@ OWN = [
             (PreActResNet18Options(width=8, norm="group"), 3),
             (WideResNetOptions(depth=8, widen=2, width=8, norm="group"), 1),
             (ResNet50Options(width=4), 3),
-            (ResNet50Options(width=8, stem="imagenet", norm="group"), 1),
+            (ResNet50Options(width=4, stem="imagenet"), 1),
         )
     ),
 ]
