@@ -312,19 +312,78 @@ def status(folders: tuple[Path, ...], watch: bool) -> None:
 
 @cli.command()
 @click.argument("run_dir", type=_PATH)
-@click.option("--out", type=_PATH, required=True)
-def export(run_dir: Path, out: Path) -> None:
-    """The model of a run as model.safetensors, config.json and a model card.
+@click.option("--out", type=_PATH, required=True, help="A folder that is not there yet.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["hub", "robustbench", "onnx", "torch-export"]),
+    default="hub",
+    show_default=True,
+)
+@click.option("--name", help="With robustbench: author, year and first word, as Wong2020Fast.")
+@click.option("--license", metavar="ID", help="With hub: what the card says, as mit.")
+@click.option(
+    "--push",
+    metavar="USER/REPO",
+    help="With hub: upload it to the Hugging Face Hub, once its name has been typed again.",
+)
+@click.option("--yes", is_flag=True, help="With --push: ask nothing.")
+def export(run_dir: Path, out: Path, kind: str, yes: bool, **asked: str | None) -> None:
+    """The model of a run as a folder to hand on.
+
+    \b
+    hub           model.safetensors, config.json and a model card, for dist_adv and the Hub
+    robustbench   NAME.pt, NAME.json, entry.py and claim.md: a submission, in their classes' names
+    onnx          model.onnx, for ONNX Runtime and what else reads ONNX
+    torch-export  model.pt2, for torch without dist_adv
+
+    What was written is read back, and its logits are compared with the network's: docs/sharing.md.
 
     \b
     dist-adv export runs/cifar10-fast --out exported
     python -c "import dist_adv; model = dist_adv.load_model('exported')"
+    dist-adv export runs/cifar10-fast --out exported --license mit --push me/fast-cifar10
+    python -c "import dist_adv; model = dist_adv.load_model('hf:me/fast-cifar10')"
+    dist-adv export runs/cifar10-fast --out claim --format robustbench --name Me2026Fast
+    dist-adv export runs/cifar10-fast --out onnx --format onnx
     """
+    for option, wanted in {"name": "robustbench", "license": "hub", "push": "hub"}.items():
+        if asked[option] and kind != wanted:
+            raise UserError(f"--{option}: goes with --format {wanted}, not {kind}; leave it out")
+    if kind == "robustbench" and not asked["name"]:
+        raise UserError("--format robustbench: needs a --name, such as --name Wong2020Fast")
     _announce()
-    from dist_adv.runs.export import export_run
+    from dist_adv.exports import Asked, export_run, hub
 
-    export_run(run_dir, out)
+    repository = asked["push"]
+    if repository:
+        hub.check(repository)
+        _confirm(repository, yes)
+    verified = export_run(
+        run_dir, out, kind, Asked(asked["name"] or "", asked["license"], repository)
+    )
     click.echo(f"exported: {click.format_filename(out)}")
+    if repository:
+        click.echo(f"uploaded: {hub.push(out, repository)}")
+    if verified:
+        click.echo(verified)
+
+
+def _confirm(repository: str, yes: bool) -> None:
+    """Ask for the name of a repository again, before anything is written or uploaded to it."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UserError(
+            f"--push: standard input is no terminal, so nobody can confirm the upload to "
+            f"{repository}; add --yes"
+        )
+    typed = click.prompt(
+        f"{repository} is made on the Hub, for all to see, where it is not there yet, and files "
+        f"of the same names are replaced.\nType its name again to upload"
+    )
+    if typed.strip() != repository:
+        raise UserError(f"--push: {typed!r} is not {repository}; nothing was written or uploaded")
 
 
 @cli.command(name="import")

@@ -17,14 +17,16 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dist_adv import files, plugins, rng
-from dist_adv.errors import UserError
+from dist_adv.errors import RunFailure, UserError
 from dist_adv.models.layers import Normalize, NormKind
 from dist_adv.models.preact_resnet import PreActResNet18, Shortcut
 from dist_adv.models.resnet import ResNet50
 from dist_adv.models.wide_resnet import WideResNet
 from dist_adv.options import Open, Options, PositiveInt
+from dist_adv.text import one_line
 
 GROUP = "dist_adv.models"
+_HUB = "hf:"
 
 
 class ModelOptions(Options):
@@ -119,15 +121,15 @@ class Classifier(nn.Module):
         )
         self.channels_last = takes_channels_last(architecture["model"]["name"])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits (n, classes) for images x (n, channels, height, width), float in [0, 1].
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (n, classes) for images (n, channels, height, width), float in [0, 1].
 
         Raises ValueError or TypeError for other tensors: normalising would broadcast one channel
         to three and turn bytes into floats of up to 255, and the answers would mean nothing.
         """
         if not (torch.jit.is_scripting() or torch.jit.is_tracing()):  # no branch on a size there
-            check_images(x, len(self.architecture["mean"]))
-        x = self.normalize(x)
+            check_images(images, len(self.architecture["mean"]))
+        x = self.normalize(images)
         return self.net(x if self.channels_last else x.contiguous())
 
 
@@ -287,10 +289,47 @@ def read_final(path: Path) -> dict[str, Any]:
 
 
 def weights_file(path: str | Path) -> Path:
-    """Return the weights of a run folder or an export folder, or the file that is named itself."""
+    """Return the weights of a run or export folder, of the Hub, or the file that is named itself.
+
+    Raises UserError where the Hub has none, RunFailure where it cannot be reached.
+    """
+    if str(path).startswith(_HUB):
+        return _downloaded(str(path))
     path = Path(os.path.expanduser(path))
     # Not is_dir, which raises for a folder without permission; read_weights says what is wrong.
     return path / "model.safetensors" if os.path.isdir(path) else path
+
+
+def _downloaded(name: str) -> Path:
+    """Return the weights file of `hf:USER/REPO`: the cached one where that is still the newest."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        folder = snapshot_download(name.removeprefix(_HUB), allow_patterns="model.safetensors")
+    except HFValidationError:
+        raise UserError(f"{name}: no name of a repository; write hf:USER/REPO") from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{name}: no such repository on the Hub, or a private one; check the name, or run "
+            f"`hf auth login`"
+        ) from None
+    except LocalEntryNotFoundError as error:
+        reason = f" ({error.__cause__})" if error.__cause__ else ""
+        raise RunFailure(
+            f"{name}: the Hub cannot be reached{reason}, and the cache does not have it"
+        ) from None
+    except (OSError, HTTPError) as error:
+        raise RunFailure(f"{name}: could not be downloaded ({one_line(error)})") from None
+    path = Path(folder, "model.safetensors")
+    if not path.exists():
+        raise UserError(f"{name}: has no model.safetensors; name an export of dist-adv")
+    return path
 
 
 def load_model(path: str | Path) -> Classifier:
@@ -299,7 +338,11 @@ def load_model(path: str | Path) -> Classifier:
     Returns it in eval mode, in fp32, on the CPU: images (n, C, H, W), float in [0, 1], to
     logits (n, classes). foolbox, torchattacks, ART, RobustBench and AutoAttack take it as it is.
 
-    Raises UserError where there is no such file, or one that is damaged or not this project's.
+    Args:
+        path: or `hf:USER/REPO`, whose `model.safetensors` is downloaded from the Hugging Face Hub.
+
+    Raises UserError where there is no such file, or one that is damaged or not this project's;
+    RunFailure where the Hub cannot be reached.
     """
     architecture, tensors = read_weights(weights_file(path))
     try:

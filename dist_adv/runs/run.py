@@ -151,12 +151,13 @@ def _read_run(folder: Path, label: str) -> Run:
         last=metrics.last,
         evaluations=results.figures,
         elsewhere=results.elsewhere,
-        examples=_read_examples(RunFolder(folder).examples),
+        examples=read_examples(RunFolder(folder).examples),
         finished=RunFolder(folder).weights.exists(),
     )
 
 
-def _read_examples(path: Path) -> Examples | None:
+def read_examples(path: Path) -> Examples | None:
+    """Return example images, None where there is no such file. Raises UserError for a bad one."""
     if not path.exists():
         return None
     try:

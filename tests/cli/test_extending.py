@@ -105,6 +105,7 @@ def test_judged_and_exported(trained: Path, site: Path, monkeypatch: pytest.Monk
     for command in (
         ["eval", "whole", "--attacks", "mine.attacks:Corners,fgsm", "--limit", "50"],
         ["export", "whole", "--out", "exported"],
+        ["export", "whole", "--out", "program", "--format", "torch-export"],
     ):
         forked.run([*dist_adv, *command], cwd=trained, env=env, check=True)
     monkeypatch.setattr(plugins, "_FOUND", {})

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from cases import CASES
-from dist_adv.runs.export import export_run
+from dist_adv.exports import export_run
 from launch import train_under
 
 pytestmark = [pytest.mark.slow, pytest.mark.shares("engine")]

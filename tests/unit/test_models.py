@@ -30,6 +30,7 @@ from dist_adv.models import (
 )
 from dist_adv.training import checks
 from dist_adv.training.checks import check_strides
+from made_up_runs import scrambled
 
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2471, 0.2435, 0.2616]
 CLASSES = [str(k) for k in range(10)]
@@ -50,16 +51,6 @@ def build(options, seed: int = 0):
 
 def images(n: int = 4, size: int = 16) -> torch.Tensor:
     return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0))
-
-
-def scrambled(model: nn.Module) -> nn.Module:
-    """With statistics and scales that are not the initial zeros and ones."""
-    draw = torch.Generator().manual_seed(1)
-    for name, tensor in model.state_dict().items():
-        if tensor.dim() == 1 and tensor.is_floating_point():
-            noise = torch.rand(tensor.shape, generator=draw)
-            tensor.copy_(noise * 0.2 if name.endswith(("bias", "mean")) else 0.5 + noise)
-    return model
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ import pytest
 from dist_adv import files
 from dist_adv.config import load_config
 from dist_adv.errors import UserError
+from dist_adv.exports import export_run
 from dist_adv.judging.finished_run import evaluate_run
 from dist_adv.judging.measurement import Asked
 from dist_adv.report import write_report
 from dist_adv.report.text import notices
 from dist_adv.runs import reading, status
-from dist_adv.runs.export import export_run
 from dist_adv.runs.folder import RunFolder
 from dist_adv.runs.run import read_runs
 from dist_adv.tracking.wandb_run import final
