@@ -79,6 +79,10 @@ def evaluate(
         tally = Tally(accelerator, attack.name, size, supervision.unfinished)
         results, examples = _measure(attack, model, images, tally, supervision)
         found |= {result.attack: result for result in results}
+    last = attacks[-1] if attacks else None
+    if examples is None and last and last.name != "natural":  # done before an interruption
+        x, y, keys = images.load(images.order[:8])
+        examples = _examples(last, model, images, x, last(x, y, keys).images, y)
     results = [found[name] for name in dict.fromkeys(options.attacks)]
     _flag_contradictions(results)
     return results, examples
@@ -101,11 +105,6 @@ def _measure(
         done = min(images.n, tally.done + images.round)
         supervision.progress(attack.name, done, images.n)
     *all_survivors, attacked, zero_gradients, loss_sum = tally.totals()
-    if (
-        examples is None and attack.name != "natural"
-    ):  # the first chunk was done before an interruption
-        x, y, keys = images.load(images.order[:8])
-        examples = _examples(attack, model, images, x, attack(x, y, keys).images, y)
     flags = attack.flags(attacked, zero_gradients)
     results = [
         Result(

@@ -285,11 +285,11 @@ def test_square_alone_is_autoattacks() -> None:
     assert found["pgd-10"]["correct"] <= found["square"]["correct"] <= found["natural"]["correct"]
 
 
-QUICK = ["natural", "noise", "fgsm", "pgd-10", "pgd-20", "pgd-50-10", "transfer"]
+QUICK = ["natural", "noise", "fgsm", "pgd-10", "pgd-20", "pgd-50-10", "given:transfer"]
 
 
 def examined(network: nn.Module, monkeypatch: pytest.MonkeyPatch, *more: str) -> dict[str, Any]:
-    """Examine a network within 0.1, by these attacks of an examination."""
+    """Examine a network by these attacks of an examination, of 40 images."""
 
     def chosen(*given: Any) -> list[thorough.Part]:
         return [part for part in parts(*given) if set(part.attacks) <= {*QUICK, *more}]
@@ -298,7 +298,8 @@ def examined(network: nn.Module, monkeypatch: pytest.MonkeyPatch, *more: str) ->
     monkeypatch.setattr(thorough, "_parts", chosen)
     monkeypatch.setattr(theirs, "READY", network)
     out = ["--out", f"out-{len(list(Path().glob('out*')))}"]
-    command = ["eval", "--model", "theirs:READY", *out, *DATA, "--thorough", "--limit", "40"]
+    command = ["eval", "--model", "theirs:READY", *out, *DATA, "threat.eps=0.2", "--thorough"]
+    command += ["--limit", "40"]
     plugins._FOUND.pop((GROUP, "theirs:READY"), None)
     assert cli._run([*command, "--second", "theirs:Red"]) == 0
     return json.loads(Path(out[1], "thorough.json").read_text())
@@ -314,12 +315,11 @@ def test_an_honest_network_is_consistent(
         "natural", "noise", "fgsm", "pgd-10", "pgd-50-10", "pgd-50-10, margin", "pgd-50-10, dlr"
     ]  # fmt: skip
     assert list(figures)[7:] == [
-        "pgd-10, another seed", "square", "autoattack", "transfer", "pgd-20, eps 0.2",
-        "pgd-20, eps 0.4",
+        "pgd-10, another seed", "square", "autoattack", "transfer", "pgd-20, eps 102/255",
     ]  # fmt: skip
     assert figures["pgd-50-10, margin"]["loss_fn"] == "margin"
     assert figures["pgd-10, another seed"]["seed"] == 1
-    assert figures["pgd-20, eps 0.4"]["correct"] == 0
+    assert figures["pgd-20, eps 102/255"]["correct"] == 0
     assert figures["autoattack"]["correct"] <= figures["pgd-50-10"]["correct"]
     assert found["alignment"] > 0.9
     out = capsys.readouterr().out
@@ -345,7 +345,7 @@ def test_fakes_are_suspicious(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_who_knows_the_attacks_seed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     images = theirs.Reds(theirs.Reds.Options(name="a")).load("test")[0]
     images = (images * 255).round() / 255
-    network = fakes.Memoriser(theirs.Red(), images, dist_adv.Linf(0.1))
+    network = fakes.Memoriser(theirs.Red(), images, dist_adv.Linf(0.2))
     found = examined(network, monkeypatch)
     assert any("knows the attack's random numbers" in each for each in found["because"]), found
 
@@ -356,17 +356,8 @@ def test_an_examination_goes_on_where_it_was_cut(monkeypatch: pytest.MonkeyPatch
     def cut(*given: object) -> None:
         raise KeyboardInterrupt
 
-    command = [
-        "eval",
-        "--model",
-        "theirs:Red",
-        *DATA,
-        "--thorough",
-        "--limit",
-        "40",
-        "--out",
-        "cut",
-    ]
+    command = ["eval", "--model", "theirs:Red", "--out", "cut", *DATA, "threat.eps=0.2"]
+    command += ["--thorough", "--limit", "40"]
     with monkeypatch.context() as patch:
         patch.setattr(thorough, "_alignment", cut)
         assert cli._run(command) == 130
@@ -375,7 +366,7 @@ def test_an_examination_goes_on_where_it_was_cut(monkeypatch: pytest.MonkeyPatch
         assert cli._run(command) == 0
     found = json.loads(Path("cut", "thorough.json").read_text())["figures"]
     for name, figure in found.items():
-        assert figure["correct"] == whole["figures"][name]["correct"]
+        assert (name, figure["correct"]) == (name, whole["figures"][name]["correct"])
     assert not list(Path("cut").glob("unfinished-*"))
 
 
