@@ -189,6 +189,37 @@ def evaluate(
 
 
 @cli.command()
+@click.argument("path", metavar="FOLDER|claim.json", type=_PATH)
+@_OVERRIDES
+@click.option("--check", is_flag=True, help="Measure a sample of a claim again.")
+@click.option("--limit", type=click.IntRange(min=1), help="Images of the sample.  [default: 200]")
+def claim(path: Path, overrides: tuple[str, ...], check: bool, limit: int | None) -> None:
+    """State what was measured of a network, so that others can believe it, or refute it.
+
+    Writes claim.md and claim.json into FOLDER, of a run or of `eval --model`: figures with every
+    setting and interval, what looks wrong, hashes of weights and images, versions, and the command
+    that measures it again. --check takes a claim.json, in the folder that it was written into or a
+    copy of it; exit status 1 where it does not hold.
+
+    \b
+    dist-adv claim runs/cifar10-fast
+    dist-adv claim --check runs/cifar10-fast/claim.json data.root=/data --limit 1000
+    """
+    if limit and not check:
+        raise click.UsageError("--limit goes with --check.")
+    _announce()
+    from dist_adv.judging.claims import check_claim, make_claim
+
+    if not check:
+        click.echo(f"claim: {click.format_filename(make_claim(path, overrides))}")
+        return
+    for line in check_claim(path, overrides, limit):
+        if launched.rank() == 0:
+            click.echo(line)
+    click.echo("the claim holds")
+
+
+@cli.command()
 @click.argument("run_dirs", nargs=-1, required=True, metavar="RUN_DIR...", type=_PATH)
 @click.option("--out", type=_PATH, default=Path("report"), show_default=True)
 @click.option(

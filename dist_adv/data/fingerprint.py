@@ -28,6 +28,11 @@ Fingerprints = Mapping[str, Fingerprint | None]
 """By split; None for images that were made up."""
 
 
+def in_words(found: Fingerprint | None) -> str | None:
+    """Return a fingerprint on one line; None for images that were made up."""
+    return found and f"{found['names']}-{found['contents']}"
+
+
 def of_files(listing: Listing) -> Fingerprint:
     """Return the fingerprint of files: their paths, their sizes, the bytes of up to 2,000.
 

@@ -80,7 +80,7 @@ def _result(figure: Evaluation, dataset: str) -> EvalResult:
 def _card(run: Finished, usage: str) -> str:
     trained, threat = run.architecture["trained"], run.architecture["threat"]
     figures = list(run.figures.values())
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in _rows(figures))
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows(figures))
     warnings = [f"- {figure.attack}: {flag}" for figure in figures for flag in figure.flags]
     return f"""# {run.title}
 
@@ -97,7 +97,7 @@ Attacks on test images in eval mode and fp32, worst case over restarts and itera
 """
 
 
-def _rows(figures: Sequence[Evaluation]) -> Iterator[list[str]]:
+def rows(figures: Sequence[Evaluation]) -> Iterator[list[str]]:
     """Yield the cells of a table: its titles, the rule below them, and an attack a row."""
     settings = [key for key in _SETTINGS if any(key in figure.record for figure in figures)]
     titles = [

@@ -13,6 +13,7 @@ from dist_adv import files, packages
 from dist_adv.attacks.threat import build as build_threat
 from dist_adv.config import Config, Judged, Reference, parse
 from dist_adv.data import Dataset, load_dataset
+from dist_adv.data.fingerprint import in_words
 from dist_adv.distributed.collectives import check_same_images, main_process_first, on_every
 from dist_adv.distributed.failures import plain_failures
 from dist_adv.evaluation.display import EvaluationDisplay, results_table
@@ -123,7 +124,11 @@ class Measurement:
         for result in results:
             result.flags.extend(doubtful if result.attack == "natural" else [])
         if accelerator.is_main_process:
-            where = {"dataset": config.data.name, "split": "test"}
+            where = {
+                "dataset": config.data.name,
+                "split": "test",
+                "fingerprint": in_words(data.fingerprint),
+            }
             write_results(self.folder, results, examples, {**subject.about, **where})
             unfinished.finished()
             if self.tracker:

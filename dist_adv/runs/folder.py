@@ -25,6 +25,7 @@ class RunFolder:
         self.status, self.log = path / "status.json", path / "log.txt"
         self.metrics, self.results = path / "metrics.jsonl", path / "results.jsonl"
         self.judged, self.thorough = path / "judged.yaml", path / "thorough.json"
+        self.claim = path / "claim.json"
         self.weights, self.examples = path / "model.safetensors", path / "examples.safetensors"
         self.checkpoints = path / "checkpoints"
         self.identity = path / "wandb" / "run.json"

@@ -19,7 +19,7 @@ from dist_adv.config import Judged, load, parse_config
 from dist_adv.evaluation.attacks import Noise
 from dist_adv.evaluation.doubts import doubts
 from dist_adv.evaluation.images import subset
-from dist_adv.judging import measurement, thorough
+from dist_adv.judging import claims, measurement, thorough
 from dist_adv.judging.network import GROUP, Program
 from dist_adv.models import build_model, load_model, save_model
 
@@ -378,3 +378,76 @@ def test_what_goes_with_thorough(capsys: pytest.CaptureFixture[str]) -> None:
         capsys, "--model", "theirs:Red", *DATA, "--thorough", "--second", "theirs:a_pair"
     )
     assert "--second: it returns tuple" in said
+
+
+def failed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert cli._run(["claim", *arguments]) == 1
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("dist-adv: ")
+    return line
+
+
+@pytest.fixture
+def claimed() -> Path:
+    """The claim of a network that was judged by three attacks."""
+    judged("theirs:Red", "--attacks", "fgsm,pgd-5", "threat.eps=0.15")
+    judged("theirs:Red", "--attacks", "pgd-5-2", "threat.eps=0.15", "--limit", "90")
+    assert cli._run(["claim", "out"]) == 0
+    return Path("out", "claim.json")
+
+
+def test_a_claim_holds(claimed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert cli._run(["claim", "--check", str(claimed), "--limit", "60"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[:3] == [
+        "the file is as it was written", "the weights are the same", "the test images are the same"
+    ]  # fmt: skip
+    assert {line.split(":")[0] for line in out[3:-1]} == {"natural", "fgsm", "pgd-5", "pgd-5-2"}
+    assert out[-1] == "the claim holds"
+    stated = json.loads(claimed.read_text())
+    lines = [json.loads(line) for line in Path("out", "results.jsonl").read_text().splitlines()]
+    assert all(figure in lines for figure in stated["figures"])
+    assert stated["data"]["images"] == 150
+    page = claimed.with_suffix(".md").read_text()
+    for text in ("linf 0.15", "| pgd-5-2 |", stated["network"]["sha256"], "--attacks natural,fgsm"):
+        assert text in page
+
+
+def test_a_claim_that_was_tampered_with_falls(
+    claimed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A figure; a figure and the checksum; another network; other images."""
+    check = ("--check", str(claimed))
+    content = json.loads(claimed.read_text())
+    (pgd,) = (each for each in content["figures"] if each["attack"] == "pgd-5")
+    pgd["accuracy"] += 0.15
+    claimed.write_text(json.dumps(content))
+    assert cli._run(["claim", *check]) == 2
+    assert "was edited after it was written" in capsys.readouterr().err
+    forged = claims.Claim.model_validate(content)
+    forged.sha256 = forged.checksum()
+    claimed.write_text(forged.model_dump_json())
+    assert "does not hold: pgd-5:" in failed(capsys, *check)
+    assert "does not hold: the test images are others" in failed(capsys, *check, "data.images=120")
+    about = Path("out", "judged.yaml")
+    about.write_text(about.read_text().replace("theirs:Red", "theirs:unseeded", 1))
+    assert "does not hold: the weights are others" in failed(capsys, *check)
+
+
+def test_what_is_no_claim(capsys: pytest.CaptureFixture[str]) -> None:
+    def no(*arguments: str) -> str:
+        capsys.readouterr()
+        assert cli._run(["claim", *arguments]) == 2
+        return capsys.readouterr().err
+
+    judged("theirs:Red", "--attacks", "natural")
+    assert "no attack was run" in no("out")
+    Path("empty").mkdir()
+    assert "is no run folder" in no("empty")
+    Path("note.json").write_text("{}")
+    assert "is no claim" in no("--check", "note.json")
+    assert "cannot be read" in no("--check", "nowhere.json")
+    judged("theirs:Red", "--attacks", "fgsm")
+    assert "has other test images than those of the figures" in no("out", "data.images=120")

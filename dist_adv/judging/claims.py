@@ -1,0 +1,299 @@
+"""Claims: figures with everything that it takes to believe them, or to refute them.
+
+claim.json holds it for programs, with a checksum of its content; claim.md is the same for people.
+"""
+
+import hashlib
+import json
+import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
+
+from dist_adv import files
+from dist_adv.attacks.threat import build as build_threat
+from dist_adv.config import Config, EvalOptions, Judged, load, load_config
+from dist_adv.data import Dataset, load_dataset
+from dist_adv.data.fingerprint import in_words
+from dist_adv.distributed.start import start_accelerator
+from dist_adv.errors import RunFailure, UserError
+from dist_adv.evaluation.display import EvaluationDisplay
+from dist_adv.evaluation.evaluate import Supervision, evaluate
+from dist_adv.evaluation.results import Result
+from dist_adv.exports.card import rows
+from dist_adv.judging.network import digest_of, load_network
+from dist_adv.models import load_model, read_final
+from dist_adv.runs import reading
+from dist_adv.runs.folder import RunFolder
+from dist_adv.terminal import bar, start_logging
+from dist_adv.text import pixels
+
+# Of env.json: what is said elsewhere, or is of the training alone.
+_NO_CIRCUMSTANCES = ("dataset", "method", "total_steps", "precision", "weights", "sources")
+IMAGES = 200
+"""Of a check, unless somebody asks for more."""
+
+
+class Claim(BaseModel):
+    """What is claimed.
+
+    network: what it is, and the SHA-256 of its weights. data: name, split, images and their
+    fingerprint. figures: lines of results.jsonl. doubts: flags of the figures, and what an
+    examination found. made_with: versions, commit, hardware. command: measures the figures again.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    network: dict[str, Any]
+    data: dict[str, Any]
+    threat: dict[str, Any]
+    figures: list[dict[str, Any]]
+    doubts: list[str]
+    examined: str | None
+    made_with: dict[str, Any]
+    command: str
+    sha256: str = ""
+
+    def checksum(self) -> str:
+        """Return the SHA-256 of all the rest."""
+        content = self.model_dump(exclude={"sha256"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A folder of a run or of somebody's network, as a claim needs it."""
+
+    folder: RunFolder
+    config: Config | Judged
+
+    def load(self) -> nn.Module:
+        if isinstance(self.config, Judged):
+            return load_network(self.config.model)
+        return load_model(self.folder.path)
+
+    def network(self) -> dict[str, Any]:
+        """Return what the network is. Raises UserError where there are no weights."""
+        if isinstance(self.config, Judged):
+            return self.config.model.model_dump()
+        about = read_final(self.folder.weights)
+        return {key: about[key] for key in ("model", "mean", "std", "trained")}
+
+    def command(self, attacks: Sequence[str]) -> str:
+        """Return the command that measures these attacks again, on all images."""
+        names = ",".join(attacks)
+        if not isinstance(self.config, Judged):
+            return f"dist-adv eval {shlex.quote(str(self.folder))} --attacks {names}"
+        model, threat = self.config.model, self.config.threat
+        args = [f"--model-args {key}={json.dumps(value)}" for key, value in model.args.items()]
+        words = ["dist-adv eval --model", shlex.quote(model.reference), *args, "--attacks", names]
+        words += [f"data.name={self.config.data.name}", f"threat.norm={threat.norm}"]
+        return " ".join([*words, f"threat.eps={pixels(threat.eps)}"])
+
+
+def read_subject(folder: Path) -> Subject:
+    """Return what a folder is of. Raises UserError where it is neither a run's nor a network's."""
+    run = RunFolder(folder)
+    if run.judged.is_file():
+        return Subject(run, load(run.judged, [], Judged))
+    if run.config.is_file():
+        return Subject(run, load_config(run.config))
+    raise UserError(f"{folder}: is no run folder, and nothing was judged there; name one")
+
+
+def make_claim(folder: Path, overrides: Sequence[str]) -> Path:
+    """Write claim.json and claim.md of what was measured, into its folder; return the page.
+
+    overrides: of `data`, where the images lie elsewhere here.
+
+    Raises UserError where nothing was, or the test images are not those that it was measured on.
+    """
+    subject = read_subject(folder)
+    config = _with(subject, overrides)
+    threat = {"norm": config.threat.norm, "eps": config.threat.eps}
+    figures = list(reading.read_results(folder, threat, config.data.name).figures.values())
+    if not any(figure.attack != "natural" for figure in figures):
+        raise UserError(f"{folder}: no attack was run within its threat; dist-adv eval runs them")
+    data = load_dataset(config.data, "test")
+    measured_on = {figure.record.get("fingerprint") for figure in figures} - {None}
+    if measured_on - {in_words(data.fingerprint)}:
+        raise UserError(
+            f"data.root: {config.data.name} has other test images than those of the figures; "
+            f"evaluate again"
+        )
+    network = subject.network() | {"sha256": digest_of(subject.load())}
+    claim = Claim(
+        network=network,
+        data={
+            **config.data.model_dump(include={"name", "size"}, exclude_none=True),
+            "split": "test",
+            "images": len(data),
+            "classes": len(data.classes),
+            "fingerprint": in_words(data.fingerprint),
+        },
+        threat=threat,
+        figures=[dict(figure.record) for figure in figures],
+        doubts=[f"{figure.attack}: {flag}" for figure in figures for flag in figure.flags],
+        examined=_examined(subject.folder),
+        made_with={
+            key: value
+            for key, value in reading.read_environment(folder).items()
+            if key not in _NO_CIRCUMSTANCES
+        },
+        command=subject.command([figure.attack for figure in figures]),
+    )
+    claim.sha256 = claim.checksum()
+    page = subject.folder.claim.with_suffix(".md")
+    files.replace(subject.folder.claim, claim.model_dump_json(indent=1).encode())
+    files.replace(page, _page(claim, figures).encode())
+    return page
+
+
+def _examined(folder: RunFolder) -> str | None:
+    """Return the verdict of an examination, None where there was none or it cannot be read."""
+    try:
+        found = json.loads(folder.thorough.read_text())
+        return "; ".join([found["verdict"], *found["because"]])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _page(claim: Claim, figures: Sequence[reading.Evaluation]) -> str:
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows(figures))
+    doubts = "\n".join(f"- {each}" for each in claim.doubts) or "None was raised."
+    made_with = {**claim.made_with, **claim.made_with.get("hardware", {})}
+    made_with.pop("hardware", None)
+    data, threat = claim.data, claim.threat
+    return f"""# Robust accuracy: a claim
+
+Within {threat["norm"]} {pixels(threat["eps"])} in pixel units of [0, 1], on the test images of
+{data["name"]} ({data["images"]:,} of {data["classes"]} classes, fingerprint {data["fingerprint"]}).
+
+{table}
+
+Eval mode, fp32; an image counts as robust where no iterate of any restart is misclassified.
+
+## What looks wrong
+
+{doubts}
+
+Examination (`dist-adv eval --thorough`): {claim.examined or "none was made"}.
+
+## The network
+
+```json
+{json.dumps(claim.network, indent=1)}
+```
+
+## Made with
+
+{chr(10).join(f"- {key}: {value}" for key, value in made_with.items())}
+
+## Again
+
+```bash
+{claim.command}
+dist-adv claim --check claim.json     # a sample of it, with the same weights and images
+```
+
+SHA-256 of claim.json's content: {claim.sha256}
+"""
+
+
+def check_claim(file: Path, overrides: Sequence[str], limit: int | None) -> Iterator[str]:
+    """Measure a sample of a claim again, with the network of the folder that the claim lies in.
+
+    Every rank calls this. Yields a line for each thing that holds.
+
+    Args:
+        file: claim.json. overrides: of `data`, where the images lie elsewhere here.
+        limit: images of the sample.
+
+    Raises:
+        UserError: the file is none, or was edited; its folder has no network.
+        RunFailure: the claim does not hold, and why.
+    """
+    claim = _read(file)
+    yield "the file is as it was written"
+    subject = read_subject(file.parent)
+    config = _with(subject, overrides)
+    network, data = subject.load(), load_dataset(config.data, "test")
+    for what, claimed, found in (
+        ("weights", claim.network["sha256"], digest_of(network)),
+        ("test images", claim.data["fingerprint"], in_words(data.fingerprint)),
+    ):
+        if claimed != found:
+            raise RunFailure(
+                f"{file}: does not hold: the {what} are others ({claimed}; here {found})"
+            )
+        yield f"the {what} are the same"
+    accelerator = start_accelerator("fp32")
+    start_logging(accelerator.is_main_process)
+    n = limit or IMAGES
+    for result, figure in _sample(claim, network.to(accelerator.device), data, n, accelerator):
+        expected, slack = _expected(figure, result.n)
+        line = f"{result.attack}: {result.correct} of {result.n} right, {expected:.1f} expected"
+        if abs(result.correct - expected) > slack:
+            raise RunFailure(f"{file}: does not hold: {line}, give or take {slack:.1f}")
+        yield line
+
+
+def _read(file: Path) -> Claim:
+    try:
+        claim = Claim.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); name a claim.json") from None
+    except ValidationError:
+        raise UserError(f"{file}: is no claim; name what dist-adv claim wrote") from None
+    if claim.sha256 != claim.checksum():
+        raise UserError(f"{file}: was edited after it was written; ask for the file as it was")
+    return claim
+
+
+def _with(subject: Subject, overrides: Sequence[str]) -> Config | Judged:
+    """Return the folder's configuration, with its images where they lie here."""
+    if isinstance(subject.config, Judged):
+        return load(subject.folder.judged, overrides, Judged)
+    return load_config(subject.folder.config, overrides)
+
+
+def _sample(
+    claim: Claim, network: nn.Module, data: Dataset, n: int, accelerator: Accelerator
+) -> Iterator[tuple[Result, Mapping[str, Any]]]:
+    """Yield each figure on a sample of its images, with the claim's line; alike ones together."""
+
+    def options(figure: Mapping[str, Any]) -> dict[str, Any]:
+        defaults = {"loss": "ce", "step_size": None, "seed": 0}
+        given = {"loss": "loss_fn", "step_size": "step_size", "seed": "seed"}
+        return {key: figure.get(given[key]) or value for key, value in defaults.items()}
+
+    def key(figure: Mapping[str, Any]) -> str:
+        return json.dumps([options(figure), min(n, figure["n"])])
+
+    threat = build_threat(claim.threat["norm"], claim.threat["eps"])
+    for _, group in groupby(sorted(claim.figures, key=key), key=key):
+        alike = list(group)
+        names = [figure["attack"] for figure in alike]
+        chosen = EvalOptions(attacks=names, limit=min(n, alike[0]["n"]), **options(alike[0]))
+        with bar(accelerator.is_main_process) as progress:
+            supervision = Supervision(EvaluationDisplay(progress).update)
+            results, _ = evaluate(network, data, threat, chosen, accelerator, supervision)
+        yield from zip(results, alike, strict=True)
+
+
+def _expected(figure: Mapping[str, Any], n: int) -> tuple[float, float]:
+    """Return how many of n images are right where the claim holds, and how many more or fewer.
+
+    A sample without replacement, at four standard deviations; and what another machine's rounding
+    does to an image in two hundred.
+    """
+    share, all_images = figure["accuracy"], figure["n"]
+    variance = n * share * (1 - share) * (all_images - n) / max(1, all_images - 1)
+    return n * share, 4 * math.sqrt(variance) + max(1, n / 200)
