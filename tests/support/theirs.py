@@ -1,5 +1,7 @@
 """A stranger's networks and images: red says which of three classes an image is of."""
 
+import time
+
 import torch
 from torch import Tensor, nn
 
@@ -131,6 +133,16 @@ def raises() -> nn.Module:
 
 def nothing() -> None:
     return None
+
+
+def slow() -> nn.Module:
+    """To attack."""
+
+    def wait(x: Tensor) -> Tensor:
+        time.sleep(0.1 if x.requires_grad else 0)
+        return x
+
+    return Around(before=wait)
 
 
 NUMBER = 3
