@@ -26,6 +26,11 @@ def doubts(model: nn.Module, dataset: Dataset, batch_size: int) -> list[str]:
     y = dataset.labels[some].to(device)
     with torch.inference_mode():
         logits = _answers(model, x, batch_size)
+        broken = int((~logits.isfinite()).any(1).sum())
+        if broken:
+            return [
+                f"{broken} of {len(y)} images get logits that are not finite: they count as wrong"
+            ]
         found = [_mode(model), _jitter(model, x[:batch_size], logits)]
         if not found[-1]:
             found.append(_batch(model, x[:batch_size], logits))

@@ -53,13 +53,15 @@ def misled(net: nn.Module, x: Tensor) -> Tensor:
 class Memoriser(nn.Module):
     """Knows the starts of PGD with seed 0, and answers there as at the image, misleading beside it.
 
-    images: those that it will be measured on (n, C, H, W), by their numbers.
+    images: those that it will be measured on (n, C, H, W); numbers: theirs in the data set.
     """
 
-    def __init__(self, net: nn.Module, images: Tensor, threat: Threat, restarts: int = 10) -> None:
+    def __init__(
+        self, net: nn.Module, images: Tensor, numbers: Tensor, threat: Threat, restarts: int = 10
+    ) -> None:
         super().__init__()
         self.net, self.images = net, images
-        keys = rng.sample_keys(rng.stream_key(0, "attack"), torch.arange(len(images)))
+        keys = rng.sample_keys(rng.stream_key(0, "attack"), numbers)
         starts = [
             threat.project(threat.random(rng.substream(keys, f"restart {k}"), images.shape), images)
             for k in range(restarts)
