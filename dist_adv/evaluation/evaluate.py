@@ -68,7 +68,7 @@ def evaluate(
     """
     model.eval()
     images = Images(dataset, options, accelerator, supervision.between)
-    _check_fit(model, dataset, options)
+    check_fit(model, dataset, options)
     # AutoAttack that is not installed is said here, before anything is measured.
     attacks = build_attacks(model, images, threat, options)
     found: dict[str, Result] = {}
@@ -139,7 +139,7 @@ def _examples(
     return Examples(attack.name, classes, *(t.cpu() for t in (x, adversarial, y, before, after)))
 
 
-def _check_fit(model: nn.Module, dataset: Dataset, options: EvalOptions) -> None:
+def check_fit(model: nn.Module, dataset: Dataset, options: EvalOptions) -> None:
     """Raise UserError where a model does not fit a data set that it was not trained on."""
     architecture = getattr(model, "architecture", None)
     if architecture is None:

@@ -18,7 +18,7 @@ from dist_adv.distributed.collectives import check_same_images, main_process_fir
 from dist_adv.distributed.failures import plain_failures
 from dist_adv.evaluation.display import EvaluationDisplay, results_table
 from dist_adv.evaluation.doubts import doubts
-from dist_adv.evaluation.evaluate import Supervision, evaluate
+from dist_adv.evaluation.evaluate import Supervision, check_fit, evaluate
 from dist_adv.evaluation.unfinished import Unfinished
 from dist_adv.models import load_model, read_final
 from dist_adv.runs.folder import RunFolder
@@ -109,6 +109,7 @@ class Measurement:
         log.info("evaluating: %s ...", ", ".join(config.eval.attacks))
         data = data or load_test_images(config, accelerator)
         threat = build_threat(config.threat.norm, config.threat.eps)
+        check_fit(model, data, config.eval)
         doubtful = doubts(model, data, config.eval.batch_size)
         for each in doubtful:
             log.warning("%s", each)

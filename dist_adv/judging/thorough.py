@@ -7,6 +7,7 @@ the ball is so large that every image can become any other.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,14 +74,19 @@ class Examined:
 
     def reasons(self) -> list[str]:
         """Return why the robust accuracy is not to be believed; nothing where all fits together."""
-        flags = [
-            f"{name}: {flag}"
-            for name, result in self.figures.items()
-            for flag in result.flags
-            if " is left out" not in flag  # of an ensemble with too few classes for one of its own
-        ]
         checks = (self._weaker_than_others, self._seeds, self._widest, self._bent)
-        return [*self.doubtful, *flags, *(reason for check in checks for reason in check())]
+        return [*self.doubtful, *self._flags(), *(reason for check in checks for reason in check())]
+
+    def _flags(self) -> Iterator[str]:
+        """Yield the figures' flags, alike ones once, whatever their numbers."""
+        alike: dict[str, list[tuple[str, str]]] = {}
+        for name, result in self.figures.items():
+            for flag in result.flags:
+                if " is left out" not in flag:  # of an ensemble: too few classes for one of its own
+                    alike.setdefault(re.sub(r"[\d.]+", "", flag), []).append((name, flag))
+        for (name, flag), *others in alike.values():
+            more = f" (and {len(others)} more)" if others else ""
+            yield f"{name}{more}: {flag}"
 
     def _weaker_than_others(self) -> Iterator[str]:
         strongest = self.figures[_STRONGEST]

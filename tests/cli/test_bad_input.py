@@ -436,7 +436,12 @@ IN_PROCESS = [
     ),
     Row("eval-no-restart", "eval run --attacks pgd-9-0", ("--attacks", "needs at least 1"), RUN),
     Row("eval-pgd-x", "eval run --attacks pgd-x", ("'pgd-x' is no attack", "pgd-STEPS"), RUN),
-    Row("eval-nothing", "eval run --attacks natural,", ("'' is no attack", "natural, fgsm"), RUN),
+    Row(
+        "eval-nothing",
+        "eval run --attacks natural,",
+        ("'' is no attack", "natural, noise, fgsm"),
+        RUN,
+    ),
     Row("eval-override", "eval run eval.loss=dlrr", ("eval.loss: 'dlrr'", "'dlr'"), RUN),
     Row("eval-missing", "eval nothing", ("nothing", "no run folder")),
     # Overrides.

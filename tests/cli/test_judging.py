@@ -345,6 +345,7 @@ def test_fakes_are_suspicious(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
     found = examined(fakes.Fake(theirs.Red(), fakes.KINDS[kind]), monkeypatch)
     assert found["verdict"] == "suspicious"
     assert any(FAKES[kind] in reason for reason in found["because"]), found["because"]
+    assert sum("exactly 0" in reason for reason in found["because"]) <= 1
 
 
 def test_who_knows_the_attacks_seed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

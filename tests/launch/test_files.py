@@ -23,6 +23,7 @@ COVERED = {
     "accelerate/one-gpu.yaml": "launch/test_accelerate.py",
     "run.sh": "launch/test_run.py",
     "slurm/common.sh": "slurm/test_slurm_input.py",
+    "slurm/eval.sbatch": "slurm/test_slurm_eval.py",
     "slurm/multinode.sbatch": "slurm/test_slurm_training.py",
     "slurm/report.sbatch": "launch/test_report_job.py",
     "slurm/site.sh": "slurm/test_slurm_input.py",

@@ -16,8 +16,8 @@ from dist_adv import files, load_model, rng
 from dist_adv.config import Config, parse_config
 from dist_adv.data import Loader, load_dataset
 from dist_adv.errors import UserError
+from dist_adv.exports import export_run
 from dist_adv.models import WideResNetOptions, build_model, save_model
-from dist_adv.runs.export import export_run
 from dist_adv.training.run import train_run
 from published import Recipe
 

@@ -451,7 +451,7 @@ def test_name(name, kind, steps, restarts):
         ("pgd-1\u0660", "is no attack"),
         ("pgd-99999999999", "is no attack"),
         ("", "choose from"),
-        ("zzz", "choose from natural, fgsm"),
+        ("zzz", "choose from natural, noise, fgsm"),
     ],
 )
 def test_bad_name(name, said):
