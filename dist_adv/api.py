@@ -122,7 +122,7 @@ def evaluate(
             models.check_answers(model, "the model", shape, classes, more=True)
             plain = model if isinstance(model, models.Classifier) else models.Contiguous(model)
             results, _ = evaluation.evaluate(plain, images, threat, chosen, accelerator)
-            doubtful = doubts(plain, images, chosen.batch_size)
+            doubtful = doubts(plain, images, chosen) if "natural" in chosen.attacks else []
         finally:
             model.to(first.device)
             for module, mode in training.items():

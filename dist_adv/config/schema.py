@@ -264,7 +264,17 @@ class TrackOptions(Options):
         return given
 
 
-class Config(Options):
+class _File(Options):
+    """What is kept whole in a file. NEEDS: the least that must be in it."""
+
+    NEEDS: ClassVar[str]
+
+    def dump(self) -> str:
+        """Return the resolved configuration as YAML, which `load` reads back to the same."""
+        return to_yaml(self.model_dump())
+
+
+class Config(_File):
     """A whole experiment."""
 
     NEEDS: ClassVar[str] = "method: {name: fast}"
@@ -308,10 +318,6 @@ class Config(Options):
         names = [self.method.name, self.model.name, self.data.name, self.optim.schedule]
         return plugins.sources([*names, *self.eval.attacks, *self.track.others])
 
-    def dump(self) -> str:
-        """Return the resolved configuration as YAML, which `load_config` reads back to the same."""
-        return to_yaml(self.model_dump())
-
 
 class Reference(Options):
     """A network as `--model` names it, and the arguments of the function that makes it."""
@@ -320,7 +326,7 @@ class Reference(Options):
     args: dict[str, Any] = {}
 
 
-class Judged(Options):
+class Judged(_File):
     """What is measured of somebody's network."""
 
     NEEDS: ClassVar[str] = "model: {reference: 'module:function'}"
@@ -333,7 +339,3 @@ class Judged(Options):
     def sources(self) -> dict[str, str]:
         """Return the hashes of the sources of whatever in it is somebody's own, by name."""
         return plugins.sources([self.model.reference, self.data.name, *self.eval.attacks])
-
-    def dump(self) -> str:
-        """Return it as YAML, which `load_config` reads back to the same."""
-        return to_yaml(self.model_dump())

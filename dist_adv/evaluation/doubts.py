@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from dist_adv.config import EvalOptions
 from dist_adv.data import Dataset
+from dist_adv.evaluation.evaluate import check_fit
 from dist_adv.evaluation.images import subset
 
 _A_FEW = 50
@@ -15,12 +17,16 @@ _IMAGES = 500
 """So many show that 53 % are right as they should come and 40 % normalised twice."""
 
 
-def doubts(model: nn.Module, dataset: Dataset, batch_size: int) -> list[str]:
+def doubts(model: nn.Module, dataset: Dataset, options: EvalOptions) -> list[str]:
     """Return what looks wrong about a network, each with what to do. Puts it in eval mode.
 
     model: images (n, C, H, W) in [0, 1] to logits (n, classes), on any device.
+
+    Raises UserError where it does not fit the images.
     """
+    check_fit(model, dataset, options)
     model.eval()
+    batch_size = options.batch_size
     device = next(iter([*model.parameters(), *model.buffers()]), torch.zeros(0)).device
     some = subset(len(dataset), _IMAGES)
     x = dataset.images[some].to(device).to(torch.get_default_dtype()).div_(255)

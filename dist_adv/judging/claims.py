@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -19,15 +19,19 @@ from torch import nn
 
 from dist_adv import files
 from dist_adv.attacks.threat import build as build_threat
-from dist_adv.config import Config, EvalOptions, Judged, load, load_config
+from dist_adv.config import Config, Judged, differences, flatten, load, load_config
 from dist_adv.data import Dataset, load_dataset
 from dist_adv.data.fingerprint import in_words
+from dist_adv.distributed.collectives import on_every
+from dist_adv.distributed.failures import plain_failures
 from dist_adv.distributed.start import start_accelerator
 from dist_adv.errors import RunFailure, UserError
 from dist_adv.evaluation.display import EvaluationDisplay
 from dist_adv.evaluation.evaluate import Supervision, evaluate
 from dist_adv.evaluation.results import Result
 from dist_adv.exports.card import rows
+from dist_adv.files import Record
+from dist_adv.judging.measurement import load_test_images
 from dist_adv.judging.network import digest_of, load_network
 from dist_adv.models import load_model, read_final
 from dist_adv.runs import reading
@@ -36,7 +40,7 @@ from dist_adv.terminal import bar, start_logging
 from dist_adv.text import pixels
 
 # Of env.json: what is said elsewhere, or is of the training alone.
-_NO_CIRCUMSTANCES = ("dataset", "method", "total_steps", "precision", "weights", "sources")
+_NO_CIRCUMSTANCES = ("dataset", "method", "total_steps", "precision", "weights", "source")
 IMAGES = 200
 """Of a check, unless somebody asks for more."""
 
@@ -45,8 +49,9 @@ class Claim(BaseModel):
     """What is claimed.
 
     network: what it is, and the SHA-256 of its weights. data: name, split, images and their
-    fingerprint. figures: lines of results.jsonl. doubts: flags of the figures, and what an
-    examination found. made_with: versions, commit, hardware. command: measures the figures again.
+    fingerprint. figures: lines of results.jsonl. doubts: their flags. examined: the verdict of an
+    examination, where there was one. made_with: versions, commit, hardware. commands: measure the
+    figures again, those of the same settings together.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -58,7 +63,7 @@ class Claim(BaseModel):
     doubts: list[str]
     examined: str | None
     made_with: dict[str, Any]
-    command: str
+    commands: list[str]
     sha256: str = ""
 
     def checksum(self) -> str:
@@ -86,16 +91,60 @@ class Subject:
         about = read_final(self.folder.weights)
         return {key: about[key] for key in ("model", "mean", "std", "trained")}
 
-    def command(self, attacks: Sequence[str]) -> str:
-        """Return the command that measures these attacks again, on all images."""
-        names = ",".join(attacks)
-        if not isinstance(self.config, Judged):
-            return f"dist-adv eval {shlex.quote(str(self.folder))} --attacks {names}"
-        model, threat = self.config.model, self.config.threat
-        args = [f"--model-args {key}={json.dumps(value)}" for key, value in model.args.items()]
-        words = ["dist-adv eval --model", shlex.quote(model.reference), *args, "--attacks", names]
-        words += [f"data.name={self.config.data.name}", f"threat.norm={threat.norm}"]
-        return " ".join([*words, f"threat.eps={pixels(threat.eps)}"])
+    def verdict(self, weights: str) -> str | None:
+        """Return that of an examination of these weights within the folder's threat, else None.
+
+        weights: their digest, for a network that is no run's, whose file has its own.
+        """
+        judged = isinstance(self.config, Judged)
+        now = weights if judged else files.sha256(self.folder.weights)
+        threat = self.config.threat.model_dump(include={"norm", "eps"})
+        try:
+            found = json.loads(self.folder.thorough.read_text())
+            if (found["weights"], found["threat"]) == (now, threat):
+                return "; ".join([found["verdict"], *found["because"]])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # there was none, or it is damaged
+        return None
+
+    def command(self, figures: Sequence[Record], images: int) -> str:
+        """Return what measures figures of the same settings again. images: of the test set."""
+        words = ["dist-adv", "eval", str(self.folder)]
+        if isinstance(self.config, Judged):
+            model = self.config.model
+            words = ["dist-adv", "eval", "--model", model.reference]
+            for key, value in model.args.items():
+                words += ["--model-args", f"{key}={json.dumps(value)}"]
+            fresh = Judged(model=model)
+            changed = {line.split(":")[0] for line in differences(fresh, self.config)}
+            now = flatten(self.config.model_dump())
+            words += [
+                f"{key}={json.dumps(now[key])}"
+                for key in sorted(changed)
+                if key.startswith(("data.", "threat.")) and key != "data.root"
+            ]
+        words += ["--attacks", ",".join(figure["attack"] for figure in figures)]
+        for key, value in settings(figures[0]).items():
+            words += [f"eval.{key}={json.dumps(value)}"]
+        n = figures[0]["n"]
+        return shlex.join([*words, *(["--limit", str(n)] if n < images else [])])
+
+
+def settings(figure: Record) -> dict[str, Any]:
+    """Return the keys of `eval` that a figure was measured with; none of natural accuracy."""
+    keys = {"loss": "loss_fn", "step_size": "step_size", "seed": "seed"}
+    found = {key: figure[name] for key, name in keys.items() if name in figure}
+    return found if figure["attack"] != "fgsm" else {**found, "step_size": None}
+
+
+def alike(figures: Sequence[Record]) -> Iterator[list[Record]]:
+    """Yield figures that one evaluation gives: of the same settings, on as many images."""
+
+    def key(figure: Record) -> str:
+        return json.dumps([settings(figure), figure["n"]])
+
+    for _, group in groupby(sorted(figures, key=key), key=key):
+        yield list(group)
 
 
 def read_subject(folder: Path) -> Subject:
@@ -128,9 +177,10 @@ def make_claim(folder: Path, overrides: Sequence[str]) -> Path:
             f"data.root: {config.data.name} has other test images than those of the figures; "
             f"evaluate again"
         )
-    network = subject.network() | {"sha256": digest_of(subject.load())}
+    weights = digest_of(subject.load())
+    lines = [dict(figure.record) for figure in figures]
     claim = Claim(
-        network=network,
+        network=subject.network() | {"sha256": weights},
         data={
             **config.data.model_dump(include={"name", "size"}, exclude_none=True),
             "split": "test",
@@ -139,30 +189,21 @@ def make_claim(folder: Path, overrides: Sequence[str]) -> Path:
             "fingerprint": in_words(data.fingerprint),
         },
         threat=threat,
-        figures=[dict(figure.record) for figure in figures],
+        figures=lines,
         doubts=[f"{figure.attack}: {flag}" for figure in figures for flag in figure.flags],
-        examined=_examined(subject.folder),
+        examined=subject.verdict(weights),
         made_with={
             key: value
             for key, value in reading.read_environment(folder).items()
             if key not in _NO_CIRCUMSTANCES
         },
-        command=subject.command([figure.attack for figure in figures]),
+        commands=[subject.command(group, len(data)) for group in alike(lines)],
     )
     claim.sha256 = claim.checksum()
     page = subject.folder.claim.with_suffix(".md")
     files.replace(subject.folder.claim, claim.model_dump_json(indent=1).encode())
     files.replace(page, _page(claim, figures).encode())
     return page
-
-
-def _examined(folder: RunFolder) -> str | None:
-    """Return the verdict of an examination, None where there was none or it cannot be read."""
-    try:
-        found = json.loads(folder.thorough.read_text())
-        return "; ".join([found["verdict"], *found["because"]])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _page(claim: Claim, figures: Sequence[reading.Evaluation]) -> str:
@@ -199,7 +240,7 @@ Examination (`dist-adv eval --thorough`): {claim.examined or "none was made"}.
 ## Again
 
 ```bash
-{claim.command}
+{chr(10).join(claim.commands)}
 dist-adv claim --check claim.json     # a sample of it, with the same weights and images
 ```
 
@@ -224,25 +265,26 @@ def check_claim(file: Path, overrides: Sequence[str], limit: int | None) -> Iter
     yield "the file is as it was written"
     subject = read_subject(file.parent)
     config = _with(subject, overrides)
-    network, data = subject.load(), load_dataset(config.data, "test")
-    for what, claimed, found in (
-        ("weights", claim.network["sha256"], digest_of(network)),
-        ("test images", claim.data["fingerprint"], in_words(data.fingerprint)),
-    ):
-        if claimed != found:
-            raise RunFailure(
-                f"{file}: does not hold: the {what} are others ({claimed}; here {found})"
-            )
-        yield f"the {what} are the same"
     accelerator = start_accelerator("fp32")
     start_logging(accelerator.is_main_process)
-    n = limit or IMAGES
-    for result, figure in _sample(claim, network.to(accelerator.device), data, n, accelerator):
-        expected, slack = _expected(figure, result.n)
-        line = f"{result.attack}: {result.correct} of {result.n} right, {expected:.1f} expected"
-        if abs(result.correct - expected) > slack:
-            raise RunFailure(f"{file}: does not hold: {line}, give or take {slack:.1f}")
-        yield line
+    with plain_failures(accelerator, "eval.batch_size", config.eval.batch_size):
+        network = on_every(accelerator, subject.load)
+        data = load_test_images(config, accelerator)
+        for what, claimed, found in (
+            ("weights", claim.network["sha256"], digest_of(network)),
+            ("test images", claim.data["fingerprint"], in_words(data.fingerprint)),
+        ):
+            if claimed != found:
+                raise RunFailure(
+                    f"{file}: does not hold: the {what} are others ({claimed}; here {found})"
+                )
+            yield f"the {what} are the same"
+        for result, figure in _sample(claim, config, network, data, limit, accelerator):
+            expected, slack = _expected(figure, result.n)
+            line = f"{result.attack}: {result.correct} of {result.n} right, {expected:.1f} expected"
+            if abs(result.correct - expected) > slack:
+                raise RunFailure(f"{file}: does not hold: {line}, give or take {slack:.1f}")
+            yield line
 
 
 def _read(file: Path) -> Claim:
@@ -265,30 +307,30 @@ def _with(subject: Subject, overrides: Sequence[str]) -> Config | Judged:
 
 
 def _sample(
-    claim: Claim, network: nn.Module, data: Dataset, n: int, accelerator: Accelerator
-) -> Iterator[tuple[Result, Mapping[str, Any]]]:
-    """Yield each figure on a sample of its images, with the claim's line; alike ones together."""
-
-    def options(figure: Mapping[str, Any]) -> dict[str, Any]:
-        defaults = {"loss": "ce", "step_size": None, "seed": 0}
-        given = {"loss": "loss_fn", "step_size": "step_size", "seed": "seed"}
-        return {key: figure.get(given[key]) or value for key, value in defaults.items()}
-
-    def key(figure: Mapping[str, Any]) -> str:
-        return json.dumps([options(figure), min(n, figure["n"])])
-
+    claim: Claim,
+    config: Config | Judged,
+    network: nn.Module,
+    data: Dataset,
+    limit: int | None,
+    accelerator: Accelerator,
+) -> Iterator[tuple[Result, Record]]:
+    """Yield each figure on a sample of its images, with the claim's line."""
+    network.to(accelerator.device)
     threat = build_threat(claim.threat["norm"], claim.threat["eps"])
-    for _, group in groupby(sorted(claim.figures, key=key), key=key):
-        alike = list(group)
-        names = [figure["attack"] for figure in alike]
-        chosen = EvalOptions(attacks=names, limit=min(n, alike[0]["n"]), **options(alike[0]))
+    for figures in alike(claim.figures):
+        changes = {
+            "attacks": [figure["attack"] for figure in figures],
+            "limit": min(limit or IMAGES, figures[0]["n"]),
+            **settings(figures[0]),
+        }
+        options = config.eval.model_copy(update=changes)
         with bar(accelerator.is_main_process) as progress:
             supervision = Supervision(EvaluationDisplay(progress).update)
-            results, _ = evaluate(network, data, threat, chosen, accelerator, supervision)
-        yield from zip(results, alike, strict=True)
+            results, _ = evaluate(network, data, threat, options, accelerator, supervision)
+        yield from zip(results, figures, strict=True)
 
 
-def _expected(figure: Mapping[str, Any], n: int) -> tuple[float, float]:
+def _expected(figure: Record, n: int) -> tuple[float, float]:
     """Return how many of n images are right where the claim holds, and how many more or fewer.
 
     A sample without replacement, at four standard deviations; and what another machine's rounding

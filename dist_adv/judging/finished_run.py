@@ -31,7 +31,7 @@ def evaluate_run(run_dir: Path, asked: Asked) -> None:
     accelerator = start_accelerator("fp32", config.train.threads)
     start_logging(accelerator.is_main_process)
     on_main(accelerator, lambda: claim.check_writable(run))
-    arguments = {"--limit": asked.limit, "weights": files.sha256(run.weights)}
+    arguments = {**asked.arguments(), "weights": files.sha256(run.weights)}
     with plain_failures(accelerator, "eval.batch_size", config.eval.batch_size):
         check_started_alike(config, accelerator, arguments)
         measure(Measurement(run, config, accelerator), final_weights(run), asked)

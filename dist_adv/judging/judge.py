@@ -3,14 +3,15 @@
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
-from dist_adv import files
+from dist_adv import files, plugins
 from dist_adv.config import Judged, Reference, differences, load, parse_yaml
 from dist_adv.data import Dataset
 from dist_adv.distributed.collectives import (
@@ -25,7 +26,7 @@ from dist_adv.judging.finished_run import evaluate_run
 from dist_adv.judging.measurement import Asked, Measurement, Subject, load_test_images
 from dist_adv.judging.network import digest_of, load_everywhere
 from dist_adv.judging.thorough import measure
-from dist_adv.runs import claim
+from dist_adv.runs import claim, reading
 from dist_adv.runs.environment import environment
 from dist_adv.runs.folder import RunFolder
 from dist_adv.terminal import start_logging
@@ -86,13 +87,15 @@ def judge(folder: RunFolder, model: Reference | None, asked: Asked) -> None:
     accelerator = start_accelerator("fp32")
     start_logging(accelerator.is_main_process)
     with plain_failures(accelerator, "eval.batch_size", config.eval.batch_size):
-        check_started_alike(config, accelerator, {"--limit": asked.limit})
+        check_started_alike(config, accelerator, asked.arguments())
         data = load_test_images(config, accelerator)
         network = load_everywhere(config.model, "--model", data, accelerator)
         weights = digest_of(network)
-        check_same_start(accelerator, {"weights": weights})
-        on_main(accelerator, partial(_take, folder, own, accelerator, weights, data))
-        subject = Subject(lambda: network, {"weights": weights}, {"weights": weights})
+        name = config.model.reference
+        identity = {"weights": weights, "source": plugins.sources([name]).get(name)}
+        check_same_start(accelerator, identity)
+        on_main(accelerator, partial(_take, folder, own, accelerator, identity, data))
+        subject = Subject(lambda: network, identity, {"weights": weights})
         measure(Measurement(folder, config, accelerator), subject, asked, data)
 
 
@@ -118,16 +121,21 @@ def _changed(before: Judged, now: Judged, model: Reference | None) -> str:
 
 
 def _take(
-    folder: RunFolder, config: Judged, accelerator: Accelerator, weights: str, data: Dataset
+    folder: RunFolder,
+    config: Judged,
+    accelerator: Accelerator,
+    identity: Mapping[str, Any],
+    data: Dataset,
 ) -> None:
-    """Make the folder, or see whether it is of the same weights."""
+    """Make the folder, or see whether it is of the same weights and the same code."""
     if folder.judged.is_file():
-        before = json.loads(folder.environment.read_text())["weights"]
-        if before != weights:
-            raise UserError(
-                f"{folder}: the network has other weights than when it was judged there "
-                f"({weights[:12]}, not {before[:12]}); choose another --out"
-            )
+        before = reading.read_environment(folder.path)
+        for what, now in identity.items():
+            if before.get(what) != now:
+                raise UserError(
+                    f"{folder}: the network's {what} changed since it was judged there "
+                    f"({before.get(what)} -> {now}); choose another --out"
+                )
         claim.check_writable(folder)
         return
     try:
@@ -135,8 +143,7 @@ def _take(
     except OSError as error:
         raise unwritable(folder, error, "choose another --out") from None
     about = {
-        "weights": weights,
-        "sources": config.sources(),
+        **identity,
         "dataset": {"name": config.data.name, "test": len(data), "classes": data.classes},
     }
     text = json.dumps(environment(accelerator) | about, indent=1)

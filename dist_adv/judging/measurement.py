@@ -18,7 +18,7 @@ from dist_adv.distributed.collectives import check_same_images, main_process_fir
 from dist_adv.distributed.failures import plain_failures
 from dist_adv.evaluation.display import EvaluationDisplay, results_table
 from dist_adv.evaluation.doubts import doubts
-from dist_adv.evaluation.evaluate import Supervision, check_fit, evaluate
+from dist_adv.evaluation.evaluate import Supervision, evaluate
 from dist_adv.evaluation.unfinished import Unfinished
 from dist_adv.models import load_model, read_final
 from dist_adv.runs.folder import RunFolder
@@ -67,6 +67,11 @@ class Asked:
     thorough: bool = False
     second: Reference | None = None
 
+    def arguments(self) -> dict[str, Any]:
+        """Return what ranks must have been given alike besides the configuration."""
+        second = self.second and self.second.reference
+        return {"--limit": self.limit, "--thorough": self.thorough, "--second": second}
+
     def over(self, config: Kind) -> Kind:
         """Return a configuration with these attacks and this limit.
 
@@ -109,14 +114,13 @@ class Measurement:
         log.info("evaluating: %s ...", ", ".join(config.eval.attacks))
         data = data or load_test_images(config, accelerator)
         threat = build_threat(config.threat.norm, config.threat.eps)
-        check_fit(model, data, config.eval)
-        doubtful = doubts(model, data, config.eval.batch_size)
-        for each in doubtful:
-            log.warning("%s", each)
         with (
             plain_failures(accelerator, "eval.batch_size", config.eval.batch_size),
             bar(accelerator.is_main_process) as progress,
         ):
+            doubtful = doubts(model, data, config.eval)
+            for each in doubtful:
+                log.warning("%s", each)
             display = EvaluationDisplay(progress)
             about = self.identity(subject, data)
             unfinished = Unfinished(self.folder.path, about, accelerator)

@@ -151,7 +151,7 @@ def measure(
 
 def examine(
     measurement: Measurement, subject: Subject, data: Dataset, second: nn.Module | None
-) -> Examined:
+) -> None:
     """Run every part, write thorough.json into the folder, and print a table and a verdict.
 
     Every rank calls this. What an earlier call has measured is not measured again.
@@ -174,7 +174,7 @@ def examine(
         bar(main) as progress,
     ):
         display = EvaluationDisplay(progress)
-        doubtful = doubts(model, data, config.eval.batch_size)
+        doubtful = doubts(model, data, config.eval)
         for part in _parts(config.threat, config.eval.seed, len(data.classes), given):
             options = _options(config.eval, part)
             threat = build_threat(config.threat.norm, part.eps or config.threat.eps)
@@ -200,7 +200,6 @@ def examine(
         for unfinished in kept:
             unfinished.finished()
         _show(examined)
-    return examined
 
 
 def _parts(threat: ThreatOptions, seed: int, classes: int, transfer: str | None) -> Iterator[Part]:
@@ -261,7 +260,9 @@ def _write(measurement: Measurement, subject: Subject, examined: Examined) -> No
         "alignment": examined.alignment,
         "figures": {name: result.record() for name, result in examined.figures.items()},
         "dataset": measurement.config.data.name,
+        "threat": measurement.config.threat.model_dump(include={"norm", "eps"}),
         **subject.about,
+        **subject.identity,
     }
     text = json.dumps(content, indent=1)
     files.replace(measurement.folder.thorough, text.encode())

@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import ModelCard, constants
 from torch import Tensor
 
+import public_networks
 import zoo
 from dist_adv import cli, load_model
 from dist_adv.errors import RunFailure, UserError
@@ -26,8 +27,9 @@ from dist_adv.models import (
     ResNet50Options,
     WideResNetOptions,
 )
-from hub_server import Server, hub_server
+from hub_server import Server
 from made_up_runs import add_examples, add_network, evaluation, make_run
+from serving import serving
 
 WRN = WideResNetOptions(depth=10, widen=1)
 NATURAL = evaluation("natural", 0.8125, n=10_000, dataset="cifar10")
@@ -131,7 +133,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatc
     """A stand-in for the Hub, somebody who is logged in to it, and an empty cache."""
     home = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    with hub_server() as server:
+    with serving(Server()) as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -266,7 +268,9 @@ def test_another_network_under_their_names(
     """What the verification is for: the same keys and shapes, and another function."""
     finished(WRN, NATURAL, AUTOATTACK)
     monkeypatch.setattr(
-        zoo.WideBlock, "forward", lambda self, x: self.conv2(self.conv1(self.bn1(x).relu()))
+        public_networks.WideBlock,
+        "forward",
+        lambda self, x: self.conv2(self.conv1(self.bn1(x).relu())),
     )
     refused(
         export(*ROBUSTBENCH),

@@ -1,6 +1,7 @@
 """`dist-adv eval --model`: anybody's network, in a folder of its own, on colour images."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import forked
 import theirs
 from dist_adv import cli, plugins, rng
 from dist_adv.attacks.autoattack import AutoAttack
-from dist_adv.config import Judged, Reference, load, parse_config
+from dist_adv.config import EvalOptions, Judged, Reference, load, parse_config
 from dist_adv.evaluation.attacks import Noise
 from dist_adv.evaluation.doubts import doubts
 from dist_adv.evaluation.images import subset
@@ -107,6 +108,12 @@ def test_two_ranks_and_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
     done = forked.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "going on after 150 images" in done.stdout + done.stderr
+    assert cli._run(["claim", "two"]) == 0
+    at = command.index("eval")
+    command[at:] = ["claim", "--check", "two/claim.json"]
+    done = forked.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the claim holds") == 1
     two = results("two")
     for attack in ("natural", "pgd-5"):
         assert two[attack]["correct"] == one[attack]["correct"]
@@ -203,7 +210,7 @@ def test_no_doubts_about_honest_networks() -> None:
         untrained,
         theirs.Around(after=lambda x: x.log_softmax(1)),
     ):
-        assert doubts(network.train(), data, batch_size=40) == []
+        assert doubts(network.train(), data, EvalOptions(batch_size=40)) == []
         assert not network.training
 
 
@@ -242,7 +249,7 @@ def test_folders_and_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     before = Path("out", "results.jsonl").read_bytes()
     mine = ["--model", "theirs:Red", "--out"]
     assert "is of another network (model.reference:" in refused(capsys, *mine, "out", *DATA)
-    assert "has other weights than when it was judged" in refused(capsys, "out")
+    assert "the network's weights changed since it was judged" in refused(capsys, "out")
     assert "is of another network (model.args.x" in refused(capsys, "out", "model.args={x: 1}")
     assert Path("out", "results.jsonl").read_bytes() == before
     Path("notes").mkdir()
@@ -253,6 +260,11 @@ def test_folders_and_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     wrong = refused(capsys, *mine, "new", "--model-args", "sharpness=1", *DATA)
     assert "unexpected keyword argument 'sharpness'" in wrong
     assert "train: unknown key" in refused(capsys, *mine, "new", *DATA, "train.epochs=3")
+    about = Path("out", "env.json")
+    about.write_text(about.read_text().replace('"weights"', '"weight"'))
+    assert "weights changed since it was judged there (None -> " in refused(capsys, "out")
+    about.write_text("{")
+    assert "env.json: not valid JSON" in refused(capsys, "out")
     assert "did you mean 'autoattack'" in refused(
         capsys, *mine, "new", *DATA, "--attacks", "autoatack"
     )
@@ -417,8 +429,40 @@ def test_a_claim_holds(claimed: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert all(figure in lines for figure in stated["figures"])
     assert stated["data"]["images"] == 150
     page = claimed.with_suffix(".md").read_text()
-    for text in ("linf 0.15", "| pgd-5-2 |", stated["network"]["sha256"], "--attacks natural,fgsm"):
+    for text in ("linf 0.15", "| pgd-5-2 |", stated["network"]["sha256"], *stated["commands"]):
         assert text in page
+
+
+def test_a_claims_commands_measure_it_again(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each with its own loss, seed, step size and number of images."""
+    settings = ["data.images=120", "threat.norm=l2", "threat.eps=1.5"]
+    judged("theirs:Red", "--model-args", "strength=10", *settings, "--attacks", "pgd-3")
+    others = ["eval.loss=margin", "eval.seed=3", "eval.step_size=0.3", "--limit", "50"]
+    assert cli._run(["eval", "out", "--attacks", "fgsm,pgd-4", *others]) == 0
+    assert cli._run(["claim", "out"]) == 0
+    stated = json.loads(Path("out", "claim.json").read_text())
+    for command in stated["commands"]:
+        assert cli._run([*shlex.split(command)[1:], "--out", "again"]) == 0
+    again = results("again")
+    assert len(again) == len(stated["figures"]) == 4
+    for figure in stated["figures"]:
+        for key in figure.keys() - {"seconds", "time"}:
+            assert (key, again[figure["attack"]][key]) == (key, figure[key])
+
+
+def test_a_claim_states_the_verdict_on_its_own_weights_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    examined(theirs.Red(), monkeypatch)
+    assert cli._run(["eval", "out-0", "--attacks", "fgsm"]) == 0
+    about = Path("out-0", "thorough.json")
+    found = json.loads(about.read_text())
+    verdicts = []
+    for changes in ({}, {"weights": "f" * 64}, {"threat": {"norm": "linf", "eps": 0.1}}):
+        about.write_text(json.dumps(found | changes))
+        assert cli._run(["claim", "out-0"]) == 0
+        verdicts.append(json.loads(Path("out-0", "claim.json").read_text())["examined"])
+    assert verdicts == ["consistent", None, None]
 
 
 def test_a_claim_that_was_tampered_with_falls(

@@ -106,10 +106,16 @@ class WideResNet(nn.Module):
     """sub_block: TRADES' second copy of the first stage, which is never used."""
 
     def __init__(
-        self, depth: int = 10, widen: int = 2, classes: int = 3, sub_block: bool = False
+        self,
+        depth: int = 10,
+        widen: int = 2,
+        classes: int = 3,
+        sub_block: bool = False,
+        width: int = 4,
     ) -> None:
         super().__init__()
-        count, widths = (depth - 4) // 6, [4, 4 * widen, 8 * widen, 16 * widen]
+        count = (depth - 4) // 6
+        widths = [width, *(width * widen * 2**stage for stage in range(3))]
         self.conv1 = conv(3, widths[0], 3, 1)
         self.block1 = Stage(count, widths[0], widths[1], 1)
         if sub_block:

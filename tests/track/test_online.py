@@ -14,14 +14,15 @@ from dist_adv.config import parse_config
 from dist_adv.runs.run import read_runs
 from dist_adv.tracking.wandb_run import place
 from dist_adv.training.run import train_run
-from wandb_server import Server, wandb_server
+from serving import serving
+from wandb_server import Server
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch):
-    with wandb_server() as server:
+    with serving(Server()) as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
         wandb.teardown()  # it reads the environment once
