@@ -203,7 +203,6 @@ def test_no_doubts_about_honest_networks() -> None:
     images, labels, names = theirs.Reds(theirs.Reds.Options(name="a")).load("test")
     data = dist_adv.data.of_tensors("reds", images, labels, names)
     dropout = nn.Sequential(theirs.Red(), nn.Dropout(0.5), nn.BatchNorm1d(3))
-    untrained = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     for network in (
         theirs.Red(),
         dropout,
