@@ -206,7 +206,6 @@ def test_no_doubts_about_honest_networks() -> None:
     for network in (
         theirs.Red(),
         dropout,
-        untrained,
         theirs.Around(after=lambda x: x.log_softmax(1)),
     ):
         assert doubts(network.train(), data, EvalOptions(batch_size=40)) == []
@@ -436,9 +435,10 @@ def test_a_claims_commands_measure_it_again(capsys: pytest.CaptureFixture[str]) 
     """Each with its own loss, seed, step size and number of images."""
     settings = ["data.images=120", "threat.norm=l2", "threat.eps=1.5"]
     judged("theirs:Red", "--model-args", "strength=10", *settings, "--attacks", "pgd-3")
-    others = ["eval.loss=margin", "eval.seed=3", "eval.step_size=0.3", "--limit", "50"]
+    others = ["eval.loss=margin", "eval.seed=3", "eval.step_size=0.02", "--limit", "50"]
     assert cli._run(["eval", "out", "--attacks", "fgsm,pgd-4", *others]) == 0
     assert cli._run(["claim", "out"]) == 0
+    assert cli._run(["claim", "--check", "out/claim.json"]) == 0
     stated = json.loads(Path("out", "claim.json").read_text())
     for command in stated["commands"]:
         assert cli._run([*shlex.split(command)[1:], "--out", "again"]) == 0
