@@ -67,7 +67,8 @@ def test_an_array_of_four_runs_and_its_report(cluster, tmp_path):
 
     cluster.wait_for(report, "COMPLETED")
     names = [run["name"] for run in SWEEP["runs"]]
-    assert [status(tmp_path / "runs" / name)["state"] for name in names] == ["done"] * 4
+    states = [status(tmp_path / "runs" / name)["state"] for name in names]
+    assert states == ["done"] * 4, cluster.told(job)
     assert weights_hash(stopped) == weights_hash(tmp_path / "runs" / "left-alone")
     text = (tmp_path / "runs" / "report" / "report.md").read_text()
     assert all(name in text for name in names)

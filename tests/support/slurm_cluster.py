@@ -94,6 +94,16 @@ class Cluster:
         path = Path(self.job(number, "StdOut"))
         return path.read_text(errors="replace") if path.exists() else ""
 
+    def told(self, number: str) -> str:
+        """What the daemons have written down of a job, an array's tasks included."""
+        lines = [
+            line
+            for daemon in sorted((self.home / "log").glob("slurm*"))
+            for line in daemon.read_text(errors="replace").splitlines()
+            if number in line
+        ]
+        return "\n".join(lines[-100:])
+
     def lose(self, node: str) -> None:
         """The node's daemon and all of its jobs' processes die at once."""
         daemon = int((self.home / f"slurmd.{node}.pid").read_text())
