@@ -36,8 +36,8 @@ from dist_adv.training.run import train_run
 RANKS = (2, 3, 4)
 
 
-def off_by_an_ulp(*arguments: object) -> torch.nn.Module:
-    model = build_model(*arguments)
+def off_by_an_ulp(*arguments: object, **options: object) -> torch.nn.Module:
+    model = build_model(*arguments, **options)
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(weight.nextafter(torch.full_like(weight, torch.inf)))

@@ -465,6 +465,43 @@ def import_checkpoint(file: Path, **asked: Any) -> None:
 
 
 @cli.command()
+@click.argument("source", type=_PATH)
+@click.argument("out", type=_PATH)
+@click.option(
+    "--size",
+    type=click.IntRange(1),
+    help="Resize larger pictures to this shorter side, as JPEG.  [default: files as they are]",
+)
+@click.option("--quality", type=click.IntRange(1, 100), default=95, show_default=True)
+@click.option(
+    "--shard-mb",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="Source files of so many megabytes go into a tar file.",
+)
+@click.option("--raw", is_flag=True, help="One array of pixels instead, for small images.")
+def pack(source: Path, out: Path, **asked: Any) -> None:
+    """Make a few large files of SOURCE, a folder with train/<class>/ and test/<class>/.
+
+    OUT is then `data: {name: packed, root: OUT}`, and gives the same batches as the folder, bit
+    for bit, where files stay as they are. It is tar files, which tar, WebDataset and DALI read,
+    too, and an index. Killed, the same command goes on. See docs/imagenet.md.
+
+    \b
+    dist-adv pack imagenet packed                 # files as they are
+    dist-adv pack imagenet packed-352 --size 352  # a third of the bytes, and faster to decode
+    dist-adv pack cifar10 packed --raw            # pixels
+    """
+    _announce()
+    from dist_adv.packing import How, run_pack
+
+    counts = run_pack(source, out, How(**asked))
+    found = ", ".join(f"{split} {count:,}" for split, count in counts.items())
+    click.echo(f"packed: {click.format_filename(out)} ({found} images)")
+
+
+@cli.command()
 @click.option("--only", default="", metavar="CASES", help="Cases to run, with commas between.")
 @click.option("--out", type=_PATH, default=Path("bench"), show_default=True)
 @click.option("--width", type=click.IntRange(1), default=64, show_default=True)

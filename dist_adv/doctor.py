@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -242,6 +243,7 @@ _FILES = {
     "cifar100": ("cifar-100-python",),
     "svhn": ("train_32x32.mat", "test_32x32.mat"),
     "imagefolder": ("train", "test"),
+    "packed": ("train/index.json", "test/index.json"),
 }
 
 
@@ -252,6 +254,8 @@ def _data(config: Config | None) -> Findings:
     root = data_root(config.data if config else DataOptions())
     if config is None:
         there = [name for name in _FILES if _is_there(name, root)]
+        if "packed" in there:
+            there.remove("imagefolder")
         advice = "data.root or DIST_ADV_DATA names another folder; digits are always there"
         yield Finding(
             "data", f"{', '.join(there) or 'nothing'} in {root.absolute()}", advice=advice
@@ -261,7 +265,17 @@ def _data(config: Config | None) -> Findings:
     elif config.data.name not in NAMES:
         yield Finding("data", f"{config.data.name}, which is somebody's own: not looked at")
     elif _is_there(config.data.name, root):
-        yield Finding("data", f"{config.data.name} in {root.absolute()}")
+        if config.data.name == "packed":
+            try:
+                _read_whole(root)
+            except UserError as error:
+                yield Finding("data", str(error), "problem")
+                return
+        whole = ", every byte as it was packed" if config.data.name == "packed" else ""
+        yield Finding("data", f"{config.data.name} in {root.absolute()}{whole}")
+    elif config.data.name == "packed":
+        remedy = "data.root or DIST_ADV_DATA: a folder that `dist-adv pack` has made"
+        yield Finding("data", f"no pack in {root.absolute()}", "problem", remedy)
     elif config.data.name == "imagefolder":
         remedy = "data.root or DIST_ADV_DATA: a folder with train/<class>/ and test/<class>/"
         yield Finding("data", f"no train/ and test/ in {root.absolute()}", "problem", remedy)
@@ -269,6 +283,19 @@ def _data(config: Config | None) -> Findings:
         found = f"{config.data.name} is not in {root.absolute()}: it would be downloaded"
         remedy = "without a network: data.root or DIST_ADV_DATA, or put the archive there"
         yield Finding("data", found, "warning", remedy)
+
+
+def _read_whole(root: Path) -> None:
+    """Read a pack from end to end, which a disk takes a while for. Raises UserError."""
+    from dist_adv.data.packed import check_pack
+    from dist_adv.terminal import bar
+
+    with bar(True) as progress:
+        for split in ("train", "test"):
+            folder = root / split
+            total = sum(path.stat().st_size for path in folder.iterdir())
+            task = progress.add_task(f"reading {split}", status="", total=total)
+            check_pack(folder, partial(progress.advance, task))
 
 
 def _is_there(name: str, root: Path) -> bool:
@@ -357,19 +384,21 @@ def _use(config: Config | None) -> Findings:
     advice = f"launch/run.sh starts {gpus} ranks, one for each GPU" if gpus > 1 else ""
     yield Finding("a run here", f"1 rank on {found}, {precision}", advice=advice)
     if config and config.data.name in SETS:  # an image folder is not listed for this
-        yield _steps(config, SETS[config.data.name].n - config.data.validation)
+        yield _steps(config)
 
 
-def _steps(config: Config, images: int) -> Finding:
+def _steps(config: Config) -> Finding:
     from dist_adv.attacks.threat import build as build_threat
     from dist_adv.data.loader import split
     from dist_adv.methods.cost import cost_of
+    from dist_adv.plan.measure import SETS, blank_network
     from dist_adv.training.checks import check_statistics
 
-    train = config.train
+    train, images = config.train, SETS[config.data.name]
     try:
-        batches, smallest = split(images, train.batch_size, config.data.drop_last, world_size=1)
-        check_statistics(config, smallest)
+        count = images.n - config.data.validation
+        batches, smallest = split(count, train.batch_size, config.data.drop_last, world_size=1)
+        check_statistics(smallest, blank_network(config, images))
     except UserError as error:
         return Finding("steps", str(error), "problem")
     replays = cost_of(config.method, build_threat(config.threat.norm, config.threat.eps)).steps

@@ -32,6 +32,7 @@ from dist_adv.attacks.threat import Threat
 from dist_adv.attacks.threat import build as build_threat
 from dist_adv.config import Config, load_config, parse_config
 from dist_adv.data import load_dataset
+from dist_adv.data.made_up import make_images as make_images
 from dist_adv.distributed.failures import plain_failures
 from dist_adv.distributed.start import start_accelerator
 from dist_adv.errors import LostRank, RunFailure, UserError

@@ -291,12 +291,6 @@ class Config(_File):
     track: TrackOptions = TrackOptions()
 
     @model_validator(mode="after")
-    def _something_to_synchronise(self) -> "Config":
-        if self.train.sync_batchnorm and getattr(self.model, "norm", "batch") != "batch":
-            raise ValueError("train.sync_batchnorm: there is no BatchNorm with model.norm=group")
-        return self
-
-    @model_validator(mode="after")
     def _method_that_can(self) -> "Config":
         method, name = find_method(self.method.name), self.method.name
         if self.threat.norm not in method.norms:

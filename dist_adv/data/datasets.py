@@ -2,14 +2,15 @@
 
 `cifar10`, `cifar100` and `svhn` come through torchvision, which checks their MD5 sums; `digits`
 is embedded in scikit-learn; `imagefolder` is any folder with `train/<class>/` and
-`test/<class>/`. The root is `data.root`, else the environment variable DIST_ADV_DATA, else
-`data`.
+`test/<class>/`; `packed` is what `dist-adv pack` has made of one. The root is `data.root`, else
+the environment variable DIST_ADV_DATA, else `data`.
 """
 
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -20,13 +21,17 @@ from torch import Tensor
 
 from dist_adv import packages, plugins, rng
 from dist_adv.data import fingerprint
-from dist_adv.data.files import Files, Listing, list_images
+from dist_adv.data.files import Files, list_images
 from dist_adv.data.fingerprint import Fingerprint
+from dist_adv.data.image import Framing
+from dist_adv.data.packed import open_pack
+from dist_adv.data.records import Paths
 from dist_adv.errors import UserError
-from dist_adv.options import Open, Options, PositiveInt, Real
+from dist_adv.options import TUPLE, Open, Options, PositiveInt, Real, Share
 from dist_adv.text import shown
 
-NAMES = ("cifar10", "cifar100", "svhn", "imagefolder", "digits")
+NAMES = ("cifar10", "cifar100", "svhn", "imagefolder", "packed", "digits")
+FOLDERS = ("imagefolder", "packed")
 GROUP = "dist_adv.data"
 
 
@@ -43,17 +48,39 @@ class DataOptions(Options):
     validation: Annotated[int, Field(ge=0)] = 0
     """Training images held out, always the same; the curve and the best epoch are of them then."""
     size: PositiveInt | None = None
-    """imagefolder: resize the shorter side and crop the centre to size x size."""
+    """Of folders and packs: resize the shorter side and crop the centre to size x size."""
+    shorter: PositiveInt | None = None
+    """What the shorter side is resized to before that (null: size). ImageNet's is 256 for 224."""
+    crop_scale: Annotated[tuple[Share, Share], TUPLE] | None = None
+    """Train on boxes at random with this share of a picture's area, resized (RandomResizedCrop;
+    [0.08, 1] is usual), not on crops with borders. Such a split is always read as it is used."""
     resident_gb: Annotated[Real, Field(ge=0)] = 8.0
-    """imagefolder: a split that is larger once decoded stays on disk and is read as it is used."""
+    """Of folders and packs: a split that is larger once decoded stays on disk and is read as it is
+    used."""
     workers: Annotated[int, Field(ge=0, le=256)] = 4
     """Threads of each rank that read such a split ahead of training (0: as it is needed)."""
 
     @model_validator(mode="after")
-    def _size_is_of_folders(self) -> Self:
-        if self.size is not None and self.name in NAMES and self.name != "imagefolder":
-            raise ValueError(f"size: the images of {self.name} are not resized; leave it out")
+    def _of_folders(self) -> Self:
+        if self.name in NAMES and self.name not in FOLDERS:
+            for key in ("size", "shorter", "crop_scale"):
+                if getattr(self, key) is not None:
+                    raise ValueError(
+                        f"{key}: the images of {self.name} are not resized; leave it out"
+                    )
+        for key in ("shorter", "crop_scale"):
+            if getattr(self, key) is not None and self.size is None:
+                raise ValueError(f"{key}: needs data.size, the size that images have afterwards")
+        if self.shorter is not None and self.size is not None and self.shorter < self.size:
+            raise ValueError(f"shorter: {self.shorter} is less than data.size={self.size}")
+        if self.crop_scale and not 0 < self.crop_scale[0] <= self.crop_scale[1]:
+            raise ValueError("crop_scale: give the least and the largest share, like [0.08, 1]")
         return self
+
+    def framing(self, split: str) -> Framing:
+        """Return how the pictures of a split become images of one size."""
+        scale = self.crop_scale if split == "train" and self.augment else None
+        return Framing(self.size, self.shorter, scale)
 
 
 def find_options(name: str) -> type[DataOptions]:
@@ -156,8 +183,8 @@ def load_dataset(
     """
     if options.name == "digits":
         data = _digits(split)
-    elif options.name == "imagefolder":
-        data = _imagefolder(split, options)
+    elif options.name in FOLDERS:
+        data = _folder(split, options)
     elif options.name not in NAMES:
         with main_process_first():
             data = _somebodys(options, split)
@@ -228,19 +255,38 @@ def _torchvision(name: str, root: Path, split: str) -> Dataset:
     )
 
 
-def image_files(options: DataOptions, split: str) -> tuple[Files, Listing]:
-    """Return the files of an imagefolder's split as images, and as they lie there.
+@dataclass(frozen=True)
+class Stored:
+    """A split that lies in files: its images, and what tells them from others, once it is asked."""
+
+    files: Files
+    labels: Tensor
+    classes: list[str]
+    fingerprint: Callable[[], Fingerprint]
+
+
+def stored(options: DataOptions, split: str) -> Stored:
+    """Return a split of an imagefolder or of a pack, of which no image but the first was read.
 
     Raises UserError for a folder that is missing or empty, or whose first image is damaged.
     """
-    folder = data_root(options) / split
+    folder, framing = data_root(options) / split, options.framing(split)
+    needs = "train/<class>/ and test/<class>/" if options.name == "imagefolder" else "train/, test/"
     if not os.path.isdir(folder):
         raise UserError(
-            f"data.root: {shown(folder)} is no folder{_below(folder)}; imagefolder needs "
-            f"train/<class>/ and test/<class>/ below data.root (or DIST_ADV_DATA){_why_not(folder)}"
+            f"data.root: {shown(folder)} is no folder{_below(folder)}; {options.name} needs "
+            f"{needs} below data.root (or DIST_ADV_DATA){_why_not(folder)}"
         )
+    if options.name == "packed":
+        pack = open_pack(folder, framing, options.workers)
+        return Stored(pack.files, pack.labels, pack.classes, lambda: pack.fingerprint)
     listing = list_images(folder)
-    return Files(listing.paths, options.size, options.workers), listing
+    return Stored(
+        Files(Paths(listing.paths), framing, options.workers),
+        torch.tensor(listing.labels),
+        listing.classes,
+        partial(fingerprint.of_files, listing),
+    )
 
 
 def _below(folder: Path) -> str:
@@ -259,17 +305,17 @@ def _why_not(folder: Path) -> str:
     return ""
 
 
-def _imagefolder(split: str, options: DataOptions) -> Dataset:
-    files, listing = image_files(options, split)
-    images = files if files.gigabytes > options.resident_gb else files.all()
+def _folder(split: str, options: DataOptions) -> Dataset:
+    found = stored(options, split)
+    files, at_random = found.files, found.files.framing.scale is not None
     return Dataset(
-        "imagefolder",
-        images,
-        torch.tensor(listing.labels),
-        listing.classes,
-        crop_padding=files.shape[-1] // 8,
+        options.name,
+        files if at_random or files.gigabytes > options.resident_gb else files.all(),
+        found.labels,
+        found.classes,
+        crop_padding=0 if at_random else files.shape[-1] // 8,
         flip=True,
-        fingerprint=fingerprint.of_files(listing),
+        fingerprint=found.fingerprint(),
     )
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import stat
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_adv.data.image import Unreadable, decode, extensions
+from dist_adv.data.image import Framing, Unreadable, extensions
+from dist_adv.data.records import Records
 from dist_adv.errors import RankFailure, UserError
 from dist_adv.text import few, shown
 
@@ -32,19 +33,23 @@ _NOT_PEOPLES = frozenset({"__MACOSX", "@eaDir", "lost+found"})
 
 
 class Files:
-    """Image files of one size, decoded when they are asked for.
+    """Pictures made images of one size, decoded when they are asked for.
 
     shape: (N, 3, H, W). A file that is no image or has another size is a UserError where images
     are loaded before a run, on every rank; a RankFailure where a rank meets it alone in the run.
     """
 
-    def __init__(self, paths: list[str], size: int | None, workers: int) -> None:
-        self.paths, self.size, self.workers = paths, size, workers
+    def __init__(self, records: Records, framing: Framing, workers: int) -> None:
+        self.records, self.framing, self.workers = records, framing, workers
         try:
-            height, width, channels = decode(paths[0], size).shape
+            height, width, channels = self.pixels(0).shape
         except Unreadable as error:
-            raise UserError(_complaint(paths[0], error, 1, 1)) from None
-        self.shape: tuple[int, ...] = (len(paths), channels, height, width)
+            raise UserError(_complaint(records.name(0), error, 1, 1)) from None
+        self.shape: tuple[int, ...] = (len(records), channels, height, width)
+
+    def pixels(self, sample: int, draws: np.ndarray | None = None) -> np.ndarray:
+        """Return uint8 (H, W, C) of a sample (`Records.read`). Raises Unreadable."""
+        return self.records.read(sample, self.framing, draws)
 
     @property
     def gigabytes(self) -> float:
@@ -62,11 +67,17 @@ class Files:
 
     def all(self) -> Tensor:
         """Return uint8 (N, 3, H, W), contiguous."""
-        return self.load(range(len(self.paths))).contiguous()
+        return self.load(range(len(self.records))).contiguous()
 
-    def ahead(self, batches: Iterable[Tensor], pin: bool = False) -> Iterator[Tensor]:
+    def ahead(
+        self,
+        batches: Iterable[Tensor],
+        draw: Callable[[Tensor], Tensor] | None = None,
+        pin: bool = False,
+    ) -> Iterator[Tensor]:
         """Yield uint8 (n, 3, H, W) of each batch of samples, while `workers` threads read on.
 
+        draw: gives samples (n,) what their boxes are drawn by (n, TRIES, 4); None takes centres.
         pin: into memory from which a GPU copies by itself. Raises RankFailure.
         """
         some = max(1, self.workers)
@@ -74,7 +85,8 @@ class Files:
         waiting: deque[_Reading] = deque()
         try:
             for samples in batches:
-                waiting.append(_Reading(self, samples.tolist(), pool, some, pin))
+                draws = draw(samples) if draw else None
+                waiting.append(_Reading(self, samples.tolist(), pool, some, pin, draws))
                 if len(waiting) > (_BATCHES_AHEAD if self.workers else 0):
                     yield waiting.popleft().result(RankFailure)
             while waiting:
@@ -83,7 +95,7 @@ class Files:
             pool.shutdown(cancel_futures=True)
 
     def part(self, samples: Tensor) -> "Files":
-        return Files([self.paths[k] for k in samples.tolist()], self.size, self.workers)
+        return Files(self.records.part(samples.tolist()), self.framing, self.workers)
 
 
 class _Reading:
@@ -96,23 +108,29 @@ class _Reading:
         pool: ThreadPoolExecutor,
         parts: int,
         pin: bool = False,
+        draws: Tensor | None = None,
     ) -> None:
         self.files, self.samples = files, samples
         _, channels, height, width = files.shape
         shape = (len(samples), height, width, channels)
         self.images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
         rows = self.images.numpy()
+        each: list[np.ndarray | None] = [None] * len(samples)
+        if draws is not None:
+            each = list(draws.numpy())
         self.jobs = [
-            pool.submit(self._read, rows[part::parts], samples[part::parts])
+            pool.submit(self._read, rows[part::parts], samples[part::parts], each[part::parts])
             for part in range(min(parts, len(samples)))
         ]
 
-    def _read(self, rows: np.ndarray, samples: Sequence[int]) -> list[tuple[int, Unreadable]]:
+    def _read(
+        self, rows: np.ndarray, samples: Sequence[int], draws: Sequence[np.ndarray | None]
+    ) -> list[tuple[int, Unreadable]]:
         """Fill rows (n, H, W, 3); return what is wrong with which sample."""
         wrong = []
-        for row, sample in zip(rows, samples, strict=True):
+        for row, sample, drawn in zip(rows, samples, draws, strict=True):
             try:
-                pixels = decode(self.files.paths[sample], self.files.size)
+                pixels = self.files.pixels(sample, drawn)
             except Unreadable as error:
                 wrong.append((sample, error))
                 continue
@@ -128,15 +146,15 @@ class _Reading:
         if not wrong:
             return self.images.permute(0, 3, 1, 2)
         sample, error = min(wrong, key=lambda each: each[0])
-        paths = self.files.paths
+        name = self.files.records.name
         if isinstance(error, _OtherSize):
             _, _, height, width = self.files.shape
             raise failure(
-                f"data.size: {shown(paths[0])} ({width}x{height}) and {shown(paths[sample])} "
+                f"data.size: {name(0)} ({width}x{height}) and {name(sample)} "
                 f"({error.what}) have 2 different sizes; set data.size, for example data.size=32"
             )
         unreadable = [each for _, each in wrong if not isinstance(each, _OtherSize)]
-        raise failure(_complaint(paths[sample], error, len(unreadable), len(self.samples)))
+        raise failure(_complaint(name(sample), error, len(unreadable), len(self.samples)))
 
 
 class _OtherSize(Unreadable):
@@ -146,8 +164,8 @@ class _OtherSize(Unreadable):
         super().__init__(f"{shape[1]}x{shape[0]}")
 
 
-def _complaint(path: str, error: Unreadable, count: int, of: int) -> str:
-    return f"data.root: {shown(path)}: {error.what} ({count} of {of} files read); {error.remedy}"
+def _complaint(name: str, error: Unreadable, count: int, of: int) -> str:
+    return f"data.root: {name}: {error.what} ({count} of {of} files read); {error.remedy}"
 
 
 @dataclass(frozen=True)

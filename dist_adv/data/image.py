@@ -1,7 +1,10 @@
-"""One image file as 8-bit RGB pixels, the way a viewer shows it."""
+"""One image file as 8-bit RGB pixels, the way a viewer shows it, and cut to size."""
 
 import errno
+import math
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import BinaryIO
 
@@ -51,6 +54,76 @@ def extensions() -> frozenset[str]:
     return frozenset(ending for ending, name in known.items() if name in formats())
 
 
+@dataclass(frozen=True)
+class Framing:
+    """How pictures of any size become images of one.
+
+    size: of the square that is left, None to leave them as they are. shorter: the side that the
+    shorter one is resized to before the centre is cut out of it (None: size). scale: where a box
+    is drawn at random, the least and the largest share of the area that it may have.
+    """
+
+    size: int | None = None
+    shorter: int | None = None
+    scale: tuple[float, float] | None = None
+
+    def __call__(self, image: Image.Image, draws: np.ndarray | None) -> np.ndarray:
+        """Return uint8 (H, W, C) of a picture's centre, or of the box that is drawn."""
+        return np.asarray(self._centre(image) if draws is None else self._box(image, draws))
+
+    def _centre(self, image: Image.Image) -> Image.Image:
+        if self.size is None:
+            return image
+        if self.shorter is None or self.shorter == self.size:
+            return ImageOps.fit(image, (self.size, self.size), _BILINEAR)
+        # Rounded as torchvision's Resize and CenterCrop do.
+        least = min(image.size)
+        image = image.resize([side * self.shorter // least for side in image.size], _BILINEAR)
+        left, top = (round((side - self.size) / 2) for side in image.size)
+        return image.crop((left, top, left + self.size, top + self.size))
+
+    def _box(self, image: Image.Image, draws: np.ndarray) -> Image.Image:
+        """Return a box of a picture, resized to (size, size), as RandomResizedCrop draws it."""
+        assert self.size is not None
+        assert self.scale is not None
+        box = _random_box(*image.size, self.scale, draws.tolist())
+        return image.crop(box).resize((self.size, self.size), _BILINEAR)
+
+    def enough(self, width: int, height: int) -> tuple[int, int] | None:
+        """Return the size that a JPEG of this one may be decoded at, None for its own.
+
+        A decoder halves it while twice the size that is wanted is left, which takes less time; not
+        where a box at random may be a small part of it.
+        """
+        if self.size is None or self.scale is not None:
+            return None
+        ratio = 2 * (self.shorter or self.size) / min(width, height)
+        return (math.ceil(width * ratio), math.ceil(height * ratio)) if ratio < 1 else None
+
+
+TRIES = 10
+_SHAPES = (3 / 4, 4 / 3)  # width to height, at the ends
+_BILINEAR = Image.Resampling.BILINEAR
+
+
+def _random_box(
+    width: int, height: int, scale: tuple[float, float], draws: list[list[float]]
+) -> tuple[int, int, int, int]:
+    """Return (left, top, right, bottom) of the first try that fits, else of the centre."""
+    low, high = map(math.log, _SHAPES)
+    for area, shape, column, row in draws:
+        target = width * height * (scale[0] + (scale[1] - scale[0]) * area)
+        ratio = math.exp(low + (high - low) * shape)
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(column * (width - w + 1)), int(row * (height - h + 1))
+            return left, top, left + w, top + h
+    w = min(width, round(height * _SHAPES[1]))
+    h = min(height, round(width / _SHAPES[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
 def decode(path: str, size: int | None = None) -> np.ndarray:
     """Return the first picture of a file as uint8 (H, W, 3): upright, over white.
 
@@ -58,21 +131,34 @@ def decode(path: str, size: int | None = None) -> np.ndarray:
 
     Raises Unreadable.
     """
+    return read(lambda: open(path, "rb"), Framing(size))
+
+
+def read(
+    opened: Callable[[], BinaryIO], framing: Framing, draws: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the first picture of a file as uint8 (H, W, 3): upright, over white, and framed.
+
+    draws: by which a box is drawn, uniform in [0, 1), (TRIES, 4): area, shape, column and row of
+    each try. None takes the centre.
+
+    Raises Unreadable.
+    """
     try:
-        with open(path, "rb") as file:
-            image = _picture(file)
+        with opened() as file:
+            image = _picture(file, framing)
     except OSError as error:
         remedy = "raise ulimit -n" if error.errno == errno.EMFILE else "mend or remove it"
         raise Unreadable(f"cannot be read ({error.strerror})", remedy) from None
-    if size is not None:
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image)
+    return framing(image, draws)
 
 
-def _picture(file: BinaryIO) -> Image.Image:
+def _picture(file: BinaryIO, framing: Framing) -> Image.Image:
     """Return the first picture of an open file as an upright RGB image. Raises Unreadable."""
     try:
         with Image.open(file, formats=formats()) as picture:
+            if enough := framing.enough(*picture.size):
+                picture.draft(None, enough)
             picture.load()
             return _upright(_rgb(picture), picture)
     except (Unreadable, MemoryError):

@@ -20,6 +20,7 @@ from torch import Tensor
 from dist_adv import rng
 from dist_adv.data.datasets import Dataset
 from dist_adv.data.files import Files
+from dist_adv.data.image import TRIES
 from dist_adv.errors import UserError
 
 
@@ -125,7 +126,7 @@ class Loader:
             for number in range(start, self.batches)
         ]
         shares = [slice(first + self.rank, end, self.world_size) for first, end in spans]
-        read = self._read_ahead([order[mine] for mine in shares])
+        read = self._read_ahead([order[mine] for mine in shares], epoch)
         order = order.to(self.device)
         # Of the whole epoch at once: a batch of 128 would take longer to launch than to compute.
         keys = rng.sample_keys(rng.stream_key(self.seed, "samples", epoch), order)
@@ -144,13 +145,19 @@ class Loader:
             y = self.labels[samples]
             yield Batch(x, y, samples, keys[mine], end - first, weight, when)
 
-    def _read_ahead(self, shares: list[Tensor]) -> Iterable[Tensor]:
+    def _read_ahead(self, shares: list[Tensor], epoch: int) -> Iterable[Tensor]:
         """Yield for each batch the pixels that it is gathered from: all, or its own off disk."""
         files = self.dataset.images
         if not isinstance(files, Files):
             assert self.pixels is not None
             return itertools.repeat(self.pixels, len(shares))
-        ahead = files.ahead(shares, pin=self.device.type == "cuda")
+        key = rng.stream_key(self.seed, "samples", epoch)
+
+        def boxes(samples: Tensor) -> Tensor:
+            return rng.uniform(rng.substream(rng.sample_keys(key, samples), "box"), (TRIES, 4))
+
+        draw = boxes if files.framing.scale is not None else None
+        ahead = files.ahead(shares, draw, pin=self.device.type == "cuda")
         return (self._rows(images) for images in ahead)
 
     def _rows(self, images: Tensor) -> Tensor:

@@ -69,7 +69,8 @@ def as_it_was() -> Iterator[None]:
     """Start an Accelerator within, in a process that may have one, and leave no trace of it.
 
     All Accelerators of a process share the state of the first, its precision too, and lose it
-    together: the one of before has its own again afterwards, as do fp32, cuDNN and the threads.
+    together: the one of before has its own again afterwards, as do fp32, cuDNN, the threads and
+    torch's generators.
     """
     state, matmul = AcceleratorState._shared_state, torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
@@ -84,7 +85,8 @@ def as_it_was() -> Iterator[None]:
             switches += [(each, "fp32_precision", each.fp32_precision) for each in newer]
     state.clear()
     try:
-        yield
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
     finally:
         state.clear()
         state.update(before)

@@ -31,6 +31,10 @@ saying so is refused, too (`cost.cost_of`).
 """
 
 
+AttackMode = Literal["train", "eval"]
+"""How a network normalises, and whether it drops layers, while its images are attacked."""
+
+
 class MethodOptions(Options):
     """What every training method has. A method's own options come with their defaults."""
 

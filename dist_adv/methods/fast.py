@@ -9,7 +9,7 @@ from torch import Tensor
 from dist_adv.attacks import ascend
 from dist_adv.attacks.threat import Threat
 from dist_adv.data import Batch
-from dist_adv.methods.base import Guard, Method, MethodOptions, Net, Objective, Task
+from dist_adv.methods.base import AttackMode, Guard, Method, MethodOptions, Net, Objective, Task
 from dist_adv.methods.carried import ByPosition
 from dist_adv.options import StepSize
 
@@ -17,12 +17,14 @@ from dist_adv.options import StepSize
 class FastOptions(MethodOptions):
     """`alpha` of 1.25 eps is the paper's; 2 eps collapses (catastrophic overfitting).
 
-    init: `random` in the ball; `zero`; `previous`, the last batch's perturbation.
+    init: `random` in the ball; `zero`; `previous`, the last batch's perturbation. attack_mode: of
+    the network in the attack.
     """
 
     name: str = "fast"
     alpha: StepSize = 10 / 255
     init: Literal["random", "zero", "previous"] = "random"
+    attack_mode: AttackMode = "train"
     guard: Guard = "warn"
 
 
@@ -39,7 +41,7 @@ class Fast(Method[FastOptions]):
     def steps(self, net: Net, batch: Batch, threat: Threat) -> Iterator[Objective]:
         x, y = batch.x, batch.y
         delta = self._start(batch, threat)
-        with net.frozen() as model:
+        with net.frozen(self.options.attack_mode) as model:
             delta = ascend(model, x, y, delta, threat, 1, self.options.alpha)
         if self.options.init == "previous":
             self.delta.write(delta)

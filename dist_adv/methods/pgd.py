@@ -9,23 +9,28 @@ from pydantic import Field
 from dist_adv.attacks import ascend
 from dist_adv.attacks.threat import Threat
 from dist_adv.data import Batch
-from dist_adv.methods.base import Method, MethodOptions, Net, Objective
+from dist_adv.methods.base import AttackMode, Method, MethodOptions, Net, Objective
 from dist_adv.options import PositiveInt, StepSize
 
 
 class PGDOptions(MethodOptions):
-    """K = `steps` ascent steps of size `alpha` from a random point of the ball, or from 0."""
+    """K = `steps` ascent steps of size `alpha` from a random point of the ball, or from 0.
+
+    attack_mode: of the network in the attack; `eval` takes BatchNorm's running statistics and
+    drops no layers, as the recipes for ImageNet do.
+    """
 
     name: str = "pgd"
     steps: Annotated[PositiveInt, Field(title="K")] = 7
     alpha: StepSize = 2 / 255
     init: Literal["random", "zero"] = "random"
+    attack_mode: AttackMode = "train"
 
 
 class PGDTraining(Method[PGDOptions]):
     """Attack the batch with K steps, then take one ordinary step on what came out.
 
-    The attack runs in train mode, as published, so BatchNorm's statistics move with it.
+    As published the attack runs in train mode, so BatchNorm's statistics move with it.
     """
 
     title = "PGD"
@@ -36,6 +41,6 @@ class PGDTraining(Method[PGDOptions]):
         delta = torch.zeros_like(x)
         if options.init == "random":
             delta = threat.project(threat.random(batch.keys, x.shape), x)
-        with net.frozen() as model:
+        with net.frozen(options.attack_mode) as model:
             delta = ascend(model, x, y, delta, threat, options.steps, options.alpha)
         yield self.minimise(net, x + delta, y)

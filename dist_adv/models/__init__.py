@@ -16,23 +16,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dist_adv import files, plugins, rng
+from dist_adv import files, packages, plugins, rng
 from dist_adv.errors import RunFailure, UserError
+from dist_adv.models import libraries
 from dist_adv.models.layers import Normalize, NormKind
+from dist_adv.models.libraries import TimmOptions, TorchvisionOptions
+from dist_adv.models.options import ModelOptions
 from dist_adv.models.preact_resnet import PreActResNet18, Shortcut
 from dist_adv.models.resnet import ResNet50
 from dist_adv.models.wide_resnet import WideResNet
-from dist_adv.options import Open, Options, PositiveInt
+from dist_adv.options import Open, PositiveInt
 from dist_adv.text import one_line
 
 GROUP = "dist_adv.models"
 _HUB = "hf:"
-
-
-class ModelOptions(Options):
-    """What every network has. Its own options come with their defaults."""
-
-    name: str
 
 
 class PreActResNet18Options(ModelOptions):
@@ -79,7 +76,12 @@ _OWN: dict[str, tuple[type[ModelOptions], Callable[..., nn.Module]]] = {
     "preact_resnet18": (PreActResNet18Options, PreActResNet18),
     "wide_resnet": (WideResNetOptions, WideResNet),
     "resnet50": (ResNet50Options, ResNet50),
+    "timm": (TimmOptions, libraries.timm_network),
+    "torchvision": (TorchvisionOptions, libraries.torchvision_network),
 }
+
+
+_LIBRARIES = (TimmOptions, TorchvisionOptions)
 
 
 def find_options(name: str, may_import: bool = True) -> type[ModelOptions]:
@@ -104,19 +106,23 @@ def _network(options: Mapping[str, Any], channels: int, classes: int) -> nn.Modu
     settings = dict(options)
     name = settings.pop("name")
     if name in _OWN:
+        settings.pop("pretrained", None)  # was where it started; its weights are in the file
         return _OWN[name][1](in_channels=channels, num_classes=classes, **settings)
     kind = plugins.find(name, GROUP, _OWN, may_import=False)
     return kind(kind.Options.model_validate(dict(options)), channels, classes)
 
 
 class Classifier(nn.Module):
-    """A network behind its normalisation; `architecture` says how to build it again."""
+    """A network behind its normalisation; `architecture` says how to build it again.
 
-    def __init__(self, architecture: dict[str, Any]) -> None:
+    net: where it is built already.
+    """
+
+    def __init__(self, architecture: dict[str, Any], net: nn.Module | None = None) -> None:
         super().__init__()
         self.architecture = architecture
         self.normalize = Normalize(architecture["mean"], architecture["std"])
-        self.net = _network(
+        self.net = net or _network(
             architecture["model"], len(architecture["mean"]), len(architecture["classes"])
         )
         self.channels_last = takes_channels_last(architecture["model"]["name"])
@@ -192,26 +198,60 @@ def _says(name: str, attribute: str, default: bool) -> bool:
     return bool(getattr(found, attribute, default))
 
 
+def describe(options: ModelOptions, size: Sequence[int]) -> dict[str, Any]:
+    """Return what a weights file says of a network for images of (H, W).
+
+    Raises UserError where a library does not know it.
+    """
+    if isinstance(options, _LIBRARIES):
+        return libraries.describe(options, size)
+    return options.model_dump()
+
+
+def _library(name: str) -> str | None:
+    """Return the library that a kind of network comes from, with its version."""
+    found = name in _OWN and issubclass(_OWN[name][0], _LIBRARIES)
+    return f"{name} {packages.version(name)}" if found else None
+
+
 def build_model(
     options: ModelOptions,
     mean: list[float],
     std: list[float],
     classes: list[str],
     seed: int,
+    size: Sequence[int] = (32, 32),
+    pretrained: bool = True,
 ) -> Classifier:
-    """Return a new network whose initial weights depend on the seed alone."""
+    """Return a new network whose initial weights depend on the seed alone.
+
+    Args:
+        mean, std: of the images, a channel; published weights come with their own.
+        size: (H, W) of the images, for networks that are made for one size.
+        pretrained: false takes no published weights, whatever the options say.
+
+    Raises UserError where a library has no such network or its published weights cannot be had.
+    """
     if takes_pixels(options.name):
         mean, std = [0.0] * len(mean), [1.0] * len(std)
-    architecture = {
-        "model": options.model_dump(),
-        "mean": mean,
-        "std": std,
-        "classes": classes,
-    }
+    described, net = describe(options, size), None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.stream_key(seed, "weights") & (2**63 - 1))
-        model = Classifier(architecture)
+        if isinstance(options, _LIBRARIES) and options.pretrained and pretrained:
+            settings = options.model_dump(exclude={"name"}) | {"args": described["args"]}
+            net = _OWN[options.name][1](len(mean), len(classes), **settings)
+            mean, std = libraries.normalisation(options, net)
+        architecture: dict[str, Any]
+        architecture = {"model": described, "mean": mean, "std": std, "classes": classes}
+        if isinstance(options, _LIBRARIES):
+            architecture["library"] = _library(options.name)
+        model = Classifier(architecture, net)
     return model.to(memory_format=torch.channels_last) if model.channels_last else model
+
+
+def has_batchnorm(network: nn.Module) -> bool:
+    """Tell whether an image's logits depend on the others of its batch in training."""
+    return any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in network.modules())
 
 
 def check_answers(
@@ -332,6 +372,12 @@ def _downloaded(name: str) -> Path:
     return path
 
 
+def _moved(architecture: dict[str, Any]) -> str:
+    """Return the end of a complaint about weights that another version of a library made."""
+    then, now = architecture.get("library"), _library(architecture["model"]["name"])
+    return f"; they were made with {then}, and this is {now}" if then != now else ""
+
+
 def load_model(path: str | Path) -> Classifier:
     """Return the trained network of a run folder, an export folder or a `model.safetensors`.
 
@@ -353,7 +399,9 @@ def load_model(path: str | Path) -> Classifier:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         problem = str(error).splitlines()[1].strip()[:200]  # torch names every tensor
-        raise UserError(f"{path}: weights do not fit their architecture ({problem})") from None
+        raise UserError(
+            f"{path}: weights do not fit their architecture ({problem}){_moved(architecture)}"
+        ) from None
     # Not with channels last, as it was trained: the input gradients of such a network have that
     # layout, too, and other libraries call `.view(n, -1)` on them.
     return model.eval()

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from torch import nn
 
 from dist_adv.attacks.threat import build as build_threat
 from dist_adv.bench.timing import alternate, noise
@@ -60,7 +61,7 @@ def work_of(config: Config, images: Images, weak: bool = False) -> Work:
 
     `predict` then raises UserError for a batch size that the images do not fit.
     """
-    train = config.train
+    train, network = config.train, blank_network(config, images)
 
     def batches(batch: int, gpus: int) -> int:
         if weak and batch > images.n:
@@ -69,13 +70,13 @@ def work_of(config: Config, images: Images, weak: bool = False) -> Work:
                 f"use fewer GPUs or a smaller train.batch_size"
             )
         number, smallest = split(images.n, batch, config.data.drop_last, gpus)
-        check_statistics(config, smallest)
+        check_statistics(smallest, network)
         return number
 
     passes = cost(config)
     return Work(
         StepTime(0.0, 1.0, passes),
-        gradient_buckets(config, images),
+        gradient_buckets(network),
         train.batch_size,
         train.epochs,
         passes.steps,
@@ -87,12 +88,17 @@ def work_of(config: Config, images: Images, weak: bool = False) -> Work:
     )
 
 
-def gradient_buckets(config: Config, images: Images) -> list[int]:
-    """Bytes of each of DDP's all-reduces in a step, in fp32; the last layer's come first."""
+def blank_network(config: Config, images: Images) -> nn.Module:
+    """Return the network without weights, which take no memory."""
+    grey, classes = [0.5] * images.channels, ["?"] * images.classes
+    size = (images.size, images.size)
     with torch.device("meta"):
-        grey = [0.5] * images.channels
-        model = build_model(config.model, grey, grey, ["?"] * images.classes, config.train.seed)
-    return buckets([4 * parameter.numel() for parameter in reversed(list(model.parameters()))])
+        return build_model(config.model, grey, grey, classes, 0, size, pretrained=False)
+
+
+def gradient_buckets(network: nn.Module) -> list[int]:
+    """Bytes of each of DDP's all-reduces in a step, in fp32; the last layer's come first."""
+    return buckets([4 * parameter.numel() for parameter in reversed(list(network.parameters()))])
 
 
 def cost(config: Config) -> Cost:

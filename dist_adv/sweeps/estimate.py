@@ -18,7 +18,7 @@ from dist_adv.bench import about
 from dist_adv.bench.timing import network
 from dist_adv.config import Config
 from dist_adv.data import DataOptions
-from dist_adv.data.datasets import NAMES, image_files
+from dist_adv.data.datasets import NAMES, stored
 from dist_adv.distributed.start import as_it_was, resolve_precision, start_accelerator
 from dist_adv.errors import RunFailure, UserError
 from dist_adv.methods.natural import NaturalOptions
@@ -123,9 +123,9 @@ def _images(options: DataOptions) -> Images:
         return SETS[options.name]
     if options.name not in NAMES:
         return count_images(options)
-    files, listing = image_files(options, "train")
-    n, channels, size, _ = files.shape
-    return Images(n, channels, size, len(listing.classes))
+    found = stored(options, "train")
+    n, channels, size, _ = found.files.shape
+    return Images(n, channels, size, len(found.classes))
 
 
 def _time(jobs: list[_Job], precision: str, threads: int | None) -> tuple[StepTime, str]:

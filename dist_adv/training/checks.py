@@ -7,20 +7,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dist_adv.config import Config
 from dist_adv.data import Dataset
 from dist_adv.errors import UserError
+from dist_adv.models import has_batchnorm
 from dist_adv.text import few
 
 
-def check_statistics(config: Config, smallest_share: int, network: nn.Module | None = None) -> None:
-    """Raise UserError where BatchNorm would have a single image to take statistics of.
-
-    network: where there is one already; somebody's own says nothing of its norms in its options.
-    """
-    modules = network.modules() if network else ()
-    batchnorm = any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in modules)
-    if (batchnorm or getattr(config.model, "norm", "") == "batch") and smallest_share == 1:
+def check_statistics(smallest_share: int, network: nn.Module) -> None:
+    """Raise UserError where BatchNorm would have a single image to take statistics of."""
+    if has_batchnorm(network) and smallest_share == 1:
         raise UserError(
             "train.batch_size: leaves a rank 1 image in some batch, of which BatchNorm has no "
             "statistics; set data.drop_last=true, another batch size or model.norm=group"

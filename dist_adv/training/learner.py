@@ -15,16 +15,17 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
+from dist_adv import rng
 from dist_adv.attacks.threat import build as build_threat
 from dist_adv.config import Config
 from dist_adv.data import Batch, Dataset, Loader, When
 from dist_adv.distributed import engines
 from dist_adv.distributed.network import compile_network, settle, snapshot, synchronised
 from dist_adv.distributed.optimizers import set_rates
-from dist_adv.errors import RunFailure
+from dist_adv.errors import RunFailure, UserError
 from dist_adv.methods import Objective, Task, build_method
 from dist_adv.methods.checked import checked_steps
-from dist_adv.models import Classifier, build_model, check_answers, is_somebodys
+from dist_adv.models import Classifier, build_model, check_answers, has_batchnorm
 from dist_adv.training.averages import Average
 from dist_adv.training.checks import check_statistics, check_strides
 from dist_adv.training.clock import Clock
@@ -63,12 +64,14 @@ class Learner:
         # One network trains; the other is its plain fp32 copy, which is evaluated and saved.
         start = read_start(config, data)
         self.started_from = start.sha256 if start else None
-        network, self.copy = self._build(start), self._build(start)
-        check_statistics(config, self.loader.smallest_share, network)
-        if is_somebodys(config.model.name):
-            subject = f"model.name: {config.model.name}"
-            check_answers(self.copy, subject, data.images.shape[1:], len(data.classes))
+        network = self._build(start)
+        self.copy = copy.deepcopy(network)
+        check_statistics(self.loader.smallest_share, network)
+        subject = f"model.name: {config.model.name}"
+        check_answers(self.copy, subject, data.images.shape[1:], len(data.classes))
         check_strides(accelerator, self.copy, data.images.shape[1:])
+        if train.sync_batchnorm and not has_batchnorm(network):
+            raise UserError("train.sync_batchnorm: the network has no BatchNorm; use false")
         trained = synchronised(accelerator, network) if train.sync_batchnorm else network
         compile_network(trained, train.compile, "kept graph" in self.method.needs)
         self.net = engines.prepare(accelerator, trained, config)
@@ -103,7 +106,15 @@ class Learner:
 
     def _build(self, start: Start | None) -> Classifier:
         mean, std = start.normalisation if start else self.data.statistics()
-        model = build_model(self.config.model, mean, std, self.data.classes, self.config.train.seed)
+        model = build_model(
+            self.config.model,
+            mean,
+            std,
+            self.data.classes,
+            self.config.train.seed,
+            self.data.images.shape[2:],
+            pretrained=start is None,
+        )
         if start:
             start.put_into(model)
         return model.to(self.accelerator.device)
@@ -134,6 +145,9 @@ class Learner:
     def learn(self, batch: Batch, meter: Meter) -> None:
         """Take one optimiser step for each of the method's objectives; wait for no device."""
         batch = replace(batch, when=replace(batch.when, progress=self.progress))
+        # For layers that draw (dropout, stochastic depth), so that a run goes on bit for bit.
+        seed = rng.stream_key("layers", batch.when.key, self.accelerator.process_index)
+        torch.manual_seed(seed & (2**63 - 1))
         threat = self.threat.at(self._warmth(self.config.threat.warmup, batch.when))
         for objective in checked_steps(self.method, self.net, batch, threat):
             self._set_lr_and_momentum()

@@ -18,7 +18,7 @@ from dist_adv.errors import Preempted, RunFailure, UserError
 from dist_adv.judging.measurement import Measurement, check_attacks, final_weights
 from dist_adv.methods.carried import BySample
 from dist_adv.methods.description import describe
-from dist_adv.models import save_model, weights_file
+from dist_adv.models import has_batchnorm, save_model, weights_file
 from dist_adv.runs import checkpoint, claim
 from dist_adv.runs.checkpoint import Checkpoint
 from dist_adv.runs.folder import RunFolder
@@ -145,7 +145,7 @@ def _go_on_from(trainer: Trainer, path: Path, saved: Checkpoint, insist: bool) -
             "%d rank(s) before, %d now: the same batches go on%s",
             before,
             now,
-            shares if getattr(config.model, "norm", "batch") == "batch" else "",
+            shares if has_batchnorm(learner.copy) else "",
         )
     grown = longer(parse_config(saved.state["config"], "checkpoint"), config)
     if grown:

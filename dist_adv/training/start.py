@@ -11,7 +11,7 @@ from dist_adv import files
 from dist_adv.config import Config
 from dist_adv.data import Dataset
 from dist_adv.errors import UserError
-from dist_adv.models import Classifier, read_weights, weights_file
+from dist_adv.models import Classifier, describe, read_weights, weights_file
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def read_start(config: Config, data: Dataset) -> Start | None:
 
 def _differences(architecture: dict[str, Any], config: Config, data: Dataset) -> Iterator[str]:
     """Yield `key: there, here` for whatever keeps weights from fitting."""
-    theirs, ours = architecture["model"], config.model.model_dump()
-    for key in sorted(theirs.keys() | ours.keys()):
+    theirs, ours = architecture["model"], describe(config.model, data.images.shape[2:])
+    for key in sorted((theirs.keys() | ours.keys()) - {"pretrained"}):  # was where it started
         if theirs.get(key) != ours.get(key):
             yield f"model.{key}: {theirs.get(key)} there, {ours.get(key)} here"
     for what, there, here in (

@@ -32,7 +32,8 @@ COUNTED = ("natural", "pgd-random")  # a step each: torch's profiler takes secon
 # (TRADES), or between them (NuAT), or of which one is differentiated twice (CUAP); an attack in
 # train mode, groups of parameters, two moments, clipping (AdamW); rates and Nesterov's momentum
 # (warm-up); an average. Where an attack starts is nothing that it sees.
-METHODS = ("free", "trades", "nuat", "cuap", "adamw", "warm-up", "average")
+# And networks of timm, with layers that no network of dist_adv has.
+METHODS = ("free", "trades", "nuat", "cuap", "adamw", "warm-up", "average", "convnext", "vit")
 # With BatchNorm: without it eval mode is train mode, and an average has no statistics of each rank.
 NORMS = {"trades": "batch", "nuat": "batch", "average": "batch"}
 GO_ON = ("free", "adamw", "average")

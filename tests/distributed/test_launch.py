@@ -142,7 +142,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from cases import CASES, config
 from dist_adv.distributed.start import start_accelerator
 from dist_adv.config import parse_config
-from dist_adv.plan.measure import Images, gradient_buckets
+from dist_adv.plan.measure import Images, blank_network, gradient_buckets
 from dist_adv.training.meter import Meter
 from dist_adv.training.trainer import Trainer
 
@@ -169,7 +169,7 @@ for case in CASES:
     steps = learner.clock.step
     assert sum(reduced) == steps * parameters, (case, sum(reduced), steps, parameters)
     assert sum(wanting) == steps * FORWARDS.get(case, 1), (case, sum(wanting), steps)
-    planned = gradient_buckets(settings, NOISE)
+    planned = gradient_buckets(blank_network(settings, NOISE))
     assert 4 * sum(reduced) == steps * sum(planned), (case, sum(reduced), planned)
     if dist.get_rank() == 0:
         print(case, "ok", flush=True)
@@ -185,7 +185,7 @@ learner.net.prepared.register_comm_hook(None, hook)
 learner.settle()
 reduced.clear()
 learner.learn(next(learner.loader.epoch(0)), Meter(learner.accelerator.device))
-planned = gradient_buckets(settings, NOISE)
+planned = gradient_buckets(blank_network(settings, NOISE))
 assert reduced == planned and len(planned) == 2, (reduced, planned)
 if dist.get_rank() == 0:
     print("buckets ok", flush=True)

@@ -53,7 +53,8 @@ def reference(
     method, loop, _, extras = CASES[case]
     numbers = torch.get_default_dtype()
     torch.set_default_dtype(first or numbers)
-    model = build_model(settings.model, *data.statistics(), data.classes, TRAIN["seed"])
+    size = data.images.shape[2:]
+    model = build_model(settings.model, *data.statistics(), data.classes, TRAIN["seed"], size)
     torch.set_default_dtype(numbers)
     model.to(numbers)
     epochs = settings.train.epochs

@@ -43,6 +43,10 @@ CASES = {
         {"name": "pgd", "steps": 3, "alpha": 0.04, "init": "random"},
         published.pgd(3, 0.04, True),
     ),
+    "pgd-eval": Case(
+        {"name": "pgd", "steps": 3, "alpha": 0.04, "attack_mode": "eval"},
+        published.pgd(3, 0.04, True, "eval"),
+    ),
     "pgd-zero": Case(
         {"name": "pgd", "steps": 2, "alpha": 0.06, "init": "zero"},
         published.pgd(2, 0.06, False),
@@ -165,9 +169,38 @@ CASES = {
     ),
 }
 
+_CONVNEXT = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "output_stride": 8}
+_VIT = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+CASES |= {
+    # Networks of timm, with the stems and the optimiser that they are trained with.
+    "convnext": Case(
+        {"name": "pgd", "steps": 2, "alpha": 0.06, "init": "zero"},
+        published.pgd(2, 0.06, False),
+        {
+            "model": {"name": "timm", "arch": "convnext_atto", "stem": "conv", "args": _CONVNEXT},
+            "optim": {"name": "adamw", "lr": 0.01, "beta2": 0.99, "decay_norms": False},
+        },
+        published.Extras(adamw=True, decay_norms=False),
+    ),
+    "vit": Case(
+        {"name": "trades", "steps": 3, "alpha": 0.04, "beta": 4},
+        published.trades(3, 0.04, 4),
+        {"model": {"name": "timm", "arch": "vit_tiny_patch16_224", "stem": "conv", "args": _VIT}},
+    ),
+}
+
 # On several ranks all but other starts of the same attack, which ranks do not see. On three, where
 # DDP's buckets decide the order of sums, one of each way to carry something or to take a step.
-_OTHER_STARTS = ("natural", "pgd-zero", "fast-random", "fast-zero", "uap", "random", "noise")
+_OTHER_STARTS = (
+    "natural",
+    "pgd-zero",
+    "pgd-eval",
+    "fast-random",
+    "fast-zero",
+    "uap",
+    "random",
+    "noise",
+)
 SHARED = tuple(case for case in CASES if case not in _OTHER_STARTS)
 AT_THREE = ("free", "carrying", "average", "awp")
 
@@ -227,5 +260,5 @@ def config(
         train |= {"batch_size": 8, "epochs": 1}
     tree = ROOT_CONFIG | {"data": data, "train": train, "model": model}
     for name, section in CASES[case].sections.items():
-        tree[name] = tree.get(name, {}) | section
+        tree[name] = section if name == "model" else tree.get(name, {}) | section
     return tree | {"method": CASES[case].method}

@@ -31,9 +31,9 @@ build_method, build_model = learner.build_method, learner.build_model
 check = deepspeed.check_deepspeed
 
 
-def channels_not_last(*arguments: object) -> torch.nn.Module:
+def channels_not_last(*arguments: object, **options: object) -> torch.nn.Module:
     """As the other engines have it, whose sums are in another order than with channels last."""
-    return build_model(*arguments).to(memory_format=torch.contiguous_format)
+    return build_model(*arguments, **options).to(memory_format=torch.contiguous_format)
 
 
 def share_out_everything(settings: dict) -> None:

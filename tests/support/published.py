@@ -157,17 +157,19 @@ def natural(run: Recipe, batches: Iterable, noise: Callable) -> None:
         run.update(lambda x=x, y=y: run.cross_entropy(run.model(x), y))
 
 
-def pgd(steps: int, alpha: float, random: bool) -> Callable:
-    """Algorithm 1."""
+def pgd(steps: int, alpha: float, random: bool, mode: str = "train") -> Callable:
+    """Algorithm 1, whose attack some run in eval mode."""
 
     def loop(run: Recipe, batches: Iterable, noise: Callable) -> None:
         for x, y, keys in batches:
             delta = torch.zeros_like(x)
             if random:
                 delta = clamp(-run.eps + 2 * run.eps * noise(keys), -x, 1 - x)
+            run.model.train(mode == "train")
             for _ in range(steps):
                 delta = delta + run.step_size(alpha) * run.gradient(x, delta, y).sign()
                 delta = clamp(clamp(delta, -run.eps, run.eps), -x, 1 - x)
+            run.model.train()
             run.update(lambda x=x, y=y, delta=delta: run.cross_entropy(run.model(x + delta), y))
 
     return loop

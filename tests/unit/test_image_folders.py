@@ -19,6 +19,8 @@ from torchvision.datasets import ImageFolder
 from dist_adv.config import parse_config
 from dist_adv.data import DataOptions, Dataset, load_dataset, what_changed
 from dist_adv.data.files import Files, list_images
+from dist_adv.data.image import Framing
+from dist_adv.data.records import Paths
 from dist_adv.distributed.failures import plain_failures
 from dist_adv.errors import RankFailure, UserError
 from dist_adv.training.checks import check_splits
@@ -338,7 +340,7 @@ def test_images_in_memory_have_fingerprints(digits):
 def files(tmp_path: Path) -> Files:
     for k in range(40):
         picture(tmp_path / f"{k}.png", k)
-    return Files([str(tmp_path / f"{k}.png") for k in range(40)], None, 2)
+    return Files(Paths([str(tmp_path / f"{k}.png") for k in range(40)]), Framing(), 2)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 7])
@@ -403,7 +405,7 @@ def test_large_images_are_exactly_what_pillow_reads(tmp_path):
         pixels = draw.integers(0, 256, (64, 48, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{k}.jpg")
     paths = [str(tmp_path / f"{k}.jpg") for k in range(12)]
-    found = Files(paths, None, 5)
+    found = Files(Paths(paths), Framing(), 5)
     (batch,) = found.ahead([torch.arange(12)])
     expected = np.stack([np.asarray(Image.open(path)) for path in paths])
     assert batch.permute(0, 2, 3, 1).numpy().tolist() == expected.tolist()

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from dist_adv.data import Batch, Dataset, Loader, When
 from dist_adv.data.files import Files
+from dist_adv.data.image import Framing
+from dist_adv.data.records import Paths
 from dist_adv.errors import RankFailure, UserError
 
 N, BATCH, SEED = 37, 8, 5
@@ -237,7 +239,7 @@ def files(tmp_path):
         paths = [str(tmp_path / f"{k}.png") for k in range(len(images))]
         for path, pixels in zip(paths, images, strict=True):
             Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
-        return Files(paths, None, 2)
+        return Files(Paths(paths), Framing(), 2)
 
     return write
 

@@ -12,7 +12,7 @@ from dist_adv.errors import UserError
 from dist_adv.methods.cost import Cost
 from dist_adv.models import build_model
 from dist_adv.plan.command import LINKS
-from dist_adv.plan.measure import Images, cost, gradient_buckets
+from dist_adv.plan.measure import Images, blank_network, cost, gradient_buckets
 from dist_adv.plan.model import Cluster, Link, StepTime, Work, buckets, exposed, predict, sent
 from dist_adv.plan.record import read_step_times
 
@@ -234,14 +234,15 @@ def test_gradients_are_the_networks_parameters_in_fp32(name: str):
     settings = parse_config({"method": {"name": "fast"}, "model": {"name": name}}, "test")
     model = build_model(settings.model, [0.5] * 3, [0.5] * 3, ["?"] * 10, 0)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert sum(gradient_buckets(settings, CIFAR)) == 4 * parameters
+    assert sum(gradient_buckets(blank_network(settings, CIFAR))) == 4 * parameters
 
 
 def test_gradients_of_1000_classes():
     """ResNet50 of ImageNet has 25,557,032 parameters (torchvision's resnet50)."""
     tree = {"method": {"name": "fast"}, "model": {"name": "resnet50", "stem": "imagenet"}}
     settings = parse_config(tree, "test")
-    assert sum(gradient_buckets(settings, Images(1_281_167, 3, 224, 1000))) == 4 * 25_557_032
+    network = blank_network(settings, Images(1_281_167, 3, 224, 1000))
+    assert sum(gradient_buckets(network)) == 4 * 25_557_032
 
 
 # Records of step times.

@@ -1,0 +1,144 @@
+"""Packs: a folder of images as a few large files, and an index that says where each image is.
+
+A split of a pack is tar files, which `tar`, WebDataset and DALI read as well, `index.npy` with a
+row an image (`records.INDEX`), and `index.json` with the classes and the SHA-256 of every file.
+Small images of one size may be one array instead, `images.npy`, which is mapped and not read.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ValidationError
+from torch import Tensor
+
+from dist_adv import files as on_disk
+from dist_adv.data.files import Files, unusable
+from dist_adv.data.fingerprint import Fingerprint
+from dist_adv.data.image import Framing
+from dist_adv.data.records import INDEX, Mapped, Records, Shards
+from dist_adv.errors import UserError
+from dist_adv.text import shown
+
+IMAGES, LABELS, ROWS = "images.npy", "labels.npy", "index.npy"
+INDEX_FILE, BEGUN = "index.json", "packing.json"
+
+
+class PackedFile(BaseModel):
+    name: str
+    bytes: int
+    sha256: str
+
+
+class PackIndex(BaseModel):
+    """index.json of a split.
+
+    source: hash of the packed files' names and sizes. files: index.npy and the tar files, or the
+    arrays.
+    """
+
+    format: Literal["dist-adv pack 1"] = "dist-adv pack 1"
+    images: int
+    classes: list[str]
+    how: dict[str, Any]
+    source: str
+    files: list[PackedFile]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A split of a pack as images. labels: int64 (N,)."""
+
+    files: Files
+    labels: Tensor
+    classes: list[str]
+    fingerprint: Fingerprint
+
+
+def open_pack(folder: Path, framing: Framing, workers: int) -> Pack:
+    """Return a split of a pack, of which only the index has been read.
+
+    Raises UserError for one that is missing, unfinished or damaged, as far as that shows without
+    reading it all (`check_pack`).
+    """
+    index = _read_index(folder)
+    for file in index.files:
+        _check_size(folder / file.name, file.bytes)
+    if (folder / IMAGES).exists():
+        array, labels = (np.load(folder / name, mmap_mode="r") for name in (IMAGES, LABELS))
+        records: Records = Mapped(array, shown(folder / IMAGES))
+    else:
+        rows = np.load(folder / ROWS, mmap_mode="r")
+        _check_rows(folder, rows, index)
+        paths = [folder / file.name for file in index.files if file.name.endswith(".tar")]
+        records, labels = Shards(paths, rows), rows["label"]
+    sums = [[file.name, file.sha256] for file in index.files]
+    found = Fingerprint(
+        images=index.images,
+        classes=len(index.classes),
+        names=hashlib.sha256(json.dumps(index.classes).encode()).hexdigest()[:16],
+        contents=hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16],
+    )
+    files = Files(records, framing, workers)
+    return Pack(files, torch.from_numpy(labels.astype(np.int64)), index.classes, found)
+
+
+def check_pack(folder: Path, progress: Callable[[int], object] = lambda done: None) -> None:
+    """Read a split of a pack whole. Raises UserError where a file is not what was packed."""
+    index = _read_index(folder)
+    for file in index.files:
+        path = folder / file.name
+        _check_size(path, file.bytes)
+        if on_disk.sha256(path) != file.sha256:
+            raise UserError(
+                f"data.root: {shown(path)}: is not what was packed (its SHA-256 is another); pack "
+                f"it again, or restore the file"
+            )
+        progress(file.bytes)
+
+
+def _read_index(folder: Path) -> PackIndex:
+    path = folder / INDEX_FILE
+    try:
+        return PackIndex.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        begun = (folder / BEGUN).exists()
+        problem = "its packing has not ended" if begun else "no split of a pack"
+        remedy = "give the same `dist-adv pack` again" if begun else "make one with `dist-adv pack`"
+        raise UserError(f"data.root: {shown(folder)}: {problem}; {remedy}") from None
+    except OSError as error:
+        raise unusable(path, error) from None
+    except ValidationError:
+        raise UserError(f"data.root: {shown(path)}: is no index of a pack; restore it") from None
+
+
+def _check_size(path: Path, expected: int) -> None:
+    try:
+        found = os.path.getsize(path)
+    except OSError as error:
+        raise unusable(path, error) from None
+    if found != expected:
+        raise UserError(
+            f"data.root: {shown(path)}: has {found:,} bytes and the index says {expected:,}; copy "
+            f"it again"
+        )
+
+
+def _check_rows(folder: Path, rows: np.ndarray, index: PackIndex) -> None:
+    """Raise UserError where a row names what is not there."""
+    sizes = np.array([file.bytes for file in index.files if file.name.endswith(".tar")])
+    problem = ""
+    if rows.dtype != INDEX or len(rows) != index.images:
+        problem = f"has {len(rows)} rows of {rows.dtype}"
+    elif (rows["shard"] >= len(sizes)).any() or (rows["label"] >= len(index.classes)).any():
+        problem = "names a tar file or a class that there is not"
+    elif (rows["offset"] + rows["length"] > sizes[rows["shard"]]).any():
+        problem = "names bytes behind the end of a tar file"
+    if problem:
+        raise UserError(f"data.root: {shown(folder / 'index.npy')}: {problem}; pack it again")

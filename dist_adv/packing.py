@@ -1,0 +1,254 @@
+"""`dist-adv pack`: a folder of images becomes a pack, a few large files (`data/packed.py`)."""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dist_adv import files as on_disk
+from dist_adv.data.files import Listing, list_images
+from dist_adv.data.image import Framing, Unreadable, read
+from dist_adv.data.packed import BEGUN, IMAGES, INDEX_FILE, LABELS, ROWS, PackedFile, PackIndex
+from dist_adv.data.records import INDEX
+from dist_adv.errors import RunFailure, UserError
+from dist_adv.terminal import bar
+from dist_adv.text import shown
+
+_BLOCK = 512  # of a tar file
+_AT_ONCE = 256  # images in memory while they are packed
+
+
+@dataclass(frozen=True)
+class How:
+    """How a split is packed.
+
+    size: pictures whose shorter side is longer are resized to it and saved as JPEG of `quality`;
+    None keeps every file as it is. shard_mb: of the source files in a tar file, at most. raw: as
+    one array of images of size x size, None: of the size that all have.
+    """
+
+    size: int | None = None
+    quality: int = 95
+    shard_mb: int = 1024
+    raw: bool = False
+
+
+def run_pack(source: Path, out: Path, how: How) -> dict[str, int]:
+    """Pack `source`/train and `source`/test into `out`; return how many images each has.
+
+    Raises as `pack` does.
+    """
+    counts = {}
+    with bar(True) as progress:
+        for split in ("train", "test"):
+            task = progress.add_task(f"packing {split}", status="")
+
+            def show(done: int, of: int, task: Any = task) -> None:
+                progress.update(task, completed=done, total=of)
+
+            counts[split] = pack(source / split, out / split, how, show)
+    return counts
+
+
+def pack(
+    source: Path, out: Path, how: How, progress: Callable[[int, int], object] = lambda n, of: None
+) -> int:
+    """Pack one split, `source`/<class>/..., into the folder `out`; return its number of images.
+
+    Killed and called again it goes on behind the last tar file that was whole. Nothing that is
+    there is replaced.
+
+    Args:
+        progress: called with the images done and all of them.
+
+    Raises:
+        UserError: there are no images, one cannot be read, or `out` has another pack.
+        RunFailure: the disk refuses.
+    """
+    listing = list_images(source)
+    told: dict[str, Any]
+    told = {"how": vars(how), "source": hashlib.sha256(_told(listing)).hexdigest()}
+    _begin(out, told)
+    if (out / INDEX_FILE).exists():
+        return len(listing.paths)
+    try:
+        names = (_pack_raw if how.raw else _pack_shards)(listing, out, how, progress)
+        found = [PackedFile(name=name, **_about(out / name)) for name in names]
+    except OSError as error:
+        raise RunFailure(f"{out}: could not be written ({error.strerror})") from error
+    count = len(listing.paths)
+    index = PackIndex(images=count, classes=listing.classes, files=found, **told)
+    on_disk.replace(out / INDEX_FILE, index.model_dump_json(indent=1).encode())
+    (out / BEGUN).unlink(missing_ok=True)
+    for part in out.glob("*.part.npy"):
+        part.unlink()
+    return count
+
+
+def _told(listing: Listing) -> bytes:
+    start = len(os.path.join(listing.folder, ""))
+    names = [path[start:] for path in listing.paths]
+    return json.dumps([names, listing.sizes]).encode()
+
+
+def _begin(out: Path, told: dict[str, Any]) -> None:
+    """Make the folder of a split, or find the one of the same command. Raises UserError."""
+    path, finished = out / BEGUN, out / INDEX_FILE
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if finished.exists():
+            known = told.items() <= json.loads(finished.read_bytes()).items()
+        elif path.exists():
+            known = json.loads(path.read_bytes()) == told
+        else:
+            known = not any(out.iterdir())
+    except OSError as error:
+        raise UserError(f"{shown(out)}: {error.strerror}; name another folder") from None
+    except ValueError:
+        known = False
+    if not known:
+        raise UserError(
+            f"{shown(out)}: has something else in it, or a pack of other images or settings; name "
+            f"another folder"
+        )
+    if not finished.exists():
+        on_disk.replace(path, json.dumps(told).encode())
+
+
+def _about(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": on_disk.sha256(path)}
+
+
+def _pack_shards(
+    listing: Listing, out: Path, how: How, progress: Callable[[int, int], object]
+) -> list[str]:
+    """Write the tar files that are not there yet, and the index; return their names."""
+    names, parts = [], []
+    for number, span in enumerate(_spans(listing.sizes, how.shard_mb * 10**6)):
+        name = f"{number:05d}.tar"
+        rows = out / f"{name}.part.npy"  # written last
+        if not rows.exists():
+            part = _write_shard(listing, span, out / name, how, number)
+            buffer = io.BytesIO()
+            np.save(buffer, part)
+            on_disk.replace(rows, buffer.getvalue())
+        names.append(name)
+        parts.append(np.load(rows))
+        progress(span.stop, len(listing.paths))
+    with (out / ROWS).open("wb") as file:
+        np.save(file, np.concatenate(parts))
+        file.flush()
+        os.fsync(file.fileno())
+    return [ROWS, *names]
+
+
+def _spans(sizes: Sequence[int], limit: int) -> Iterator[range]:
+    """Yield which images go into each tar file: as many as their files fit."""
+    start = total = 0
+    for number, size in enumerate(sizes):
+        if total and total + size > limit:
+            yield range(start, number)
+            start, total = number, 0
+        total += size
+    yield range(start, len(sizes))
+
+
+def _write_shard(listing: Listing, span: range, path: Path, how: How, shard: int) -> np.ndarray:
+    """Write one tar file whole; return its rows of the index."""
+    rows = np.zeros(len(span), INDEX)
+    partly, start = path.with_name(f".partial-{path.name}"), len(os.path.join(listing.folder, ""))
+    with partly.open("wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
+            for k, (number, content, suffix) in enumerate(_contents(listing, span, how)):
+                name, label = listing.paths[number][start:], listing.labels[number]
+                name = os.path.splitext(name)[0] + suffix if suffix else name
+                _add(tar, name, content)
+                ends = tar.offset - -len(content) % _BLOCK
+                rows[k] = shard, label, len(content), ends - len(content)
+                _add(tar, f"{os.path.splitext(name)[0]}.cls", str(label).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    partly.replace(path)
+    return rows
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def _contents(listing: Listing, span: range, how: How) -> Iterator[tuple[int, bytes, str]]:
+    """Yield number, bytes and new ending (or none) of each image, a few of them read ahead."""
+
+    def content(number: int) -> tuple[int, bytes, str]:
+        path = listing.paths[number]
+        pixels = _pixels(path, Framing())  # so that no pack has a damaged image
+        if how.size is None:
+            return number, Path(path).read_bytes(), ""
+        return number, _resized(pixels, how.size, how.quality), _new_suffix(path)
+
+    with ThreadPoolExecutor() as pool:
+        for start in range(span.start, span.stop, _AT_ONCE):
+            some = range(start, min(span.stop, start + _AT_ONCE))
+            yield from pool.map(content, some)
+
+
+def _pixels(path: str, framing: Framing) -> np.ndarray:
+    """Return uint8 (H, W, 3) of a file. Raises UserError."""
+    try:
+        return read(lambda: open(path, "rb"), framing)
+    except Unreadable as error:
+        raise UserError(f"{shown(path)}: {error.what}; {error.remedy}") from None
+
+
+def _resized(pixels: np.ndarray, size: int, quality: int) -> bytes:
+    """Return a picture as JPEG, its shorter side no longer than `size`."""
+    image = Image.fromarray(pixels)
+    ratio = size / min(image.size)
+    if ratio < 1:
+        width, height = (round(side * ratio) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def _new_suffix(path: str) -> str:
+    """Return the ending of a picture that is saved as JPEG; two of one name stay two."""
+    old = os.path.splitext(path)[1].lower()
+    return ".jpg" if old in (".jpg", ".jpeg") else f"-{old[1:]}.jpg"
+
+
+def _pack_raw(
+    listing: Listing, out: Path, how: How, progress: Callable[[int, int], object]
+) -> list[str]:
+    """Write all images as one array, and their labels; return the files' names."""
+    pixels = partial(_pixels, framing=Framing(how.size))
+    first, count = pixels(listing.paths[0]), len(listing.paths)
+    partly = out / f".partial-{IMAGES}"
+    array = np.lib.format.open_memmap(partly, "w+", np.uint8, (count, *first.shape))
+    with ThreadPoolExecutor() as pool:
+        for number, image in enumerate(pool.map(pixels, listing.paths)):
+            if image.shape != first.shape:
+                raise UserError(
+                    f"{shown(listing.paths[number])}: is {image.shape[1]}x{image.shape[0]} and the "
+                    f"first image {first.shape[1]}x{first.shape[0]}; give --size"
+                )
+            array[number] = image
+            if number % 1000 == 999 or number == count - 1:
+                progress(number + 1, count)
+    array.flush()
+    partly.replace(out / IMAGES)
+    np.save(out / LABELS, np.array(listing.labels, dtype=np.int64))
+    return [LABELS, IMAGES]
