@@ -21,6 +21,8 @@ from dist_adv.models.options import ModelOptions
 from dist_adv.options import Real
 from dist_adv.text import said
 
+_OURS = {"in_chans", "num_classes", "pretrained", "weights"}
+
 
 class _LibraryOptions(ModelOptions):
     """arch: the network's name there. pretrained: start from its published weights, with their
@@ -33,7 +35,7 @@ class _LibraryOptions(ModelOptions):
     @field_validator("args")
     @classmethod
     def _not_ours(cls, args: dict[str, Any]) -> dict[str, Any]:
-        for key in args.keys() & {"in_chans", "num_classes", "pretrained", "weights"}:
+        for key in args.keys() & _OURS:
             raise ValueError(f"{key}: is given by the data, or a key of model; leave it out")
         return args
 
@@ -115,16 +117,17 @@ def describe(options: TimmOptions | TorchvisionOptions, size: Sequence[int]) -> 
             args |= {"aux_logits": False, "init_weights": True}
         return options.model_dump() | {"args": args}
     timm = _timm()
+    known: dict[str, Any] | None = None
     source, _, place = arch.partition(":")
     with _complaints("timm", arch, timm.list_models):
         if source == "hf-hub":
             _, arch, known = timm.models.load_model_config_from_hf(place)
-            args = (known or {}) | args
         elif source == "local-dir":
             config = json.loads(Path(place, "config.json").read_text())
-            arch, args = config["architecture"], config.get("model_args", {}) | args
+            arch, known = config["architecture"], config.get("model_args")
         else:
             arch = arch.partition(".")[0]  # what follows says which weights
+    args = {key: value for key, value in (known or {}).items() if key not in _OURS} | args
     if timm.is_model(arch) and timm.models.get_pretrained_cfg_value(arch, "fixed_input_size"):
         args.setdefault("img_size", list(size))
     return options.model_dump() | {"arch": arch, "args": args}
@@ -163,7 +166,7 @@ def _complaints(library: str, arch: str, names: Callable[[], list[str]]) -> Iter
     except Exception as error:
         plain = arch.partition(".")[0]
         if ":" in arch or plain in names():
-            problem = f"{library} cannot make it ({said(error)}); mend model.args"
+            problem = f"{library} cannot make it ({said(error)}); mend model.arch or model.args"
         else:
             near = difflib.get_close_matches(plain, names(), n=1)
             others = f"did you mean {near[0]!r}?" if near else f"{library}.models.list_models()"
