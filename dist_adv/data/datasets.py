@@ -35,6 +35,15 @@ FOLDERS = ("imagefolder", "packed")
 GROUP = "dist_adv.data"
 
 
+class ExtraOptions(Options):
+    """Generated images to train on besides: path of an .npz file with `image`, uint8 (N, H, W, C),
+    and `label`, or of a pack of pixels. fraction: their share of every batch. An epoch has as many
+    batches as without them, all of them full."""
+
+    path: str
+    fraction: Annotated[Real, Field(gt=0, lt=1)] = 0.7
+
+
 class DataOptions(Options):
     """Which images. `augment` means the data set's usual random crop and, but for digits, flip."""
 
@@ -59,6 +68,7 @@ class DataOptions(Options):
     used."""
     workers: Annotated[int, Field(ge=0, le=256)] = 4
     """Threads of each rank that read such a split ahead of training (0: as it is needed)."""
+    extra: ExtraOptions | None = None
 
     @model_validator(mode="after")
     def _of_folders(self) -> Self:
@@ -102,6 +112,16 @@ DataChoice = Annotated[
 
 
 @dataclass(frozen=True)
+class Extra:
+    """Generated images. fraction: their share of every batch."""
+
+    files: Files
+    labels: Tensor
+    fraction: float
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True)
 class Dataset:
     """One split. images: uint8 (N, C, H, W), or files that give it; labels: int64 (N,). CPU."""
 
@@ -113,6 +133,7 @@ class Dataset:
     flip: bool
     fingerprint: Fingerprint | None = None
     """Of the whole split; None for images that were made up."""
+    extra: Extra | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -128,7 +149,7 @@ class Dataset:
             )
         order = rng.permutation(rng.stream_key("validation"), len(self))
         rest, held = order[n:].sort().values, order[:n]
-        return self._part(rest), self._part(held)
+        return self._part(rest), replace(self._part(held), extra=None)
 
     def _part(self, samples: Tensor) -> "Dataset":
         images = self.images

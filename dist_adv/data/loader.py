@@ -5,12 +5,15 @@ in the indices, so nothing is done a sample in Python and nothing waits for the 
 too large for that is read off the disk by threads, a few batches ahead, and goes the same way from
 there on: the same batches, bit for bit.
 
+Generated images (`data.extra`) take the last positions of every batch, drawn anew for each epoch
+with replacement; the first ones go to real images, in the epoch's order. Samples are numbered on
+behind the real ones.
+
 Rank r of W takes positions r, r + W, r + 2 W, ... of every global batch. A position then belongs
 to the same rank in full and in short batches (what Free's delta needs), and the ranks' shares
 differ by at most one image.
 """
 
-import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -101,13 +104,17 @@ class Loader:
         world_size: int = 1,
     ) -> None:
         self.batches, self.smallest_share = split(len(dataset), batch_size, drop_last, world_size)
+        self.generated = self._share_of_extra(dataset, batch_size)
+        if self.generated:
+            self.smallest_share = batch_size // world_size
         self.dataset, self.batch_size, self.seed, self.device = dataset, batch_size, seed, device
         self.rank, self.world_size = rank, world_size
         _, self.channels, self.height, self.width = dataset.images.shape
         self.padding = dataset.crop_padding if augment else 0
         self.flip = dataset.flip and augment
         self.pixels = None if isinstance(dataset.images, Files) else self._rows(dataset.images)
-        self.labels = dataset.labels.to(device)
+        labels = [dataset.labels, *([dataset.extra.labels] if dataset.extra else [])]
+        self.labels = torch.cat(labels).to(device)
         # (2, H * W): where a crop's pixels are, seen from its first one; and those of its mirror.
         self.padded_width = self.width + 2 * self.padding
         rows = torch.arange(self.height, device=device)[:, None] * self.padded_width
@@ -118,9 +125,35 @@ class Loader:
         # Half the bytes of an int64 index: a batch is gathered in two thirds of the time (CPU).
         self.windows = windows.to(torch.int32 if pixels < 2**31 else torch.int64)
 
+    @staticmethod
+    def _share_of_extra(dataset: Dataset, batch_size: int) -> int:
+        """Return how many images of a batch are generated. Raises UserError for none, or all."""
+        if dataset.extra is None:
+            return 0
+        share = int(dataset.extra.fraction * batch_size)
+        if not 0 < share < batch_size:
+            raise UserError(
+                f"data.extra.fraction: {dataset.extra.fraction:g} of a batch of {batch_size} is "
+                f"{share} images; a batch needs real and generated ones"
+            )
+        return share
+
+    def _order(self, epoch: int) -> Tensor:
+        """Return the samples of an epoch, one batch behind the other."""
+        real = rng.permutation(rng.stream_key(self.seed, "order", epoch), len(self.dataset))
+        extra = self.dataset.extra
+        if extra is None:
+            return real
+        each = self.batch_size - self.generated
+        real = real[torch.arange(self.batches * each) % len(real)].view(self.batches, each)
+        key = rng.stream_key(self.seed, "extra", epoch)
+        keys = rng.sample_keys(key, torch.arange(self.batches * self.generated))
+        drawn = len(self.dataset) + rng.integers(keys, len(extra.labels))
+        return torch.cat([real, drawn.view(self.batches, self.generated)], dim=1).flatten()
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of epoch number `epoch`, from batch number `start` on."""
-        order = rng.permutation(rng.stream_key(self.seed, "order", epoch), len(self.dataset))
+        order = self._order(epoch)
         spans = [
             (number * self.batch_size, min(len(order), (number + 1) * self.batch_size))
             for number in range(start, self.batches)
@@ -131,13 +164,14 @@ class Loader:
         # Of the whole epoch at once: a batch of 128 would take longer to launch than to compute.
         keys = rng.sample_keys(rng.stream_key(self.seed, "samples", epoch), order)
         crops, flipped = self._augmentation(keys)
-        for batch, ((first, end), mine, pixels) in enumerate(
+        for batch, ((first, end), mine, sources) in enumerate(
             zip(spans, shares, read, strict=True), start
         ):
             samples = order[mine]
-            # Read ahead, the batch is all the pixels there are.
-            numbers = samples if self.pixels is not None else torch.arange(len(samples)).to(samples)
-            x = self._gather(pixels, numbers, crops[mine], flipped[mine])
+            counts = [len(numbers) for _, numbers in sources]
+            cut = zip(sources, crops[mine].split(counts), flipped[mine].split(counts), strict=True)
+            parts = [self._gather(*source, *where) for source, *where in cut]
+            x = torch.cat(parts) if len(parts) > 1 else parts[0]
             x = x.to(torch.get_default_dtype()).div_(255)
             weight = len(x) * self.world_size / (end - first)
             key = rng.stream_key(self.seed, "batch", epoch, batch)
@@ -145,20 +179,40 @@ class Loader:
             y = self.labels[samples]
             yield Batch(x, y, samples, keys[mine], end - first, weight, when)
 
-    def _read_ahead(self, shares: list[Tensor], epoch: int) -> Iterable[Tensor]:
-        """Yield for each batch the pixels that it is gathered from: all, or its own off disk."""
-        files = self.dataset.images
-        if not isinstance(files, Files):
+    def _read_ahead(
+        self, shares: list[Tensor], epoch: int
+    ) -> Iterable[list[tuple[Tensor, Tensor]]]:
+        """Yield for each batch the pixels that it is gathered from, and which images of them.
+
+        Of all real ones, or of those that were read off the disk for it; then of the generated.
+        """
+        real, extra = self.dataset.images, self.dataset.extra
+        if extra is None:
+            return ([source] for source in self._real(real, shares, epoch))
+        ours = [samples[samples < len(self.dataset)] for samples in shares]
+        drawn = [samples[len(one) :] for samples, one in zip(shares, ours, strict=True)]
+        theirs = [samples - len(self.dataset) for samples in drawn]
+        generated = map(self._whole, extra.files.ahead(theirs, pin=self.device.type == "cuda"))
+        return map(list, zip(self._real(real, ours, epoch), generated, strict=True))
+
+    def _real(
+        self, images: Tensor | Files, shares: list[Tensor], epoch: int
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        if not isinstance(images, Files):
             assert self.pixels is not None
-            return itertools.repeat(self.pixels, len(shares))
+            pixels = self.pixels
+            return ((pixels, samples.to(self.device)) for samples in shares)
         key = rng.stream_key(self.seed, "samples", epoch)
 
         def boxes(samples: Tensor) -> Tensor:
             return rng.uniform(rng.substream(rng.sample_keys(key, samples), "box"), (TRIES, 4))
 
-        draw = boxes if files.framing.scale is not None else None
-        ahead = files.ahead(shares, draw, pin=self.device.type == "cuda")
-        return (self._rows(images) for images in ahead)
+        draw = boxes if images.framing.scale is not None else None
+        return map(self._whole, images.ahead(shares, draw, pin=self.device.type == "cuda"))
+
+    def _whole(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images that were read for a batch as pixels, and that all of them are wanted."""
+        return self._rows(images), torch.arange(len(images), device=self.device)
 
     def _rows(self, images: Tensor) -> Tensor:
         """uint8 (N, C, H, W) to a pixel a row, on the device, with borders to crop into.

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from dist_adv.data import Dataset
 from dist_adv.errors import UserError
+from dist_adv.methods import Method
+from dist_adv.methods.carried import BySample
 from dist_adv.models import has_batchnorm
 from dist_adv.text import few
 
@@ -19,6 +21,15 @@ def check_statistics(smallest_share: int, network: nn.Module) -> None:
         raise UserError(
             "train.batch_size: leaves a rank 1 image in some batch, of which BatchNorm has no "
             "statistics; set data.drop_last=true, another batch size or model.norm=group"
+        )
+
+
+def check_rows(method: Method[Any]) -> None:
+    """Raise UserError for a method that keeps something of every image, for generated ones, too."""
+    if any(isinstance(each, BySample) for each in method.carried().values()):
+        raise UserError(
+            f"data.extra: {method.options.name} keeps a row of every training image, which the "
+            f"generated ones have none of; use another method"
         )
 
 

@@ -27,7 +27,7 @@ from dist_adv.methods import Objective, Task, build_method
 from dist_adv.methods.checked import checked_steps
 from dist_adv.models import Classifier, build_model, check_answers, has_batchnorm
 from dist_adv.training.averages import Average
-from dist_adv.training.checks import check_statistics, check_strides
+from dist_adv.training.checks import check_rows, check_statistics, check_strides
 from dist_adv.training.clock import Clock
 from dist_adv.training.meter import Meter
 from dist_adv.training.nonfinite import NonFinite
@@ -61,6 +61,8 @@ class Learner:
         )
         self.threat = build_threat(config.threat.norm, config.threat.eps)
         self.method = build_method(config.method, self._task())
+        if data.extra:
+            check_rows(self.method)
         # One network trains; the other is its plain fp32 copy, which is evaluated and saved.
         start = read_start(config, data)
         self.started_from = start.sha256 if start else None

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from dist_adv.config import Config
 from dist_adv.data import Batch, Dataset, load_dataset
+from dist_adv.data.extra import with_extra
 from dist_adv.distributed.collectives import check_same_images, main_process_first, on_every
 from dist_adv.distributed.session import Session
 from dist_adv.errors import Preempted
@@ -61,7 +62,10 @@ class Trainer:
     ) -> None:
         self.config, self.accelerator = config, accelerator
         train, self.test_data = data or on_every(accelerator, self._load)
+        train = with_extra(train, config.data)
         prints = {"train": train.fingerprint, "test": self.test_data.fingerprint}
+        if train.extra:
+            prints["extra"] = train.extra.fingerprint
         check_same_images(accelerator, prints)
         check_splits(train, self.test_data)
         held_out = config.data.validation
