@@ -103,10 +103,11 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.batches, self.smallest_share = split(len(dataset), batch_size, drop_last, world_size)
         self.generated = self._share_of_extra(dataset, batch_size)
-        if self.generated:
-            self.smallest_share = batch_size // world_size
+        # With generated images the last batch is full, too.
+        full = -(-len(dataset) // batch_size) * batch_size
+        images = full if self.generated and not drop_last else len(dataset)
+        self.batches, self.smallest_share = split(images, batch_size, drop_last, world_size)
         self.dataset, self.batch_size, self.seed, self.device = dataset, batch_size, seed, device
         self.rank, self.world_size = rank, world_size
         _, self.channels, self.height, self.width = dataset.images.shape

@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 
 from dist_adv import cli, packing
 from dist_adv.data import DataOptions, load_dataset
+from dist_adv.data.files import Files
 from dist_adv.data.image import TRIES, Framing, _random_box
 from dist_adv.data.loader import Loader
 from dist_adv.data.packed import check_pack
@@ -80,8 +81,30 @@ def test_boxes_are_the_same_at_any_number_of_ranks(packed):
     again = load_dataset(options(packed, **more), "train")
     later = list(Loader(again, 10, 3, torch.device("cpu")).epoch(2, start=2))
     assert later[0].x.equal(alone[2].x)
-    other = list(Loader(again, 10, 3, torch.device("cpu")).epoch(3))
-    assert not other[0].x.equal(alone[0].x)
+    # Of the sum over an image, which no mirror changes: another box in another epoch.
+    sums = [
+        {n: x.sum() for batch in each for n, x in zip(batch.samples.tolist(), batch.x, strict=True)}
+        for each in (alone, Loader(again, 10, 3, torch.device("cpu")).epoch(3))
+    ]
+    assert all(sums[0][n] != sums[1][n] for n in sums[0])
+
+
+def test_boxes_are_of_the_training_split_alone(packed):
+    keys = {"crop_scale": (0.2, 1.0), "resident_gb": 8.0}
+    train, test = (load_dataset(options(packed, **keys), split) for split in ("train", "test"))
+    assert (type(train.images), train.crop_padding) == (Files, 0)  # which has no borders to crop
+    assert isinstance(test.images, torch.Tensor)
+    plain = load_dataset(options(packed, augment=False, **keys), "train")
+    assert isinstance(plain.images, torch.Tensor)
+
+
+def test_a_part_of_a_part(folder, tmp_path):
+    for how in (How(raw=True, size=32), How(shard_mb=1)):
+        out = tmp_path / str(how.raw)
+        pack(folder / "train", out / "train", how)
+        files = load_dataset(options(out, size=32), "train").images
+        part = files.part(torch.tensor([7, 5, 3])).part(torch.tensor([2, 0]))
+        assert part.all().equal(files[torch.tensor([3, 7])])
 
 
 def test_what_is_measured_is_the_centre(packed, folder):
@@ -162,6 +185,8 @@ def test_a_killed_packing_goes_on(folder, tmp_path, monkeypatch):
             pack(folder / "train", out, How())
     with pytest.raises(UserError, match="packing has not ended; give the same `dist-adv pack`"):
         load_dataset(options(tmp_path), "out")
+    with pytest.raises(UserError, match="a pack of other images or settings"):
+        pack(folder / "train", out, How(size=32))
     before = (out / "00000.tar").stat().st_ino
     pack(folder / "train", out, How())
     assert (out / "00000.tar").stat().st_ino == before
