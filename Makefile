@@ -3,6 +3,7 @@
 # make test-slurm  runs on a Slurm of two nodes, started here for it (a part of make test)
 # make bench   time this machine against what people use (about ten minutes; leave it alone)
 # make faults  kill sixty runs at random moments and resume them (half an hour)
+# make recipes run the recipes for ImageNet and generated images at toy size, killed and resumed
 # make check   formatting, types, imports, quick tests (90 s)
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 # also where the environment says not to: hundreds of processes import the same files.
 RUN_TESTS := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest
 
-.PHONY: setup demo check test test-slurm bench faults lint rooms schema lock clean
+.PHONY: setup demo check test test-slurm bench faults recipes lint rooms schema lock clean
 
 setup: $(VENV)/.installed
 
@@ -63,6 +64,10 @@ bench: setup
 # Sixty runs killed at random moments (about half an hour); the seed is printed.
 faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kill_anywhere.py --draws 60
+
+# Seven recipes, each killed twice (some five minutes).
+recipes: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/recipes.py --kills 2
 
 rooms: setup
 	$(BIN)/python docs/rooms.py

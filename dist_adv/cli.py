@@ -640,7 +640,7 @@ def doctor(
 )
 @click.option("--weak", is_flag=True, help="train.batch_size is a GPU's; the rate grows with it.")
 @click.option("--price", type=click.FloatRange(0, min_open=True), help="Of a GPU hour.")
-@click.option("--images", type=click.IntRange(1), help="Training images of an imagefolder.")
+@click.option("--images", type=click.IntRange(1), help="Training images of a folder or pack.")
 @click.option("--classes", type=click.IntRange(2), help="Its classes.")
 @click.option("--json", type=_PATH, help="A file to keep all of it in.")
 def plan(config: Path, overrides: tuple[str, ...], **asked: Any) -> None:

@@ -76,6 +76,17 @@ TUPLE = Field(strict=False)
 """Annotates a tuple: YAML has lists."""
 
 
+def _inlined(schema: Any, definitions: Mapping[str, Any]) -> Any:
+    """Return a JSON Schema with its definitions in the places where it refers to them."""
+    if isinstance(schema, list):
+        return [_inlined(each, definitions) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {key: _inlined(each, definitions) for key, each in schema.items()}
+
+
 @dataclass(frozen=True)
 class Open:
     """Annotates a section of which the `name` says the kind: dist_adv's own, or somebody else's.
@@ -116,6 +127,7 @@ class Open:
         kinds = []
         for name, each in self.own().items():
             kind = each.model_json_schema()
+            kind = _inlined(kind, kind.pop("$defs", {}))
             kind["properties"]["name"] = {"const": name}
             kinds.append(kind)
         reference = {"name": {"type": "string", "pattern": ":"}}

@@ -13,6 +13,7 @@ _FREE_TO_CHANGE = (
     "track.",
     "eval.",
     "data.root",
+    "data.extra.path",
     "data.resident_gb",
     "data.workers",
     *(

@@ -205,7 +205,7 @@ def test_status_of_a_run_that_ends_well_and_of_one_that_fails(images, tmp_path, 
 # --- may this run go on? -------------------------------------------------------------------------
 
 METHODS = tuple(own_methods())
-MODELS = ("preact_resnet18", "wide_resnet", "resnet50")
+MODELS = ("preact_resnet18", "wide_resnet", "resnet50", "timm")
 
 # Every key: another value than the one below or the default, and whether a run may go on with it.
 DECIDED: dict[str, tuple[Any, str]] = {
@@ -215,6 +215,7 @@ DECIDED: dict[str, tuple[Any, str]] = {
     "method.steps": (3, "no"),
     "method.replays": (3, "no"),
     "method.alpha": (0.01, "no"),
+    "method.attack_mode": ("eval", "no"),
     "method.init": ("zero", "no"),
     "method.noise": (1.0, "no"),
     "method.beta": (1.0, "no"),
@@ -239,13 +240,20 @@ DECIDED: dict[str, tuple[Any, str]] = {
     "model.depth": (28, "no"),
     "model.widen": (2, "no"),
     "model.stem": ("imagenet", "no"),
-    "data.name": ("svhn", "no"),
+    "model.arch": ("resnet18", "no"),
+    "model.drop_path": (0.1, "no"),
+    "model.pretrained": (True, "no"),
+    "data.name": ("packed", "no"),
     "data.root": ("elsewhere", "yes"),
     "data.augment": (False, "no"),
     "data.crop_padding": (1, "no"),
     "data.drop_last": (True, "no"),
     "data.validation": (10, "no"),
     "data.size": (8, "no"),
+    "data.shorter": (20, "no"),
+    "data.crop_scale": ((0.1, 1.0), "no"),
+    "data.extra.path": ("2m.npz", "yes"),
+    "data.extra.fraction": (0.5, "no"),
     "data.resident_gb": (0.0, "yes"),
     "data.workers": (1, "yes"),
     "optim.name": ("adamw", "no"),
@@ -312,8 +320,10 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def build(method: str = "fast", model: str = "preact_resnet18", **changes: Any) -> Config:
     """The configuration of these names, with `changes` at `section__key`."""
-    data = {"name": "imagefolder"}  # data.size is of no other
-    tree: dict[str, Any] = {"method": {"name": method}, "model": {"name": model}, "data": data}
+    data = {"name": "imagefolder", "size": 16, "shorter": 16}  # sizes are of folders alone
+    data |= {"crop_scale": [0.5, 1.0], "extra": {"path": "1m.npz"}}
+    net = {"name": model, **({"arch": "resnet10t"} if model == "timm" else {})}
+    tree: dict[str, Any] = {"method": {"name": method}, "model": net, "data": data}
     tree |= {"average": {}, "awp": {}, "optim": {"schedule": "cosine"}}  # warm-up is of no cyclic
     for place, value in changes.items():
         node = tree
