@@ -86,6 +86,10 @@ def split(images: int, batch_size: int, drop_last: bool, world_size: int) -> tup
     return batches, (short if short and not drop_last else batch_size) // world_size
 
 
+_Source = tuple[Tensor, Tensor | None]
+"""Pixels, one a row, and which images of them are wanted; or images that are cut and turned."""
+
+
 class Loader:
     """Batches of one split for one rank.
 
@@ -169,7 +173,7 @@ class Loader:
             zip(spans, shares, read, strict=True), start
         ):
             samples = order[mine]
-            counts = [len(numbers) for _, numbers in sources]
+            counts = [len(pixels if numbers is None else numbers) for pixels, numbers in sources]
             cut = zip(sources, crops[mine].split(counts), flipped[mine].split(counts), strict=True)
             parts = [self._gather(*source, *where) for source, *where in cut]
             x = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -180,13 +184,8 @@ class Loader:
             y = self.labels[samples]
             yield Batch(x, y, samples, keys[mine], end - first, weight, when)
 
-    def _read_ahead(
-        self, shares: list[Tensor], epoch: int
-    ) -> Iterable[list[tuple[Tensor, Tensor]]]:
-        """Yield for each batch the pixels that it is gathered from, and which images of them.
-
-        Of all real ones, or of those that were read off the disk for it; then of the generated.
-        """
+    def _read_ahead(self, shares: list[Tensor], epoch: int) -> Iterable[list[_Source]]:
+        """Yield for each batch where its images come from: the real ones, then the generated."""
         real, extra = self.dataset.images, self.dataset.extra
         if extra is None:
             return ([source] for source in self._real(real, shares, epoch))
@@ -196,9 +195,7 @@ class Loader:
         generated = map(self._whole, extra.files.ahead(theirs, pin=self.device.type == "cuda"))
         return map(list, zip(self._real(real, ours, epoch), generated, strict=True))
 
-    def _real(
-        self, images: Tensor | Files, shares: list[Tensor], epoch: int
-    ) -> Iterable[tuple[Tensor, Tensor]]:
+    def _real(self, images: Tensor | Files, shares: list[Tensor], epoch: int) -> Iterable[_Source]:
         if not isinstance(images, Files):
             assert self.pixels is not None
             pixels = self.pixels
@@ -206,13 +203,19 @@ class Loader:
         key = rng.stream_key(self.seed, "samples", epoch)
 
         def boxes(samples: Tensor) -> Tensor:
-            return rng.uniform(rng.substream(rng.sample_keys(key, samples), "box"), (TRIES, 4))
+            keys = rng.sample_keys(key, samples)
+            draws = rng.uniform(rng.substream(keys, "box"), (TRIES + 1, 4))
+            draws[:, TRIES, 0] = rng.integers(rng.substream(keys, "flip"), 2) if self.flip else 0
+            return draws
 
-        draw = boxes if images.framing.scale is not None else None
-        return map(self._whole, images.ahead(shares, draw, pin=self.device.type == "cuda"))
+        pin = self.device.type == "cuda"
+        if images.framing.scale is None:
+            return map(self._whole, images.ahead(shares, pin=pin))
+        read = images.ahead(shares, boxes, pin)
+        return ((each.to(self.device, non_blocking=True), None) for each in read)
 
-    def _whole(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images that were read for a batch as pixels, and that all of them are wanted."""
+    def _whole(self, images: Tensor) -> _Source:
+        """Return images that were read for a batch, of which all are wanted, as pixels."""
         return self._rows(images), torch.arange(len(images), device=self.device)
 
     def _rows(self, images: Tensor) -> Tensor:
@@ -236,8 +239,12 @@ class Loader:
             crop = row * self.padded_width + rng.integers(rng.substream(keys, "column"), offsets)
         return crop, flipped
 
-    def _gather(self, pixels: Tensor, numbers: Tensor, crops: Tensor, flipped: Tensor) -> Tensor:
+    def _gather(
+        self, pixels: Tensor, numbers: Tensor | None, crops: Tensor, flipped: Tensor
+    ) -> Tensor:
         """uint8 (n, C, H, W), channels-last: the crops of the images with these numbers."""
+        if numbers is None:
+            return pixels
         area = (self.height + 2 * self.padding) * self.padded_width
         corners = (numbers * area + crops).to(self.windows.dtype)
         index = corners[:, None] + self.windows[flipped]

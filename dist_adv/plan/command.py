@@ -157,7 +157,9 @@ def _images(config: Config, asked: Asked) -> Images:
     data = config.data
     if data.name in SETS:
         if asked.images or asked.classes:
-            raise UserError(f"--images, --classes: only of a folder or a pack; {data.name} is known")
+            raise UserError(
+                f"--images, --classes: only of a folder or a pack; {data.name} is known"
+            )
         images = SETS[data.name]
     elif data.name not in NAMES:
         images = count_images(data)

@@ -3,6 +3,7 @@
 import io
 import os
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from dist_adv import cli, packing
+from dist_adv import cli, packing, rng
 from dist_adv.data import DataOptions, load_dataset
 from dist_adv.data.files import Files
 from dist_adv.data.image import TRIES, Framing, _random_box
@@ -87,6 +88,19 @@ def test_boxes_are_the_same_at_any_number_of_ranks(packed):
         for each in (alone, Loader(again, 10, 3, torch.device("cpu")).epoch(3))
     ]
     assert all(sums[0][n] != sums[1][n] for n in sums[0])
+
+
+def test_half_of_the_boxes_are_mirrored(packed):
+    """As the keys of the samples say, which mirror the images of other data sets, too."""
+    data = load_dataset(options(packed, crop_scale=(0.2, 1.0)), "train")
+    sides = [
+        list(Loader(replace(data, flip=flip), 36, 3, torch.device("cpu")).epoch(0))[0]
+        for flip in (True, False)
+    ]
+    turned = rng.integers(rng.substream(sides[0].keys, "flip"), 2).bool()
+    assert 5 < turned.sum() < 31
+    assert sides[0].x[~turned].equal(sides[1].x[~turned])
+    assert sides[0].x[turned].equal(sides[1].x[turned].flip(3))
 
 
 def test_boxes_are_of_the_training_split_alone(packed):
