@@ -3,9 +3,9 @@
     python tests/faults/recipes.py --kills 2 --seed 0 --record FILE.md
 
 Each on two ranks, on photographs that are made up: 64 a class, 64 pixels, packed; those with
-generated images on 32 pixels and an .npz file. First to its end without a disturbance, then with the whole
-job killed (SIGKILL) at random moments, and the same command again. The SHA-256 of the final weights
-must be the same.
+generated images on 32 pixels and an .npz file. First to its end without a disturbance, then with
+the whole job killed (SIGKILL) at random moments, and the same command again. The SHA-256 of the
+final weights must be the same.
 """
 
 import argparse

@@ -94,7 +94,7 @@ def test_half_of_the_boxes_are_mirrored(packed):
     """As the keys of the samples say, which mirror the images of other data sets, too."""
     data = load_dataset(options(packed, crop_scale=(0.2, 1.0)), "train")
     sides = [
-        list(Loader(replace(data, flip=flip), 36, 3, torch.device("cpu")).epoch(0))[0]
+        next(iter(Loader(replace(data, flip=flip), 36, 3, torch.device("cpu")).epoch(0)))
         for flip in (True, False)
     ]
     turned = rng.integers(rng.substream(sides[0].keys, "flip"), 2).bool()
