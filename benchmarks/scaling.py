@@ -28,6 +28,7 @@ from dist_adv.data.loader import split
 from dist_adv.distributed import start
 from dist_adv.plan.measure import (
     Images,
+    blank_network,
     cost,
     gradient_buckets,
     measure_link,
@@ -66,7 +67,7 @@ def rank(options: argparse.Namespace) -> None:
             found["sent"][name] = measure_steps(*ask, communicate=True)[share]
     if ranks > 1:
         link = measure_link(accelerator)
-        size = sum(gradient_buckets(config, IMAGES))
+        size = sum(gradient_buckets(blank_network(config, IMAGES)))
         found |= {"link": [link.bandwidth, link.latency]}
         found["all_reduce_s"] = time_all_reduce(accelerator, size)
     if accelerator.is_main_process:
@@ -92,7 +93,7 @@ def compare(name: str, ranks: int, found: dict[int, Any], options: argparse.Name
     slowed = replace(step, fixed=sharing * step.fixed, per_image=sharing * step.per_image)
     work = Work(
         slowed,
-        gradient_buckets(config, IMAGES),
+        gradient_buckets(blank_network(config, IMAGES)),
         options.batch_size,
         config.train.epochs,
         step.cost.steps,
@@ -128,7 +129,8 @@ def main() -> None:
         rank(options)
     ranks, names = RANKS[:2] if options.toy else RANKS, options.methods.split(",")
     found = {n: launch(n, options) for n in track(ranks, "processes", console=console)}
-    size = sum(gradient_buckets(configuration(METHODS["natural"], options), IMAGES))
+    network = blank_network(configuration(METHODS["natural"], options), IMAGES)
+    size = sum(gradient_buckets(network))
     two = Link(*found[2]["link"])
     lines = [
         ", ".join(f"{key} {value}" for key, value in found[1]["about"].items()) + ".",

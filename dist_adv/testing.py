@@ -159,7 +159,7 @@ class _Seen:
 
     losses: of every step, and of how many images they are the mean; gradients: that a weight gets
     a step; everywhere: what is to be the same on all ranks; changed: names of attributes that have
-    changed and are not saved.
+    changed and are not saved; drew: whether a number was drawn from torch's generator.
     """
 
     losses: list[float]
@@ -167,6 +167,7 @@ class _Seen:
     gradients: float
     everywhere: dict[str, list[float]]
     changed: list[str]
+    drew: bool
 
 
 class _Found:
@@ -218,6 +219,11 @@ def _of_gradients(found: _Found) -> Iterator[str]:
 
 def _of_runs(found: _Found) -> Iterator[str]:
     """One rank alone: the same bits each time, stopped or not."""
+    if found.seen("one").drew:
+        yield (
+            "takes numbers from torch's generator, which are others on other ranks; draw random "
+            "numbers from batch.keys by dist_adv.rng"
+        )
     if found.apart("again"):
         yield (
             "the same run again gives other weights; draw random numbers from batch.keys by "
@@ -381,6 +387,7 @@ def _watch(config: Config) -> _Seen:
         for batch in learner.loader.epoch(0):
             learner.learn(batch, meter)
         learner.check_updates()
+    seed = torch.initial_seed()  # which `learn` has set for the last batch
     return _Seen(
         losses=meter.each,
         images=meter.images,
@@ -395,6 +402,7 @@ def _watch(config: Config) -> _Seen:
             for name, (value, version) in _attributes(learner).items()
             if name not in before or before[name][0] is not value or before[name][1] != version
         ],
+        drew=not torch.get_rng_state().equal(torch.Generator().manual_seed(seed).get_state()),
     )
 
 

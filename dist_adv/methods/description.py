@@ -38,6 +38,9 @@ def settings(options: MethodOptions) -> str:
     fields = type(options).model_fields
     parts = []
     for key, value in own.items():
+        if key == "attack_mode":
+            parts += ["attack in eval mode"] * (value == "eval")
+            continue
         letter = fields[key].title
         text = f"{value:g}" if isinstance(value, float) else str(value)
         text = pixels(value) if key == "alpha" else text

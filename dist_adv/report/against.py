@@ -33,7 +33,11 @@ _LABELS = {
     "init": "start of the attack",
 }
 # What runs had when there was no choice.
-_BEFORE_THE_KEY = {"model.shortcut": "activated", "method.guard_rule": "wong"}
+_BEFORE_THE_KEY = {
+    "model.shortcut": "activated",
+    "method.guard_rule": "wong",
+    "method.attack_mode": "train",
+}
 _SPACE = "\N{NO-BREAK SPACE}"
 # Differences in these leave the experiment what it is: fewer test images widen our interval.
 _IMMATERIAL = {"train.precision", "n"}

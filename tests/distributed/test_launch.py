@@ -147,7 +147,7 @@ from dist_adv.training.meter import Meter
 from dist_adv.training.trainer import Trainer
 
 NOISE = Images(120, 3, 8, 3)
-TWO = "trades gradalign gat nuat mart liet cuap uap prior random noise".split()
+TWO = "trades vit gradalign gat nuat mart liet cuap uap prior random noise".split()
 FORWARDS = dict.fromkeys(TWO, 2) | {"awp-trades": 4}  # of a step, else one; AWP probes first
 
 for case in CASES:

@@ -19,6 +19,7 @@ from dist_adv.data import Batch, Dataset, When
 from dist_adv.errors import UserError
 from dist_adv.methods import Method, Task, build_method
 from dist_adv.methods.aaer import AAER
+from dist_adv.methods.description import settings
 from dist_adv.methods.liet import LIET
 from dist_adv.methods.nuat import NuAT
 from dist_adv.methods.registry import own_methods
@@ -346,3 +347,12 @@ def test_without_two_kinds_there_is_no_penalty(abnormal: Tensor) -> None:
     net = Net(nn.Identity())
     penalty, _ = AAER._penalty(net, SimpleNamespace(total=3), abnormal, torch.rand(3))
     assert penalty.item() == 0
+
+
+@pytest.mark.parametrize("name", ["pgd", "fast"])
+def test_a_report_says_of_an_attack_that_it_is_in_eval_mode(name):
+    usual, other = (
+        settings(parse_config({"method": {"name": name, **more}}, "test").method)
+        for more in ({}, {"attack_mode": "eval"})
+    )
+    assert other == f"{usual}, attack in eval mode"

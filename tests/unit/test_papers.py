@@ -102,6 +102,7 @@ def test_settings(
     found = runs(sweep)
     for name, (method, model, lr, epochs, batch) in rows.items():
         config = found[name].model_dump()
+        assert config["method"].pop("attack_mode", "train") == "train", name
         assert config["method"] == {"guard_rule": "gap"} | method, name
         assert config["model"] == model, name
         assert config["threat"] == {"norm": "linf", "eps": 8 / 255, "warmup": 0.0}, name
