@@ -11,7 +11,7 @@ from dist_adv.config.yaml_text import to_yaml
 from dist_adv.data.datasets import DataChoice, DataOptions
 from dist_adv.methods import MethodChoice, find_method
 from dist_adv.models import ModelChoice, PreActResNet18Options
-from dist_adv.options import Options, PositiveInt, Real, StepSize
+from dist_adv.options import Options, PositiveInt, Real, Share, StepSize
 from dist_adv.text import nearest
 
 SCHEDULE_GROUP = "dist_adv.schedules"
@@ -53,7 +53,8 @@ class OptimOptions(Options):
     has one dimension, without weight decay. clip: the largest norm of all gradients together.
     rise: the share of the run in which the rate of `cyclic` rises; short runs like 0.25.
     milestones: the shares of the run at which `multistep` divides the rate by ten. warmup: epochs
-    in which any rate but `cyclic` rises to what it would be. schedule: cyclic, multistep, cosine,
+    in which any rate but `cyclic` rises to what it would be. floor: the share of `lr` at which
+    `cosine` ends. schedule: cyclic, multistep, cosine,
     constant, or a reference to a function of the share of the run that is done, in [0, 1], to the
     share of `lr`.
     """
@@ -70,6 +71,7 @@ class OptimOptions(Options):
     rise: Annotated[Real, Field(gt=0, lt=1)] = 0.5
     milestones: list[Annotated[Real, Field(gt=0, lt=1)]] = [0.5, 0.75]
     warmup: Annotated[Real, Field(ge=0)] = 0.0
+    floor: Share = 0.0
     cycle_momentum: bool = False
     """Momentum m -> m - 0.1 -> m over the run, as torch's CyclicLR does unless told otherwise."""
 
@@ -93,6 +95,8 @@ class OptimOptions(Options):
             raise ValueError("cycle_momentum: needs a momentum of at least 0.1 to take 0.1 from")
         if self.nesterov and (self.name != "sgd" or self.momentum == 0):
             raise ValueError("nesterov: is a way of SGD with momentum; use false")
+        if self.floor and self.schedule != "cosine":
+            raise ValueError(f"floor: is of cosine, and the schedule is {self.schedule}; use 0")
         if self.warmup and self.schedule == "cyclic":
             raise ValueError("warmup: the cyclic rate rises by itself, for optim.rise; use 0")
         return self

@@ -183,8 +183,9 @@ class Learner:
         """Return those of an optimiser step, counted from 0."""
         optim, total = self.config.optim, self.total_steps
         warmup = optim.warmup * self.loader.batches * self.method.steps_per_batch
+        shape = optim.rise, warmup, optim.milestones, optim.floor
         return (
-            lr_at(optim.schedule, optim.lr, step, total, optim.rise, warmup, optim.milestones),
+            lr_at(optim.schedule, optim.lr, step, total, *shape),
             momentum_at(optim.momentum, optim.cycle_momentum, step, total, optim.rise),
         )
 

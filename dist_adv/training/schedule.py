@@ -18,11 +18,12 @@ def lr_at(
     rise: float = 0.5,
     warmup: float = 0.0,
     milestones: Sequence[float] = (0.5, 0.75),
+    floor: float = 0.0,
 ) -> float:
     """Learning rate of update number `step` (from 0) of `total`.
 
     warmup: updates over which any rate but the cyclic one rises by equal parts to what it is
-    without; the cosine is over the rest.
+    without; the cosine is over the rest, and ends at the share `floor` of the peak.
 
     cyclic: a triangle, 0 -> peak -> 0, which rises for the share `rise` of the run (Wong et al.
     2020, torch's CyclicLR: one half); the first update has rate 0. multistep: x 0.1 at each of the
@@ -37,7 +38,8 @@ def lr_at(
         # 0.7 of 39,100 steps is a little less than 27,370 in floating point.
         return peak * 0.1 ** sum(step >= math.floor(share * total + 1e-6) for share in milestones)
     if schedule == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (total - warmup)))
+        share = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (total - warmup)))
+        return peak * (floor + (1 - floor) * share)
     if schedule not in SCHEDULES:
         return peak * plugins.find(schedule, SCHEDULE_GROUP, {})(done)
     return peak

@@ -269,6 +269,7 @@ DECIDED: dict[str, tuple[Any, str]] = {
     "optim.milestones": ([0.7], "no"),
     "optim.cycle_momentum": (True, "no"),
     "optim.warmup": (1.0, "no"),
+    "optim.floor": (0.1, "no"),
     "train.epochs": (46, "longer"),
     "train.max_steps": (10, "shorter"),
     "train.batch_size": (64, "no"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
+from dist_adv.config import OptimOptions
 from dist_adv.training.schedule import lr_at, momentum_at
 
 PEAK = 0.2
@@ -49,6 +50,16 @@ def test_rates_are_torch_s(schedule, total):
     ours = [lr_at(schedule, PEAK, step, total) for step in range(total)]
     expected = [rate for rate, _ in rates(TORCH[schedule], total)]
     assert ours == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("floor", [0.02, 0.5])
+def test_a_cosine_may_end_above_zero(floor):
+    """As torch's with eta_min; the configuration has it for no other schedule."""
+    ours = [lr_at("cosine", PEAK, step, 46, floor=floor) for step in range(46)]
+    torchs = rates(lambda sgd, total: lr_scheduler.CosineAnnealingLR(sgd, total, PEAK * floor), 46)
+    assert ours == pytest.approx([rate for rate, _ in torchs], abs=1e-12)
+    with pytest.raises(ValueError, match="floor: is of cosine, and the schedule is multistep"):
+        OptimOptions(schedule="multistep", floor=floor)
 
 
 @pytest.mark.parametrize(
