@@ -490,7 +490,7 @@ def pack(source: Path, out: Path, **asked: Any) -> None:
 
     \b
     dist-adv pack imagenet packed                 # files as they are
-    dist-adv pack imagenet packed-352 --size 352  # a third of the bytes, and faster to decode
+    dist-adv pack imagenet packed-352 --size 352  # fewer bytes, and faster to decode
     dist-adv pack cifar10 packed --raw            # pixels
     """
     _announce()
