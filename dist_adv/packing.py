@@ -10,14 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from dist_adv import files as on_disk
 from dist_adv.data.files import Listing, list_images
-from dist_adv.data.image import Framing, Unreadable, read
+from dist_adv.data.image import Framing, Unreadable, decode
 from dist_adv.data.packed import BEGUN, IMAGES, INDEX_FILE, LABELS, ROWS, PackedFile, PackIndex
 from dist_adv.data.records import INDEX
 from dist_adv.errors import RunFailure, UserError
@@ -27,14 +27,17 @@ from dist_adv.text import shown
 _BLOCK = 512  # of a tar file
 _AT_ONCE = 256  # images in memory while they are packed
 
+_ItemT = TypeVar("_ItemT")
+_ResultT = TypeVar("_ResultT")
+
 
 @dataclass(frozen=True)
 class How:
     """How a split is packed.
 
-    size: pictures whose shorter side is longer are resized to it and saved as JPEG of `quality`;
-    None keeps every file as it is. shard_mb: of the source files in a tar file, at most. raw: as
-    one array of images of size x size, None: of the size that all have.
+    size: pictures are saved as JPEG of `quality`, those whose shorter side is longer than this
+    resized to it; None keeps every file as it is. shard_mb: of the source files in a tar file, at
+    most. raw: as one array of images of size x size, None: of the size that all have.
     """
 
     size: int | None = None
@@ -198,16 +201,20 @@ def _contents(listing: Listing, span: range, how: How) -> Iterator[tuple[int, by
             return number, Path(path).read_bytes(), ""
         return number, _resized(pixels, how.size, how.quality), _new_suffix(path)
 
+    return _in_order(content, span)
+
+
+def _in_order(work: Callable[[_ItemT], _ResultT], items: Sequence[_ItemT]) -> Iterator[_ResultT]:
+    """Yield what threads make of each item, of a few hundred at a time, or memory would fill."""
     with ThreadPoolExecutor() as pool:
-        for start in range(span.start, span.stop, _AT_ONCE):
-            some = range(start, min(span.stop, start + _AT_ONCE))
-            yield from pool.map(content, some)
+        for start in range(0, len(items), _AT_ONCE):
+            yield from pool.map(work, items[start : start + _AT_ONCE])
 
 
 def _pixels(path: str, framing: Framing) -> np.ndarray:
     """Return uint8 (H, W, 3) of a file. Raises UserError."""
     try:
-        return read(lambda: open(path, "rb"), framing)
+        return decode(path, framing)
     except Unreadable as error:
         raise UserError(f"{shown(path)}: {error.what}; {error.remedy}") from None
 
@@ -238,16 +245,15 @@ def _pack_raw(
     first, count = pixels(listing.paths[0]), len(listing.paths)
     partly = out / f".partial-{IMAGES}"
     array = np.lib.format.open_memmap(partly, "w+", np.uint8, (count, *first.shape))
-    with ThreadPoolExecutor() as pool:
-        for number, image in enumerate(pool.map(pixels, listing.paths)):
-            if image.shape != first.shape:
-                raise UserError(
-                    f"{shown(listing.paths[number])}: is {image.shape[1]}x{image.shape[0]} and the "
-                    f"first image {first.shape[1]}x{first.shape[0]}; give --size"
-                )
-            array[number] = image
-            if number % 1000 == 999 or number == count - 1:
-                progress(number + 1, count)
+    for number, image in enumerate(_in_order(pixels, listing.paths)):
+        if image.shape != first.shape:
+            raise UserError(
+                f"{shown(listing.paths[number])}: is {image.shape[1]}x{image.shape[0]} and the "
+                f"first image {first.shape[1]}x{first.shape[0]}; give --size"
+            )
+        array[number] = image
+        if number % 1000 == 999 or number == count - 1:
+            progress(number + 1, count)
     array.flush()
     partly.replace(out / IMAGES)
     np.save(out / LABELS, np.array(listing.labels, dtype=np.int64))

@@ -54,9 +54,8 @@ class OptimOptions(Options):
     rise: the share of the run in which the rate of `cyclic` rises; short runs like 0.25.
     milestones: the shares of the run at which `multistep` divides the rate by ten. warmup: epochs
     in which any rate but `cyclic` rises to what it would be. floor: the share of `lr` at which
-    `cosine` ends. schedule: cyclic, multistep, cosine,
-    constant, or a reference to a function of the share of the run that is done, in [0, 1], to the
-    share of `lr`.
+    `cosine` ends. schedule: cyclic, multistep, cosine, constant, or a reference to a function of
+    the share of the run that is done, in [0, 1], to the share of `lr`.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"

@@ -24,7 +24,7 @@ from dist_adv.data import fingerprint
 from dist_adv.data.files import Files, list_images
 from dist_adv.data.fingerprint import Fingerprint
 from dist_adv.data.image import Framing
-from dist_adv.data.packed import open_pack
+from dist_adv.data.packed import Stored, open_pack
 from dist_adv.data.records import Paths
 from dist_adv.errors import UserError
 from dist_adv.options import TUPLE, Open, Options, PositiveInt, Real, Share
@@ -276,16 +276,6 @@ def _torchvision(name: str, root: Path, split: str) -> Dataset:
     )
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A split that lies in files: its images, and what tells them from others, once it is asked."""
-
-    files: Files
-    labels: Tensor
-    classes: list[str]
-    fingerprint: Callable[[], Fingerprint]
-
-
 def stored(options: DataOptions, split: str) -> Stored:
     """Return a split of an imagefolder or of a pack, of which no image but the first was read.
 
@@ -299,8 +289,7 @@ def stored(options: DataOptions, split: str) -> Stored:
             f"{needs} below data.root (or DIST_ADV_DATA){_why_not(folder)}"
         )
     if options.name == "packed":
-        pack = open_pack(folder, framing, options.workers)
-        return Stored(pack.files, pack.labels, pack.classes, lambda: pack.fingerprint)
+        return open_pack(folder, framing, options.workers)
     listing = list_images(folder)
     return Stored(
         Files(Paths(listing.paths), framing, options.workers),

@@ -129,14 +129,9 @@ def _random_box(
     return left, top, left + w, top + h
 
 
-def decode(path: str, size: int | None = None) -> np.ndarray:
-    """Return the first picture of a file as uint8 (H, W, 3): upright, over white.
-
-    size: resize the shorter side and crop the centre to size x size.
-
-    Raises Unreadable.
-    """
-    return read(lambda: open(path, "rb"), Framing(size))
+def decode(path: str, framing: Framing = Framing()) -> np.ndarray:
+    """Return the first picture of the file at this path (`read`). Raises Unreadable."""
+    return read(lambda: open(path, "rb"), framing)
 
 
 def read(

@@ -52,16 +52,16 @@ class PackIndex(BaseModel):
 
 
 @dataclass(frozen=True)
-class Pack:
-    """A split of a pack as images. labels: int64 (N,)."""
+class Stored:
+    """A split that lies in files. labels: int64 (N,); fingerprint: may take a while to tell."""
 
     files: Files
     labels: Tensor
     classes: list[str]
-    fingerprint: Fingerprint
+    fingerprint: Callable[[], Fingerprint]
 
 
-def open_pack(folder: Path, framing: Framing, workers: int) -> Pack:
+def open_pack(folder: Path, framing: Framing, workers: int) -> Stored:
     """Return a split of a pack, of which only the index has been read.
 
     Raises UserError for one that is missing, unfinished or damaged, as far as that shows without
@@ -71,10 +71,10 @@ def open_pack(folder: Path, framing: Framing, workers: int) -> Pack:
     for file in index.files:
         _check_size(folder / file.name, file.bytes)
     if (folder / IMAGES).exists():
-        array, labels = (np.load(folder / name, mmap_mode="r") for name in (IMAGES, LABELS))
-        records: Records = Mapped(array, shown(folder / IMAGES))
+        labels = _load(folder / LABELS)
+        records: Records = Mapped(_load(folder / IMAGES), shown(folder / IMAGES))
     else:
-        rows = np.load(folder / ROWS, mmap_mode="r")
+        rows = _load(folder / ROWS)
         _check_rows(folder, rows, index)
         paths = [folder / file.name for file in index.files if file.name.endswith(".tar")]
         records, labels = Shards(paths, rows), rows["label"]
@@ -86,7 +86,8 @@ def open_pack(folder: Path, framing: Framing, workers: int) -> Pack:
         contents=hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16],
     )
     files = Files(records, framing, workers)
-    return Pack(files, torch.from_numpy(labels.astype(np.int64)), index.classes, found)
+    numbers = torch.from_numpy(labels.astype(np.int64))
+    return Stored(files, numbers, index.classes, lambda: found)
 
 
 def check_pack(folder: Path, progress: Callable[[int], object] = lambda done: None) -> None:
@@ -116,6 +117,15 @@ def _read_index(folder: Path) -> PackIndex:
         raise unusable(path, error) from None
     except ValidationError:
         raise UserError(f"data.root: {shown(path)}: is no index of a pack; restore it") from None
+
+
+def _load(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r")
+    except ValueError as error:
+        raise UserError(
+            f"data.root: {shown(path)}: is no array ({error}); restore it, or pack it again"
+        ) from None
 
 
 def _check_size(path: Path, expected: int) -> None:

@@ -21,7 +21,9 @@ from dist_adv.models.options import ModelOptions
 from dist_adv.options import Real
 from dist_adv.text import said
 
-_OURS = {"in_chans", "num_classes", "pretrained", "weights"}
+# The data give the first two. The others read files, which the metadata of a weights file may not.
+_OURS = {"in_chans", "num_classes", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+_OURS |= {"checkpoint_path", "weights", "weights_backbone"}
 
 
 class _LibraryOptions(ModelOptions):
@@ -36,7 +38,7 @@ class _LibraryOptions(ModelOptions):
     @classmethod
     def _not_ours(cls, args: dict[str, Any]) -> dict[str, Any]:
         for key in args.keys() & _OURS:
-            raise ValueError(f"{key}: is given by the data, or a key of model; leave it out")
+            raise ValueError(f"{key}: the data say it, or model.pretrained; leave it out")
         return args
 
 

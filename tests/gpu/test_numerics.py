@@ -69,7 +69,7 @@ def test_an_evaluation_says_that_it_was_not_tf32(colour, tmp_path):
 def test_a_run_goes_on_bit_for_bit(case, precision, colour, tmp_path):
     """`auto` is bf16, or fp16 with a scaler on older GPUs; from the first batch of three."""
     if CASES[case].sections.get("model"):
-        pytest.importorskip("timm")
+        pytest.importorskip("timm", reason="this case trains a network of timm")
     run = parse_config(settings(case, colour, precision), case)
     train_run(run, tmp_path / "whole", "none")
     first = min((tmp_path / "whole" / "checkpoints").iterdir())

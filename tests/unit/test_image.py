@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageOps, features
 
-from dist_adv.data.image import Unreadable, decode, extensions
+from dist_adv.data.image import Framing, Unreadable, decode, extensions
 
 RAMP = np.linspace(0, 1, 256).reshape(16, 16)
 LEVELS = np.arange(256).reshape(16, 16)
@@ -232,7 +232,7 @@ def test_the_first_of_several_pictures(name, tmp_path):
 def test_very_small_and_very_long(size, tmp_path):
     path = saved(tmp_path / "x.png", Image.new("RGB", size, "white"))
     assert decode(path).shape == (size[1], size[0], 3)
-    assert (decode(path, 16) == np.full((16, 16, 3), 255)).all()
+    assert (decode(path, Framing(16)) == np.full((16, 16, 3), 255)).all()
 
 
 # --- what is not read ----------------------------------------------------------------------------

@@ -179,8 +179,8 @@ def test_what_there_is_none_of():
             build(options, (28, 28))
     with pytest.raises(UserError, match="take 3 channels, and these images have 1; use "):
         build_model(TorchvisionOptions(arch="resnet18"), [0.5], [0.5], CLASSES, 0)
-    for key in ("num_classes", "in_chans"):
-        with pytest.raises(ValueError, match=f"{key}: is given by the data"):
+    for key in ("num_classes", "in_chans", "checkpoint_path"):
+        with pytest.raises(ValueError, match=f"{key}: the data say it"):
             TimmOptions(arch="resnet10t", args={key: 3})
 
 
