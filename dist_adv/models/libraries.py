@@ -149,7 +149,7 @@ def normalisation(
 
 
 def _timm() -> Any:
-    packages.need("timm", "model.name: timm", "dist-adv[timm]")
+    packages.need("timm", "model.name: timm", "'dist-adv[timm]'")
     import timm
 
     return timm

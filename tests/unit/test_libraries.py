@@ -187,7 +187,7 @@ def test_what_there_is_none_of():
 def test_timm_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"timm is not installed; pip install dist-adv\[timm\]"):
+    with pytest.raises(UserError, match=r"timm is not installed; pip install 'dist-adv\[timm\]'"):
         build(TimmOptions(arch="resnet10t"))
 
 
