@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from dist_adv import by_epoch
 from dist_adv.config.explain import explain
 from dist_adv.config.schema import Config, Judged
 from dist_adv.config.yaml_text import parse_yaml
@@ -51,7 +52,7 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     """`top` over `base`, section by section.
 
     A section with another `name` (another method, model or data set) replaces the whole section:
-    the keys of a Free method mean nothing to a Fast one.
+    the keys of a Free method mean nothing to a Fast one. So do values by epoch.
     """
     merged = dict(base)
     for key, value in top.items():
@@ -60,6 +61,7 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
             isinstance(old, dict)
             and isinstance(value, dict)
             and value.get("name", old.get("name")) == old.get("name")
+            and not by_epoch.is_by_epoch(value)
         )
         merged[key] = _merge(old, value) if same_kind else value  # type: ignore[arg-type]
     return merged
@@ -104,7 +106,28 @@ def parse_config(tree: Mapping[str, Any], source: str) -> Config:
 
 
 def parse(tree: Mapping[str, Any], source: str, kind: type[Kind]) -> Kind:
-    """Check a configuration of either kind as `parse_config` does."""
+    """Check a configuration of either kind as `parse_config` does, at every epoch."""
+    try:
+        found = by_epoch.changes(tree) if kind is Config else {}
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    last = _checked(by_epoch.at_the_end(tree) if found else tree, source, kind)
+    if not found or not isinstance(last, Config):
+        return last
+    stages = {}
+    for first in by_epoch.firsts(found):
+        now = by_epoch.with_values(tree, by_epoch.at(found, first))
+        stages[first] = _checked(now, f"{source}: in epoch {first}", Config)
+    late = {key: max(values) for key, values in found.items() if max(values) >= last.train.epochs}
+    for key, epoch in late.items():
+        raise UserError(
+            f"{source}: {key}: changes in epoch {epoch}, counted from 0, and train.epochs is "
+            f"{last.train.epochs}; train longer, or leave that out"
+        )
+    return last.changing(found, stages)
+
+
+def _checked(tree: Mapping[str, Any], source: str, kind: type[Kind]) -> Kind:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:

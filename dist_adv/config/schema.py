@@ -3,10 +3,20 @@
 import math
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, WithJsonSchema, field_validator, model_validator
+from pydantic import (
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from dist_adv import plugins
 from dist_adv.attacks.spec import attack_kind, parse_attack
+from dist_adv.by_epoch import Changes, with_values
 from dist_adv.config.yaml_text import to_yaml
 from dist_adv.data.datasets import DataChoice, DataOptions
 from dist_adv.methods import MethodChoice, find_method
@@ -16,7 +26,7 @@ from dist_adv.text import nearest
 
 SCHEDULE_GROUP = "dist_adv.schedules"
 TRACKER_GROUP = "dist_adv.trackers"
-SCHEDULES = ("cyclic", "multistep", "cosine", "constant")
+SCHEDULES = ("cyclic", "multistep", "cosine", "linear", "constant")
 Minutes = Annotated[Real, Field(gt=0)]
 
 _MAX_EPS = {"linf": 1.0, "l2": 8.0}
@@ -52,10 +62,11 @@ class OptimOptions(Options):
     momentum: of SGD; of AdamW its first beta. decay_norms: false leaves norms and biases, whatever
     has one dimension, without weight decay. clip: the largest norm of all gradients together.
     rise: the share of the run in which the rate of `cyclic` rises; short runs like 0.25.
-    milestones: the shares of the run at which `multistep` divides the rate by ten. warmup: epochs
-    in which any rate but `cyclic` rises to what it would be. floor: the share of `lr` at which
-    `cosine` ends. schedule: cyclic, multistep, cosine, constant, or a reference to a function of
-    the share of the run that is done, in [0, 1], to the share of `lr`.
+    milestones: the shares of the run at which `multistep` divides the rate by ten. points: of
+    `linear`, the share of `lr` at some epochs, {0: 0, 2: 1, 6: 0.1}, with straight lines between
+    them. warmup: epochs in which any rate but `cyclic` rises to what it would be. floor: the share
+    of `lr` at which `cosine` ends. schedule: cyclic, multistep, cosine, linear, constant, or a
+    reference to a function of the share of the run that is done, in [0, 1], to the share of `lr`.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -69,6 +80,7 @@ class OptimOptions(Options):
     schedule: Annotated[str, WithJsonSchema(_SCHEDULE)] = "cyclic"
     rise: Annotated[Real, Field(gt=0, lt=1)] = 0.5
     milestones: list[Annotated[Real, Field(gt=0, lt=1)]] = [0.5, 0.75]
+    points: dict[Annotated[Real, Field(ge=0)], Share] = {}
     warmup: Annotated[Real, Field(ge=0)] = 0.0
     floor: Share = 0.0
     cycle_momentum: bool = False
@@ -96,6 +108,11 @@ class OptimOptions(Options):
             raise ValueError("nesterov: is a way of SGD with momentum; use false")
         if self.floor and self.schedule != "cosine":
             raise ValueError(f"floor: is of cosine, and the schedule is {self.schedule}; use 0")
+        if bool(self.points) != (self.schedule == "linear"):
+            raise ValueError(
+                f"points: {'are of linear' if self.points else 'missing'}, and the schedule is "
+                f"{self.schedule}; give both: schedule=linear and points={{0: 0, 5: 1, 15: 0}}"
+            )
         if self.warmup and self.schedule == "cyclic":
             raise ValueError("warmup: the cyclic rate rises by itself, for optim.rise; use 0")
         return self
@@ -277,8 +294,13 @@ class _File(Options):
         return to_yaml(self.model_dump())
 
 
+def _value(config: "Config", key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
 class Config(_File):
-    """A whole experiment."""
+    """A whole experiment, as it is in its last epoch (`by_epoch`)."""
 
     NEEDS: ClassVar[str] = "method: {name: fast}"
 
@@ -292,6 +314,33 @@ class Config(_File):
     awp: AWPOptions | None = None
     eval: EvalOptions = EvalOptions()
     track: TrackOptions = TrackOptions()
+    _changes: Changes = PrivateAttr(default_factory=dict)
+    _stages: dict[int, "Config"] = PrivateAttr(default_factory=dict)
+
+    @property
+    def stages(self) -> dict[int, "Config"]:
+        """What holds from which epoch on; itself from 0 where nothing is by epoch."""
+        return self._stages or {0: self}
+
+    @property
+    def resizes(self) -> bool:
+        """Whether images have another size in some epochs."""
+        framings = {(each.data.size, each.data.shorter) for each in self.stages.values()}
+        return len(framings) > 1
+
+    def changing(self, changes: Changes, stages: "dict[int, Config]") -> "Config":
+        """Return it as the last of these stages, which `changes` tells apart."""
+        whole = self.model_copy()
+        whole._stages = stages
+        whole._changes = {
+            key: {first: _value(stages[first], key) for first in values}
+            for key, values in changes.items()
+        }
+        return whole
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return with_values(handler(self), self._changes)
 
     @model_validator(mode="after")
     def _method_that_can(self) -> "Config":

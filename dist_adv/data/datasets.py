@@ -156,6 +156,19 @@ class Dataset:
         chosen = images.part(samples) if isinstance(images, Files) else images[samples]
         return replace(self, images=chosen, labels=self.labels[samples])
 
+    def framed(self, options: DataOptions) -> "Dataset":
+        """Return the training split with its pictures made images as these options say.
+
+        Raises UserError where the images are of one size.
+        """
+        framing = options.framing("train")
+        if not isinstance(self.images, Files):
+            raise UserError(f"data.size: the images of {self.name} have one; leave it out")
+        if framing == self.images.framing:
+            return self
+        images = Files(self.images.records, framing, self.images.workers)
+        return replace(self, images=images, crop_padding=_border(images, options))
+
     def statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation a channel, in pixel units of [0, 1]."""
         if self.name in STATISTICS:
@@ -195,17 +208,19 @@ def load_dataset(
     options: DataOptions,
     split: Literal["train", "test"],
     main_process_first: Callable[[], AbstractContextManager[None]] = nullcontext,
+    as_files: bool = False,
 ) -> Dataset:
     """Return the images and labels of a split.
 
     `main_process_first` lets one process a node download and unpack while the others wait.
+    as_files: leave the pictures of folders and packs where they are, to be `framed` anew.
 
     Raises UserError for a folder that is missing, empty or damaged, and for a failed download.
     """
     if options.name == "digits":
         data = _digits(split)
     elif options.name in FOLDERS:
-        data = _folder(split, options)
+        data = _folder(split, options, as_files)
     elif options.name not in NAMES:
         with main_process_first():
             data = _somebodys(options, split)
@@ -315,18 +330,25 @@ def _why_not(folder: Path) -> str:
     return ""
 
 
-def _folder(split: str, options: DataOptions) -> Dataset:
+def _folder(split: str, options: DataOptions, as_files: bool) -> Dataset:
     found = stored(options, split)
-    files, at_random = found.files, found.files.framing.scale is not None
+    files = found.files
+    as_files |= files.framing.scale is not None or files.gigabytes > options.resident_gb
     return Dataset(
         options.name,
-        files if at_random or files.gigabytes > options.resident_gb else files.all(),
+        files if as_files else files.all(),
         found.labels,
         found.classes,
-        crop_padding=0 if at_random else files.shape[-1] // 8,
+        crop_padding=_border(files, options),
         flip=True,
         fingerprint=found.fingerprint(),
     )
+
+
+def _border(files: Files, options: DataOptions) -> int:
+    """Return how wide the borders are that pictures are cropped with; boxes at random need none."""
+    usual = 0 if files.framing.scale else files.shape[-1] // 8
+    return usual if options.crop_padding is None else options.crop_padding
 
 
 def _somebodys(options: DataOptions, split: str) -> Dataset:

@@ -86,6 +86,32 @@ def split(images: int, batch_size: int, drop_last: bool, world_size: int) -> tup
     return batches, (short if short and not drop_last else batch_size) // world_size
 
 
+def count_batches(
+    dataset: Dataset, batch_size: int, drop_last: bool, world_size: int
+) -> tuple[int, int]:
+    """Return what `split` says of a data set; with generated images the last batch is full, too.
+
+    Raises UserError as it does, and where a batch would have no real images, or no generated ones.
+    """
+    images = len(dataset)
+    if _share_of_extra(dataset, batch_size) and not drop_last:
+        images = -(-images // batch_size) * batch_size
+    return split(images, batch_size, drop_last, world_size)
+
+
+def _share_of_extra(dataset: Dataset, batch_size: int) -> int:
+    """Return how many images of a batch are generated. Raises UserError for none, or all."""
+    if dataset.extra is None:
+        return 0
+    share = int(dataset.extra.fraction * batch_size)
+    if not 0 < share < batch_size:
+        raise UserError(
+            f"data.extra.fraction: {dataset.extra.fraction:g} of a batch of {batch_size} is "
+            f"{share} images; a batch needs real and generated ones"
+        )
+    return share
+
+
 _Source = tuple[Tensor, Tensor | None]
 """Pixels, one a row, and which images of them are wanted; or images that are cut and turned."""
 
@@ -107,11 +133,8 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.generated = self._share_of_extra(dataset, batch_size)
-        # With generated images the last batch is full, too.
-        full = -(-len(dataset) // batch_size) * batch_size
-        images = full if self.generated and not drop_last else len(dataset)
-        self.batches, self.smallest_share = split(images, batch_size, drop_last, world_size)
+        self.generated = _share_of_extra(dataset, batch_size)
+        self.batches, _ = count_batches(dataset, batch_size, drop_last, world_size)
         self.dataset, self.batch_size, self.seed, self.device = dataset, batch_size, seed, device
         self.rank, self.world_size = rank, world_size
         _, self.channels, self.height, self.width = dataset.images.shape
@@ -129,19 +152,6 @@ class Loader:
         pixels = area * (batch_size if self.pixels is None else len(dataset))
         # Half the bytes of an int64 index: a batch is gathered in two thirds of the time (CPU).
         self.windows = windows.to(torch.int32 if pixels < 2**31 else torch.int64)
-
-    @staticmethod
-    def _share_of_extra(dataset: Dataset, batch_size: int) -> int:
-        """Return how many images of a batch are generated. Raises UserError for none, or all."""
-        if dataset.extra is None:
-            return 0
-        share = int(dataset.extra.fraction * batch_size)
-        if not 0 < share < batch_size:
-            raise UserError(
-                f"data.extra.fraction: {dataset.extra.fraction:g} of a batch of {batch_size} is "
-                f"{share} images; a batch needs real and generated ones"
-            )
-        return share
 
     def _order(self, epoch: int) -> Tensor:
         """Return the samples of an epoch, one batch behind the other."""

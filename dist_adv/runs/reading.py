@@ -26,6 +26,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from dist_adv import files
+from dist_adv.by_epoch import at_the_end
 from dist_adv.errors import UserError
 from dist_adv.files import Record
 from dist_adv.options import Real
@@ -240,7 +241,7 @@ def read_config(run_dir: Path) -> Mapping[str, Any]:
         raise UserError(f"{path}: not valid YAML ({one_line(error)}); restore the file") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: no mapping of keys; restore the file that training wrote")
-    return _checked(tree, _Configuration, path)
+    return _checked(at_the_end(tree), _Configuration, path)
 
 
 def read_environment(run_dir: Path) -> Mapping[str, Any]:

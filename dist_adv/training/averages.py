@@ -16,11 +16,13 @@ class Average:
     first weights. BatchNorm's running statistics are averaged likewise, each rank's own. Every
     rank computes the same weights, so nothing is sent.
 
-    network: holds the average, and starts as `net` does.
+    network: holds the average, and starts as `net` does. decay: to be set before the first step.
     """
 
-    def __init__(self, network: Classifier, net: TrainNet, decay: float) -> None:
-        self.network, self.decay = network.eval(), decay
+    decay: float
+
+    def __init__(self, network: Classifier, net: TrainNet) -> None:
+        self.network = network.eval()
         network.load_state_dict(net.state_dict())  # a given network's may differ between ranks
         self.average = [*network.parameters(), *statistics(network).values()]
         self.trained = [*net.bare.parameters(), *statistics(net.bare).values()]

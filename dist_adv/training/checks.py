@@ -33,6 +33,17 @@ def check_rows(method: Method[Any]) -> None:
         )
 
 
+def check_pictures(method: Method[Any], shape: Sequence[int]) -> None:
+    """Raise UserError for a method that keeps what has the size of images, (C, H, W)."""
+    for each in method.carried().values():
+        kept = each.rows if isinstance(each, BySample) else getattr(each, "value", None)
+        if kept is not None and tuple(kept.shape[-3:]) == tuple(shape):
+            raise UserError(
+                f"data.size: {method.options.name} keeps perturbations from epoch to epoch, which "
+                f"have one size; give one, or use another method"
+            )
+
+
 def check_strides(accelerator: Accelerator, network: nn.Module, shape: Sequence[int]) -> None:
     """Raise UserError where this CPU computes wrong gradients of a network's weights in bf16.
 

@@ -24,15 +24,22 @@ from dist_adv.distributed.network import compile_network, settle, snapshot, sync
 from dist_adv.distributed.optimizers import set_rates
 from dist_adv.errors import RunFailure, UserError
 from dist_adv.methods import Objective, Task, build_method
+from dist_adv.methods.carried import ByPosition
 from dist_adv.methods.checked import checked_steps
 from dist_adv.models import Classifier, build_model, check_answers, has_batchnorm
 from dist_adv.training.averages import Average
-from dist_adv.training.checks import check_rows, check_statistics, check_strides
+from dist_adv.training.checks import (
+    check_pictures,
+    check_rows,
+    check_statistics,
+    check_strides,
+)
 from dist_adv.training.clock import Clock
 from dist_adv.training.meter import Meter
 from dist_adv.training.nonfinite import NonFinite
 from dist_adv.training.perturbation import WeightPerturbation
 from dist_adv.training.schedule import lr_at, momentum_at
+from dist_adv.training.stages import Stage, Stages
 from dist_adv.training.start import Start, read_start
 
 log = logging.getLogger("dist_adv")
@@ -47,19 +54,9 @@ class Learner:
     """
 
     def __init__(self, config: Config, accelerator: Accelerator, data: Dataset) -> None:
-        self.config, self.accelerator, self.data = config, accelerator, data
+        self.config, self.accelerator, self._data = config, accelerator, data
         train = config.train
-        self.loader = Loader(
-            data,
-            train.batch_size,
-            train.seed,
-            accelerator.device,
-            config.data.augment,
-            config.data.drop_last,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
-        self.threat = build_threat(config.threat.norm, config.threat.eps)
+        self.stages = Stages(config.stages, data, accelerator.num_processes)
         self.method = build_method(config.method, self._task())
         if data.extra:
             check_rows(self.method)
@@ -68,10 +65,11 @@ class Learner:
         self.started_from = start.sha256 if start else None
         network = self._build(start)
         self.copy = copy.deepcopy(network)
-        check_statistics(self.loader.smallest_share, network)
         subject = f"model.name: {config.model.name}"
-        check_answers(self.copy, subject, data.images.shape[1:], len(data.classes))
-        check_strides(accelerator, self.copy, data.images.shape[1:])
+        for shape in self._shapes():
+            check_answers(self.copy, subject, shape, len(data.classes))
+            check_strides(accelerator, self.copy, shape)
+        check_statistics(min(stage.smallest_share for stage in self.stages.all), network)
         if train.sync_batchnorm and not has_batchnorm(network):
             raise UserError("train.sync_batchnorm: the network has no BatchNorm; use false")
         trained = synchronised(accelerator, network) if train.sync_batchnorm else network
@@ -84,15 +82,16 @@ class Learner:
             train.on_nan,
             scaled=accelerator.scaler is not None,
         )
-        self.average = self._average() if config.average else None
+        self.average = Average(copy.deepcopy(self.copy), self.net) if config.average else None
         self.net.average = self.average.network if self.average else None
         self.perturbation = (
             WeightPerturbation(accelerator, self.net, config.awp.gamma) if config.awp else None
         )
         self.clock, self.skipped = Clock(), 0
+        self._begin(self.stages.at(0))
 
     def _task(self) -> Task:
-        data, smoothing = self.data, self.config.train.label_smoothing
+        data, smoothing = self._data, self.config.train.label_smoothing
         return Task(
             loss=partial(F.cross_entropy, label_smoothing=smoothing),
             samples=len(data),
@@ -101,20 +100,62 @@ class Learner:
             device=self.accelerator.device,
         )
 
-    def _average(self) -> Average:
-        assert self.config.average
-        steps = self.config.average.epochs * self.loader.batches * self.method.steps_per_batch
-        return Average(copy.deepcopy(self.copy), self.net, max(0.0, 1 - 1 / steps))
+    def _shapes(self) -> set[torch.Size]:
+        """Return (C, H, W) of the images of each stage. Raises UserError where they have one."""
+        shape = self._data.images.shape[1:]
+        if not self.config.resizes:
+            return {torch.Size(shape)}
+        if self._data.extra:
+            raise UserError("data.size: data.extra's images have one size; leave one of them out")
+        check_pictures(self.method, shape)
+        framed = (self._data.framed(stage.config.data) for stage in self.stages.all)
+        return {torch.Size(data.images.shape[1:]) for data in framed}
+
+    def enter(self, epoch: int) -> None:
+        """Make ready for an epoch, counted from 0. Every rank calls this."""
+        stage = self.stages.at(epoch)
+        if stage is self.stage:
+            return
+        before = self.loader.batch_size, self.data.images.shape[1:]
+        self._begin(stage)
+        if before == (self.loader.batch_size, self.data.images.shape[1:]):
+            return
+        for each in self.method.carried().values():
+            if isinstance(each, ByPosition):
+                each.rows = None  # of batches of another size
+        if self.config.train.compile != "none":
+            torch.compiler.reset()  # code for another size takes memory
+
+    def _begin(self, stage: Stage) -> None:
+        """Take the images, batches, ball and attack of a stage."""
+        self.stage, config = stage, stage.config
+        self.data = self._data.framed(config.data) if self.config.resizes else self._data
+        self.loader = Loader(
+            self.data,
+            config.train.batch_size,
+            config.train.seed,
+            self.accelerator.device,
+            config.data.augment,
+            config.data.drop_last,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        self.threat = build_threat(config.threat.norm, config.threat.eps)
+        self.method.options = config.method
+        if self.average and config.average:
+            steps = config.average.epochs * stage.batches * self.method.steps_per_batch
+            self.average.decay = max(0.0, 1 - 1 / steps)
 
     def _build(self, start: Start | None) -> Classifier:
-        mean, std = start.normalisation if start else self.data.statistics()
+        data = self._data
+        mean, std = start.normalisation if start else data.statistics()
         model = build_model(
             self.config.model,
             mean,
             std,
-            self.data.classes,
+            data.classes,
             self.config.train.seed,
-            self.data.images.shape[2:],
+            data.images.shape[2:],
             pretrained=start is None,
         )
         if start:
@@ -125,7 +166,7 @@ class Learner:
     def total_steps(self) -> int:
         """Optimiser steps that the schedule spans: epochs x batches x replays, or max_steps."""
         train, per_batch = self.config.train, self.method.steps_per_batch
-        planned = train.epochs * self.loader.batches * per_batch
+        planned = round(self.stages.batches_until(train.epochs)) * per_batch
         if train.max_steps is None:
             return planned
         return min(planned, math.ceil(train.max_steps / per_batch) * per_batch)
@@ -181,9 +222,10 @@ class Learner:
 
     def lr_and_momentum(self, step: int) -> tuple[float, float]:
         """Return those of an optimiser step, counted from 0."""
-        optim, total = self.config.optim, self.total_steps
-        warmup = optim.warmup * self.loader.batches * self.method.steps_per_batch
-        shape = optim.rise, warmup, optim.milestones, optim.floor
+        optim, total, per_batch = self.config.optim, self.total_steps, self.method.steps_per_batch
+        warmup = self.stages.batches_until(optim.warmup) * per_batch
+        epoch = self.stages.epochs_after(step / per_batch)
+        shape = optim.rise, warmup, optim.milestones, optim.floor, optim.points, epoch
         return (
             lr_at(optim.schedule, optim.lr, step, total, *shape),
             momentum_at(optim.momentum, optim.cycle_momentum, step, total, optim.rise),
@@ -216,7 +258,9 @@ class Learner:
         if trouble is None or trouble.count == self.skipped:
             return
         step = self.clock.step - self.nonfinite.seen + trouble.first
-        epoch, batch = divmod((step - 1) // self.method.steps_per_batch, self.loader.batches)
+        number = (step - 1) // self.method.steps_per_batch
+        epoch = int(self.stages.epochs_after(number))
+        batch = round(number - self.stages.batches_until(epoch))
         ranks = ", ".join(map(str, trouble.ranks))
         what = f"the loss of rank {ranks}" if ranks else "a gradient"
         where = f"at optimiser step {step} (epoch {epoch + 1}, batch {batch + 1})"

@@ -4,7 +4,9 @@ No scheduler object: nothing to save, nothing that Accelerate would step once a 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from dist_adv import plugins
 from dist_adv.config.schema import SCHEDULE_GROUP, SCHEDULES
@@ -19,15 +21,18 @@ def lr_at(
     warmup: float = 0.0,
     milestones: Sequence[float] = (0.5, 0.75),
     floor: float = 0.0,
+    points: Mapping[float, float] | None = None,
+    epoch: float = 0.0,
 ) -> float:
-    """Learning rate of update number `step` (from 0) of `total`.
+    """Learning rate of update number `step` (from 0) of `total`, which is `epoch` epochs on.
 
     warmup: updates over which any rate but the cyclic one rises by equal parts to what it is
     without; the cosine is over the rest, and ends at the share `floor` of the peak.
 
     cyclic: a triangle, 0 -> peak -> 0, which rises for the share `rise` of the run (Wong et al.
     2020, torch's CyclicLR: one half); the first update has rate 0. multistep: x 0.1 at each of the
-    milestones, which are shares of the run (half and three quarters: their alternative).
+    milestones, which are shares of the run (half and three quarters: their alternative). linear:
+    straight lines between `points`, shares of the peak by epoch.
     """
     done = step / total
     if schedule == "cyclic":
@@ -40,6 +45,10 @@ def lr_at(
     if schedule == "cosine":
         share = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (total - warmup)))
         return peak * (floor + (1 - floor) * share)
+    if schedule == "linear":
+        assert points
+        at = sorted(points)
+        return peak * float(np.interp(epoch, at, [points[each] for each in at]))
     if schedule not in SCHEDULES:
         return peak * plugins.find(schedule, SCHEDULE_GROUP, {})(done)
     return peak

@@ -137,8 +137,8 @@ def check_images(learner: Learner, kept: Kept, saved: Checkpoint, path: Path, in
 
     Raises UserError.
     """
-    clock, batches = saved.state["clock"], learner.loader.batches
-    done = clock["epoch"] * batches + clock["batch"]
+    clock, batches = saved.state["clock"], learner.stages.at(saved.state["clock"]["epoch"]).batches
+    done = learner.stages.batches_until(clock["epoch"]) + clock["batch"]
     fits = clock["step"] == done * learner.method.steps_per_batch and clock["batch"] <= batches
     before = saved.state.get("images", {})  # an older version's checkpoint has none
     changed = what_changed(before, kept.images)
@@ -172,6 +172,7 @@ def restore(learner: Learner, kept: Kept, saved: Checkpoint, path: Path) -> None
             f"{path}: was trained in {before} and train.precision=auto means {now} here; "
             f"go on where {before} is at hand"
         )
+    learner.enter(state["clock"]["epoch"])
     judged = dict(saved.groups["model"])
     weights = dict(saved.groups.get("raw", {})) or judged
     own = state["world_size"] == ranks

@@ -4,6 +4,7 @@
 ranks, a line of metrics, a checkpoint; and at the end of each epoch the curve and the guard.
 """
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dist_adv.config import Config
+from dist_adv.attacks.threat import build as build_threat
+from dist_adv.config import Config, differences
 from dist_adv.data import Batch, Dataset, load_dataset
 from dist_adv.data.extra import with_extra
 from dist_adv.distributed.collectives import check_same_images, main_process_first, on_every
@@ -31,6 +33,8 @@ from dist_adv.training.display import TrainingDisplay
 from dist_adv.training.learner import Learner
 from dist_adv.training.meter import Meter
 from dist_adv.training.state import Kept
+
+log = logging.getLogger("dist_adv")
 
 
 @dataclass(frozen=True)
@@ -71,15 +75,15 @@ class Trainer:
         held_out = config.data.validation
         train, curve_data = train.hold_out(held_out) if held_out else (train, self.test_data)
         self.learner = Learner(config, accelerator, train)
-        threat = self.learner.threat
+        threat = build_threat(config.threat.norm, config.threat.eps)
         curve = Curve(config.eval, curve_data, bool(held_out), threat, accelerator)
         self.kept = Kept(prints, Guard(config.method), curve, torch.zeros(4, dtype=torch.float64))
         self.writer = checkpoint.Writer()
 
     def _load(self) -> tuple[Dataset, Dataset]:
         first = partial(main_process_first, self.accelerator)
-        data = self.config.data
-        return load_dataset(data, "train", first), load_dataset(data, "test", first)
+        data, as_files = self.config.data, self.config.resizes
+        return load_dataset(data, "train", first, as_files), load_dataset(data, "test", first)
 
     @property
     def finished(self) -> bool:
@@ -110,8 +114,14 @@ class Trainer:
         """Yield the batches that are left; none if the checkpoint is of an epoch not closed yet."""
         if self.finished:
             return iter(())
-        clock = self.learner.clock
-        return self.learner.loader.epoch(clock.epoch, start=clock.batch)
+        learner, clock = self.learner, self.learner.clock
+        before = learner.stage
+        learner.enter(clock.epoch)
+        if learner.stage is not before:
+            self.kept.guard.reference = None  # of another ball, attack or size
+            changed = differences(before.config, learner.stage.config)
+            log.info("from epoch %d on: %s", clock.epoch + 1, "; ".join(changed))
+        return learner.loader.epoch(clock.epoch, start=clock.batch)
 
     def between_batches(self, around: Surroundings, meter: Meter) -> None:
         """Agree with the other ranks; log, save and stop where it is time to."""

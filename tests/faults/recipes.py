@@ -26,7 +26,10 @@ from launch import Job, weights_hash
 CONFIGS = Path(__file__).parents[2] / "configs"
 # A few layers of each network.
 SMALL = {
-    "fast-resnet50": ["model.width=4"],
+    "fast-resnet50": [
+        *("model.width=4", "train.epochs=3", "train.batch_size={0: 32, 2: 16}"),
+        *("data.size={0: 32, 1: 48, 2: 64}", "optim.points={0: 0, 1: 1, 3: 0.1}"),
+    ],
     "free-resnet50": ["model.width=4"],
     "pgd3-resnet50": ["model.width=4"],
     "pgd2-convnext-tiny": [

@@ -49,28 +49,37 @@ def reference(
     """
     settings = parse_config(config(case, norm, images, precision, compile, small), case)
     data = load_dataset(settings.data, "train")
-    loader = Loader(data, settings.train.batch_size, TRAIN["seed"], torch.device("cpu"))
     method, loop, _, extras = CASES[case]
+    epochs = settings.train.epochs
+
+    def loader(epoch: int) -> Loader:
+        some, batch_size = data, settings.train.batch_size
+        if extras.batches:
+            batch_size, options = extras.batches[epoch], settings.data
+            resized = options.model_copy(update={"size": extras.sizes[epoch]})
+            some = load_dataset(resized, "train")
+        return Loader(some, batch_size, TRAIN["seed"], torch.device("cpu"))
+
     numbers = torch.get_default_dtype()
     torch.set_default_dtype(first or numbers)
     size = data.images.shape[2:]
     model = build_model(settings.model, *data.statistics(), data.classes, TRAIN["seed"], size)
     torch.set_default_dtype(numbers)
     model.to(numbers)
-    epochs = settings.train.epochs
-    total = epochs * loader.batches * method.get("replays", 1)
+    loaders = [loader(epoch) for epoch in range(epochs)]
+    total = sum(each.batches for each in loaders) * method.get("replays", 1)
     seen = Autocast(model) if precision == "bf16" else model
     run = Recipe(
         seen, settings.threat.eps, settings.optim.lr, total, fused, extras, total // epochs
     )
 
     def batches():
-        for epoch in range(epochs):
-            for run.batch in loader.epoch(epoch):
+        for epoch, each in enumerate(loaders):
+            for run.batch in each.epoch(epoch):
                 batch = run.batch
                 yield batch.x, batch.y, batch.keys
 
-    loop(run, batches(), lambda keys: rng.uniform(keys, (3, 8, 8)))
+    loop(run, batches(), lambda keys: rng.uniform(keys, tuple(run.batch.x.shape[1:])))
     assert run.done == total
     done = run.result()
     return (done.model if isinstance(done, Autocast) else done).state_dict()

@@ -149,6 +149,19 @@ CASES = {
         },
         published.Extras(nesterov=True, cosine_after=0.75, eps_after=1.5),
     ),
+    "stages": Case(
+        {"name": "pgd", "steps": {0: 2, 1: 3}, "alpha": 0.04},
+        published.pgd((2, 3), 0.04, True),
+        {
+            "threat": {"eps": {0: 0.05, 1: 0.1}},
+            "data": {"size": {0: 6, 1: 8}},
+            "optim": {"schedule": "linear", "points": {0: 0.2, 0.5: 1, 2: 0}},
+            "train": {"batch_size": {0: 16, 1: 8}, "epochs": 2},
+        },
+        published.Extras(
+            batches=(16, 8), sizes=(6, 8), eps=(0.05, 0.1), rates=((0, 0.5, 2), (0.2, 1, 0))
+        ),
+    ),
     "average": Case(
         {"name": "free", "replays": 3},
         published.free(3),

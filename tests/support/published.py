@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,6 +36,11 @@ class Extras:
     awp: float | None = None
     awp_after: int = 0
     average: float | None = None  # horizon
+    # Epoch by epoch: batch sizes, sizes of images, radii; and the rate's straight lines.
+    batches: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
+    eps: tuple[float, ...] = ()
+    rates: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # epochs, shares of lr
 
 
 NO_EXTRAS = Extras()
@@ -86,6 +92,8 @@ class Recipe:
 
     @property
     def eps(self) -> float:
+        if self.extras.eps:
+            return self.extras.eps[self.batch.when.epoch]
         return self.step_size(self.full_eps)
 
     def step_size(self, alpha: float) -> float:
@@ -95,6 +103,9 @@ class Recipe:
 
     def rate(self) -> float:
         t, half, warm = self.done, self.total / 2, self.extras.cosine_after
+        if self.extras.rates:
+            when = self.batch.when
+            return self.lr * np.interp(when.epoch + when.batch / when.batches, *self.extras.rates)
         if warm is None:
             return self.lr * (t / half if t <= half else (self.total - t) / half)
         warm *= self.epoch
@@ -157,8 +168,10 @@ def natural(run: Recipe, batches: Iterable, noise: Callable) -> None:
         run.update(lambda x=x, y=y: run.cross_entropy(run.model(x), y))
 
 
-def pgd(steps: int, alpha: float, random: bool, mode: str = "train") -> Callable:
-    """Algorithm 1, whose attack some run in eval mode."""
+def pgd(
+    steps: int | tuple[int, ...], alpha: float, random: bool, mode: str = "train"
+) -> Callable:
+    """Algorithm 1, whose attack some run in eval mode, and some with other steps in each epoch."""
 
     def loop(run: Recipe, batches: Iterable, noise: Callable) -> None:
         for x, y, keys in batches:
@@ -166,7 +179,8 @@ def pgd(steps: int, alpha: float, random: bool, mode: str = "train") -> Callable
             if random:
                 delta = clamp(-run.eps + 2 * run.eps * noise(keys), -x, 1 - x)
             run.model.train(mode == "train")
-            for _ in range(steps):
+            now = steps if isinstance(steps, int) else steps[run.batch.when.epoch]
+            for _ in range(now):
                 delta = delta + run.step_size(alpha) * run.gradient(x, delta, y).sign()
                 delta = clamp(clamp(delta, -run.eps, run.eps), -x, 1 - x)
             run.model.train()
