@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dist_adv.errors import UserError
+from dist_adv.text import pixels
 
 KEYS = (
     "data.size",
@@ -64,6 +65,15 @@ def with_values(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str,
         section, name = key.split(".")
         changed[section] = {**changed[section], name: value}
     return changed
+
+
+def told(found: Changes, first: int) -> str:
+    """Return what changes in an epoch, as it is typed: data.size=224, threat.eps=4/255."""
+    now = {key: values[first] for key, values in found.items() if first in values}
+    return ", ".join(
+        f"{key}={pixels(value) if isinstance(value, float) else value}"
+        for key, value in now.items()
+    )
 
 
 def at(found: Changes, epoch: int) -> dict[str, Any]:

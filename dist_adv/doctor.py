@@ -5,6 +5,7 @@ heavy is imported before it is looked at. Nothing is written.
 """
 
 import json
+import math
 import os
 import platform
 import resource
@@ -391,18 +392,23 @@ def _steps(config: Config) -> Finding:
     from dist_adv.attacks.threat import build as build_threat
     from dist_adv.data.loader import split
     from dist_adv.methods.cost import cost_of
-    from dist_adv.plan.measure import SETS, blank_network
+    from dist_adv.plan.measure import SETS, blank_network, parts_of
     from dist_adv.training.checks import check_statistics
 
-    train, images = config.train, SETS[config.data.name]
+    train, images, steps = config.train, SETS[config.data.name], []
+    replays = cost_of(config.method, build_threat(config.threat.norm, config.threat.eps)).steps
     try:
         count = images.n - config.data.validation
-        batches, smallest = split(count, train.batch_size, config.data.drop_last, world_size=1)
-        check_statistics(smallest, blank_network(config, images))
+        network = blank_network(config, images)
+        for part in parts_of(config):
+            size, drop_last = part.train.batch_size, part.data.drop_last
+            batches, smallest = split(count, size, drop_last, world_size=1)
+            check_statistics(smallest, network)
+            steps.append((part.train.epochs, batches))
     except UserError as error:
         return Finding("steps", str(error), "problem")
-    replays = cost_of(config.method, build_threat(config.threat.norm, config.threat.eps)).steps
-    found = f"{train.epochs * batches * replays}: {train.epochs} epochs of {batches} batches"
+    found = ", then ".join(f"{epochs} epochs of {batches} batches" for epochs, batches in steps)
+    found = f"{sum(math.prod(each) for each in steps) * replays}: {found}"
     found += f", {replays} times each" if replays > 1 else ""
     found += f"; train.max_steps ends it at {train.max_steps}" if train.max_steps else ""
     return Finding("steps", found)

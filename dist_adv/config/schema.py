@@ -328,6 +328,11 @@ class Config(_File):
         framings = {(each.data.size, each.data.shorter) for each in self.stages.values()}
         return len(framings) > 1
 
+    @property
+    def changes(self) -> Changes:
+        """What is by epoch."""
+        return self._changes
+
     def changing(self, changes: Changes, stages: "dict[int, Config]") -> "Config":
         """Return it as the last of these stages, which `changes` tells apart."""
         whole = self.model_copy()

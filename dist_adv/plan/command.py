@@ -13,6 +13,7 @@ from rich.table import Table
 
 from dist_adv import files
 from dist_adv.bench import about
+from dist_adv.by_epoch import told
 from dist_adv.config import Config
 from dist_adv.data.datasets import NAMES
 from dist_adv.distributed import launched
@@ -25,9 +26,9 @@ from dist_adv.plan.measure import (
     measure_link,
     measure_steps,
     without_validation,
-    work_of,
+    works_of,
 )
-from dist_adv.plan.model import Cluster, Link, Row, StepTime, Work, predict
+from dist_adv.plan.model import Cluster, Link, Row, StepTime, Work, predict, total
 from dist_adv.plan.record import plan_record, read_step_times
 from dist_adv.terminal import bar, start_logging
 from dist_adv.text import duration
@@ -76,18 +77,17 @@ def run_plan(config: Config, asked: Asked) -> None:
     # Measured once and perhaps elsewhere: not even an earlier plan is overwritten.
     file = asked.json and files.output_file(asked.json, "--json", lambda content: False)
     images = _images(config, asked)
-    work = work_of(config, images, asked.weak)
-    cluster = _cluster(asked)
+    works, cluster = works_of(config, images, asked.weak), _cluster(asked)
     # What cannot be planned is refused before anything is measured.
-    draft = [predict(work, cluster or Cluster(Link(math.inf)), n) for n in gpus]
+    draft = [predict(work, cluster or Cluster(Link(math.inf)), n) for work in works for n in gpus]
     points, source = _given(config, images, asked)
     if not points or not cluster:
         accelerator = start_accelerator(config.train.precision, config.train.threads)
         start_logging(accelerator.is_main_process)
         if not cluster:
             cluster = Cluster(measure_link(accelerator))
-            # Ranks on CPUs compute and send with the same cores.
-            work = replace(work, overlap=work.overlap and accelerator.device.type == "cuda")
+            if accelerator.device.type == "cpu":  # whose cores compute and send
+                works = [replace(work, overlap=False) for work in works]
         if not points:
             sizes = _sizes([row.local_batch for row in draft])
             with bar(accelerator.is_main_process) as progress:
@@ -98,12 +98,21 @@ def run_plan(config: Config, asked: Asked) -> None:
             source = about(accelerator.device, precision)
         if not accelerator.is_main_process:
             return
-    work = replace(work, step=StepTime.fit(points, work.step.cost))
-    rows = [predict(work, cluster, n) for n in gpus]
-    console = Console()
-    console.print(_table(rows, asked.price))
-    for line in _assumptions(config, work, cluster, points, source):
+    step = StepTime.fit(points, works[-1].step.cost)
+    works = [work.timed(step) for work in works]
+    parts = [[predict(work, cluster, n) for work in works] for n in gpus]
+    rows, console = [total(each) for each in parts], Console()
+    for title, of_part in zip(_titles(config), zip(*parts, strict=True), strict=True):
+        if title:
+            console.print(title, highlight=False, markup=False)
+        console.print(_table(of_part, asked.price, whole=not title))
+    if len(works) > 1:
+        console.print("all epochs")
+        console.print(_sum(rows, asked.price))
+    for line in _assumptions(config, works[-1], cluster, points, source):
         console.print(line, highlight=False, markup=False)
+    if any(work.area != 1 for work in works):
+        console.print("Steps of other image sizes are taken to need time by the area of an image.")
     if file:  # last, so that a disk that refuses it leaves what was printed
         record = plan_record(config, images, points, source, rows)
         files.replace(file, json.dumps(record, indent=1).encode())
@@ -195,8 +204,20 @@ def _given(config: Config, images: Images, asked: Asked) -> tuple[dict[int, floa
     return points, {"hardware": "given by hand"}
 
 
-def _table(rows: Sequence[Row], price: float | None) -> Table:
-    """Return a column for each number of GPUs."""
+def _titles(config: Config) -> list[str]:
+    """Return what is said of each stage of a run; nothing where it has one."""
+    stages, titles = list(config.stages), [""]
+    if len(stages) > 1:
+        ends = [*stages, config.train.epochs][1:]
+        titles = [
+            f"epochs {first + 1} to {end}: {told(config.changes, first)}"
+            for first, end in zip(stages, ends, strict=True)
+        ]
+    return titles
+
+
+def _table(rows: Sequence[Row], price: float | None, whole: bool = True) -> Table:
+    """Return a column for each number of GPUs. whole: the rows are of a run and not of a part."""
     lines: dict[str, Callable[[Row], str]] = {
         "global batch": lambda row: f"{row.global_batch:,}",
         "images a GPU": lambda row: f"{row.local_batch:,}",
@@ -205,7 +226,7 @@ def _table(rows: Sequence[Row], price: float | None) -> Table:
         "all-reduce, ms": lambda row: f"{1000 * row.all_reduce_s:.1f}",
         "  of it not hidden, ms": lambda row: f"{1000 * row.exposed_s:.1f}",
         "an epoch": lambda row: duration(row.epoch_s),
-        "the run": lambda row: duration(row.run_s),
+        "the run" if whole else "these epochs": lambda row: duration(row.run_s),
         "sent by a GPU, a step, MB": lambda row: f"{row.sent_per_step / 1e6:,.1f}",
         "sent by a GPU, an epoch, GB": lambda row: f"{row.sent_per_epoch / 1e9:,.2f}",
         "images read a second, all": lambda row: f"{row.images_per_s:,.0f}",
@@ -214,6 +235,20 @@ def _table(rows: Sequence[Row], price: float | None) -> Table:
     }
     if price is not None:
         lines["cost"] = lambda row: f"{row.gpu_hours * price:,.2f}"
+    return _columns(rows, lines)
+
+
+def _sum(rows: Sequence[Row], price: float | None) -> Table:
+    """Return what all stages of a run take together."""
+    lines = {
+        "the run": lambda row: duration(row.run_s),
+        "GPU hours": lambda row: f"{row.gpu_hours:,.2f}",
+        **({"cost": lambda row: f"{row.gpu_hours * price:,.2f}"} if price is not None else {}),
+    }
+    return _columns(rows, lines)
+
+
+def _columns(rows: Sequence[Row], lines: Mapping[str, Callable[[Row], str]]) -> Table:
     table = Table("GPUs")
     for row in rows:
         table.add_column(f"{row.gpus:,}", justify="right")

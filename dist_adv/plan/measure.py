@@ -56,11 +56,38 @@ def without_validation(data: DataOptions, images: Images) -> Images:
     return replace(images, n=images.n - data.validation)
 
 
-def work_of(config: Config, images: Images, weak: bool = False) -> Work:
-    """Everything but the step time, of which only the passes are known yet.
+def parts_of(config: Config) -> list[Config]:
+    """Return a configuration for each stage of a run, of as many epochs as it has.
 
-    `predict` then raises UserError for a batch size that the images do not fit.
+    Raises UserError where a number of steps ends a run whose epochs differ.
     """
+    stages, train = config.stages, config.train
+    if len(stages) == 1:
+        return [config]
+    if train.max_steps:
+        raise UserError("train.max_steps: values by epoch are planned by epochs; leave one out")
+    parts = []
+    for (first, stage), end in zip(stages.items(), [*stages, train.epochs][1:], strict=True):
+        update = {"epochs": end - first}
+        parts.append(stage.model_copy(update={"train": stage.train.model_copy(update=update)}))
+    return parts
+
+
+def works_of(config: Config, images: Images, weak: bool = False) -> list[Work]:
+    """Return the work of each stage of a run, but for the step time (`Work.timed`).
+
+    images: as they are at the end. `predict` then raises UserError for a batch size that they do
+    not fit.
+    """
+    works = []
+    for part in parts_of(config):
+        size = part.data.size or images.size
+        work = _work_of(part, replace(images, size=size), weak)
+        works.append(replace(work, area=(size / images.size) ** 2))
+    return works
+
+
+def _work_of(config: Config, images: Images, weak: bool) -> Work:
     train, network = config.train, blank_network(config, images)
 
     def batches(batch: int, gpus: int) -> int:

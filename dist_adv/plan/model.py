@@ -7,7 +7,7 @@ Sizes are in bytes, times in seconds. docs/scaling.md says how to read the resul
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dist_adv.errors import UserError
 from dist_adv.methods.cost import Cost
@@ -89,6 +89,10 @@ class StepTime:
         longer = cost.passes / self.cost.passes
         return StepTime(longer * self.fixed, longer * self.per_image, cost)
 
+    def at_area(self, ratio: float) -> "StepTime":
+        """Return the step on images of so many times as many pixels, as convolutions take it."""
+        return StepTime(self.fixed, ratio * self.per_image, self.cost)
+
     @property
     def backward_share(self) -> float:
         """Share of the step that is the training pass's backward, in which gradients can travel."""
@@ -126,7 +130,8 @@ def exposed(parts: Sequence[int], backward: float, reduce: Callable[[float], flo
 @dataclass(frozen=True)
 class Work:
     """A run. batch: the global batch, or with `weak` a GPU's; overlap: gradients travel while the
-    rest of the backward pass goes on; batches: of a pass, at a global batch and number of GPUs.
+    rest of the backward pass goes on; batches: of a pass, at a global batch and number of GPUs;
+    area: of its images, against those that the step times are of.
     """
 
     step: StepTime
@@ -139,6 +144,11 @@ class Work:
     max_steps: int | None = None
     overlap: bool = True
     weak: bool = False
+    area: float = 1.0
+
+    def timed(self, step: StepTime) -> "Work":
+        """Return it with step times of the last epochs of a run that it is a part of."""
+        return replace(self, step=step.at_cost(self.step.cost).at_area(self.area))
 
 
 @dataclass(frozen=True)
@@ -200,3 +210,9 @@ def predict(work: Work, cluster: Cluster, gpus: int) -> Row:
         efficiency=rate / gpus / (work.batch / work.step.seconds(work.batch)),
         gpu_hours=gpus * steps * step / 3600,
     )
+
+
+def total(parts: Sequence[Row]) -> Row:
+    """Return the last part of a run, with the seconds and GPU hours of all."""
+    run, hours = sum(part.run_s for part in parts), sum(part.gpu_hours for part in parts)
+    return replace(parts[-1], run_s=run, gpu_hours=hours)

@@ -197,7 +197,7 @@ def results(runs: Sequence[Run]) -> Table:
 
 def _settings_of_runs(runs: Sequence[Run]) -> dict[Column, list[Cell]]:
     """Return what need not be told in a row of each run where it is the same for all."""
-    added = [_additions(run.config) for run in runs]
+    added = [_additions(run) for run in runs]
     return {
         **({Column("With"): [Cell(words or "-") for words in added]} if any(added) else {}),
         Column("Model"): [Cell(_model_name(run)) for run in runs],
@@ -210,9 +210,9 @@ def _settings_of_runs(runs: Sequence[Run]) -> dict[Column, list[Cell]]:
     }
 
 
-def _additions(config: Mapping[str, Any]) -> str:
+def _additions(run: Run) -> str:
     """Return what was added to the method, in words; older configurations lack the keys."""
-    added = []
+    config, added = run.config, []
     if average := config.get("average"):
         added.append(f"average of {average['epochs']:g} epochs")
     if awp := config.get("awp"):
@@ -223,6 +223,8 @@ def _additions(config: Mapping[str, Any]) -> str:
         added.append(f"eps warm-up of {ramp:g} epochs")
     if config.get("optim", {}).get("name") == "adamw":
         added.append("AdamW")
+    for first, changes in run.env.get("by_epoch", {}).items():
+        added.append(f"from epoch {int(first) + 1} on {changes}")
     return ", ".join(added)
 
 

@@ -92,6 +92,7 @@ class _Environment(_Section):
     total_steps: int | None = None
     hardware: _Hardware = _Hardware()
     dataset: _DataSet = _DataSet()
+    by_epoch: dict[Annotated[str, Field(pattern="^[0-9]+$")], str] = {}
 
 
 class _Logged(TypedDict):

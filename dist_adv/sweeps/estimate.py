@@ -7,7 +7,7 @@ times, and the passes that a method makes in a step (`plan.StepTime`), give ever
 import itertools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -29,9 +29,9 @@ from dist_adv.plan.measure import (
     count_images,
     measure_steps,
     without_validation,
-    work_of,
+    works_of,
 )
-from dist_adv.plan.model import Cluster, Link, StepTime, Work, predict
+from dist_adv.plan.model import Cluster, Link, StepTime, Work, predict, total
 from dist_adv.sweeps.sweep import Sweep, listing
 from dist_adv.terminal import bar
 from dist_adv.text import duration
@@ -57,11 +57,11 @@ class _Job:
     name: str
     config: Config
     images: Images
-    work: Work
+    works: Sequence[Work]
 
     def seconds(self, natural: StepTime) -> float:
-        step = natural.at_cost(self.work.step.cost)
-        return predict(replace(self.work, step=step), Cluster(Link(math.inf)), 1).run_s
+        alone = Cluster(Link(math.inf))
+        return total([predict(work.timed(natural), alone, 1) for work in self.works]).run_s
 
 
 def show(sweep: Sweep, only: str | None) -> None:
@@ -93,8 +93,8 @@ def estimate(sweep: Sweep) -> Estimate:
         try:
             images = without_validation(config.data, _images(config.data))
             precision = resolve_precision(train.precision, cpu)
-            job = _Job(run.name, config, images, work_of(config, images))
-            job.seconds(job.work.step)  # refuses what does not fit before anything is timed
+            job = _Job(run.name, config, images, works_of(config, images))
+            job.seconds(job.works[-1].step)  # refuses what does not fit before anything is timed
         except UserError as error:
             found.troubles[run.name] = str(error)
             continue
@@ -135,7 +135,7 @@ def _time(jobs: list[_Job], precision: str, threads: int | None) -> tuple[StepTi
     train = config.train.model_copy(update={"compile": "none"})
     natural = config.model_copy(update={"method": NaturalOptions(), "train": train})
     points: dict[int, float] = {}
-    for size in _sizes(max(job.work.batch for job in jobs)):
+    for size in _sizes(max(work.batch for job in jobs for work in job.works)):
         points |= measure_steps(natural, images, [size], accelerator, _ROUNDS)
         if points[size] > _LONG and len(points) > 1:
             break

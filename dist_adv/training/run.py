@@ -10,6 +10,8 @@ import torch
 from accelerate import Accelerator
 
 from dist_adv import files
+from dist_adv.attacks.threat import build as build_threat
+from dist_adv.by_epoch import firsts, told
 from dist_adv.config import Config, longer, parse_config
 from dist_adv.distributed.collectives import check_started_alike, on_main
 from dist_adv.distributed.failures import plain_failures
@@ -155,19 +157,15 @@ def _go_on_from(trainer: Trainer, path: Path, saved: Checkpoint, insist: bool) -
 def _about(trainer: Trainer) -> dict[str, Any]:
     """Return what env.json says of a run besides what it ran on."""
     learner = trainer.learner
-    sources = trainer.config.sources()
+    sources, changes = trainer.config.sources(), trainer.config.changes
+    by_epoch = {str(first): told(changes, first) for first in firsts(changes) if changes}
     return {
         **({"sources": sources} if sources else {}),
         **({"start": learner.started_from} if learner.started_from else {}),
         "precision": precision_of(trainer.accelerator),
         "total_steps": learner.total_steps,
-        "method": describe(
-            trainer.config.method,
-            learner.threat,
-            torch.Size(learner.data.images.shape[1:]),
-            len(learner.data.classes),
-            trainer.config.awp is not None,
-        ),
+        "method": _method(trainer),
+        **({"by_epoch": by_epoch} if by_epoch else {}),
         "dataset": {
             "name": trainer.config.data.name,
             "train": len(learner.data),
@@ -175,6 +173,21 @@ def _about(trainer: Trainer) -> dict[str, Any]:
             "classes": learner.data.classes,
         },
     }
+
+
+def _method(trainer: Trainer) -> dict[str, Any]:
+    """Describe the method; where it is by epoch its passes are the mean, by area at the end."""
+    config, data = trainer.config, trainer.learner.data
+    about, passes = {}, 0.0
+    shape = torch.Size(data.images.shape[1:])
+    for stage in trainer.learner.stages.all:
+        threat = build_threat(stage.config.threat.norm, stage.config.threat.eps)
+        perturbed = stage.config.awp is not None
+        about = describe(stage.config.method, threat, shape, len(data.classes), perturbed)
+        area = (stage.config.data.size or 1) / (config.data.size or 1)
+        share = (min(stage.end, config.train.epochs) - stage.first) / config.train.epochs
+        passes += about["passes"] * area**2 * share
+    return about | {"passes": round(passes, 4)}
 
 
 def _open(

@@ -15,7 +15,8 @@ import torch
 from accelerate import Accelerator
 
 from dist_adv.attacks.threat import build as build_threat
-from dist_adv.config import Config, differences
+from dist_adv.by_epoch import told
+from dist_adv.config import Config
 from dist_adv.data import Batch, Dataset, load_dataset
 from dist_adv.data.extra import with_extra
 from dist_adv.distributed.collectives import check_same_images, main_process_first, on_every
@@ -119,8 +120,8 @@ class Trainer:
         learner.enter(clock.epoch)
         if learner.stage is not before:
             self.kept.guard.reference = None  # of another ball, attack or size
-            changed = differences(before.config, learner.stage.config)
-            log.info("from epoch %d on: %s", clock.epoch + 1, "; ".join(changed))
+            changed = told(self.config.changes, clock.epoch)
+            log.info("from epoch %d on: %s", clock.epoch + 1, changed)
         return learner.loader.epoch(clock.epoch, start=clock.batch)
 
     def between_batches(self, around: Surroundings, meter: Meter) -> None:

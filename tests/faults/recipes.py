@@ -68,6 +68,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=2, help="of each recipe")
     parser.add_argument("--seed", type=int, default=random.randrange(2**16))
+    parser.add_argument("--only", help="this recipe, by the name of its file")
     parser.add_argument("--record", type=Path, help="write the table here, too")
     asked = parser.parse_args()
     dice, rows = random.Random(asked.seed), []
@@ -75,7 +76,7 @@ def main() -> int:
         folder = Path(name)
         told = prepare(folder)
         for path in sorted(path for kind in told for path in (CONFIGS / kind).glob("*.yaml")):
-            if path.stem == "base":
+            if path.stem == "base" or asked.only not in (None, path.stem):
                 continue
             arguments = (*SHORT, *told[path.parent.name], *SMALL[path.stem])
             whole, killed = folder / f"{path.stem}-whole", folder / f"{path.stem}-killed"

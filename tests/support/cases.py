@@ -157,9 +157,14 @@ CASES = {
             "data": {"size": {0: 6, 1: 8}},
             "optim": {"schedule": "linear", "points": {0: 0.2, 0.5: 1, 2: 0}},
             "train": {"batch_size": {0: 16, 1: 8}, "epochs": 2},
+            "average": {"epochs": 0.2},
         },
         published.Extras(
-            batches=(16, 8), sizes=(6, 8), eps=(0.05, 0.1), rates=((0, 0.5, 2), (0.2, 1, 0))
+            average=0.2,
+            batches=(16, 8),
+            sizes=(6, 8),
+            eps=(0.05, 0.1),
+            rates=((0, 0.5, 2), (0.2, 1, 0)),
         ),
     ),
     "average": Case(

@@ -132,7 +132,8 @@ class Recipe:
             torch.nn.utils.clip_grad_norm_(weights, extras.clip)
         self.optimizer.step()
         if extras.average is not None:
-            decay = 1 - 1 / (extras.average * self.epoch)
+            epoch = self.batch.when.batches if extras.batches else self.epoch
+            decay = 1 - 1 / (extras.average * epoch)
             d = min(decay, (1 + self.done) / (10 + self.done))
             now = self.model.state_dict()
             for name, mean in self.averaged.state_dict().items():
@@ -168,9 +169,7 @@ def natural(run: Recipe, batches: Iterable, noise: Callable) -> None:
         run.update(lambda x=x, y=y: run.cross_entropy(run.model(x), y))
 
 
-def pgd(
-    steps: int | tuple[int, ...], alpha: float, random: bool, mode: str = "train"
-) -> Callable:
+def pgd(steps: int | tuple[int, ...], alpha: float, random: bool, mode: str = "train") -> Callable:
     """Algorithm 1, whose attack some run in eval mode, and some with other steps in each epoch."""
 
     def loop(run: Recipe, batches: Iterable, noise: Callable) -> None:

@@ -1,7 +1,7 @@
 """Values that change from epoch to epoch: how they are written, kept, and what refuses them."""
 
 import json
-import logging
+import math
 from pathlib import Path
 
 import pytest
@@ -9,8 +9,10 @@ import torch
 
 from dist_adv.by_epoch import at_the_end
 from dist_adv.config import Config, load_config, parse_config, training_differences
-from dist_adv.data import Dataset, Loader
+from dist_adv.data import Dataset, Loader, load_dataset
 from dist_adv.errors import UserError
+from dist_adv.plan.measure import Images, cost, works_of
+from dist_adv.plan.model import Cluster, Link, StepTime, predict, total
 from dist_adv.runs.reading import read_config
 from dist_adv.training.run import train_run
 from dist_adv.training.schedule import lr_at
@@ -71,7 +73,7 @@ def test_a_run_goes_on_with_none_of_it_changed():
     assert training_differences(parsed(), other) == ["data.size.2: 32 -> 24"]
     assert training_differences(parsed(), parsed(train={"epochs": 5})) == []
     lines = [parsed(optim={"schedule": "linear", "points": {0: 1, 4: end}}) for end in (0, 0.5)]
-    assert training_differences(*lines) == ["optim.points.4: 0 -> 0.5"]
+    assert training_differences(*lines) == ["optim.points.4.0: 0.0 -> 0.5"]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,11 @@ def test_batches_and_epochs_of_stages():
         for batch in range(each):
             number = stages.batches_until(epoch) + batch
             assert stages.epochs_after(number) == pytest.approx(epoch + batch / each)
-    with pytest.raises(UserError, match="leaves a rank|the last batch has 4 images for 8 ranks"):
+    two = parsed(train={"batch_size": {0: 64, 3: 20}}).stages
+    longer = Stages({0: two[0], 3: two[3]}, data, ranks=1)
+    assert longer.batches_until(4) == 3 * 2 + 5
+    assert [longer.epochs_after(batches) for batches in (5, 6, 11)] == [2.5, 3, 4]
+    with pytest.raises(UserError, match="the last batch has 4 images for 8 ranks"):
         Stages(parsed().stages, data, ranks=8)
 
 
@@ -143,17 +149,19 @@ def test_perturbations_of_batches_of_another_size_start_at_zero(images, tmp_path
     assert same == [True, False, False, True, False, False, False]
 
 
-def test_a_change_is_told_and_the_guard_compares_like_with_like(images, tmp_path, caplog):
-    caplog.set_level(logging.INFO, "dist_adv")
-    config = config_of(
-        images,
-        method={"name": "fast", "guard": "warn"},
-        threat={"eps": {0: "0.1/255", 1: "16/255"}},
-        train={"epochs": 2},
-    )
+@pytest.mark.parametrize(("eps", "compared"), [({0: 0.01, 1: 0.1}, False), (0.1, True)])
+def test_a_change_is_told_and_the_guard_compares_like_with_like(eps, compared, images, tmp_path):
+    """Of the last epoch before nothing is left to compare with."""
+    config = config_of(images, method={"name": "fast"}, threat={"eps": eps})
     train_run(config, tmp_path / "run", "none")
-    assert "from epoch 2 on: threat.eps: 0.000392" in caplog.text
-    assert "catastrophic" not in caplog.text
+    told = "from epoch 2 on: threat.eps=0.1" in (tmp_path / "run" / "log.txt").read_text()
+    assert told is not compared
+    first, last = (
+        json.loads((path / "state.json").read_text())["guard"]
+        for path in sorted((tmp_path / "run" / "checkpoints").iterdir())
+    )
+    assert first is None
+    assert (last is None) is not compared
 
 
 @pytest.mark.parametrize(
@@ -173,8 +181,6 @@ def test_what_has_one_size_is_refused(images, tmp_path, sections, line):
 
 def test_images_of_a_stage_are_those_of_its_size(images):
     """As they are where a run has no other: crops with borders, and boxes at random."""
-    from dist_adv.data import load_dataset
-
     for more in ({}, {"crop_scale": [0.3, 1]}):
         changing = config_of(images, data={"size": {0: 6, 1: 8}, **more})
         whole = load_dataset(changing.data, "train", as_files=changing.resizes)
@@ -187,3 +193,35 @@ def test_images_of_a_stage_are_those_of_its_size(images):
             )
             assert ours.shape[-1] == size
             assert torch.equal(ours, theirs)
+
+
+def test_a_plan_adds_up_the_stages():
+    """Steps of as many passes, on images of as much area, as each stage has."""
+    config, images = parsed(), Images(1000, 3, 32, 10)
+    step = StepTime(0.001, 0.002, cost(config))  # PGD-3 at 32 pixels, nine passes
+    works = [work.timed(step) for work in works_of(config, images)]
+    rows = [predict(work, Cluster(Link(math.inf)), 1) for work in works]
+    assert [work.epochs for work in works] == [1, 1, 2]
+    fixed, image = 5 / 9 * 0.001, 5 / 9 * 0.002  # PGD-1's
+    expected = [
+        16 * (fixed + 64 * image / 4),
+        32 * (fixed + 32 * image / 4),
+        2 * 32 * (0.001 + 32 * 0.002),
+    ]
+    assert [row.run_s for row in rows] == pytest.approx(expected)
+    assert total(rows).run_s == pytest.approx(sum(expected))
+    assert total(rows).gpu_hours == pytest.approx(sum(expected) / 3600)
+    with pytest.raises(UserError, match=r"train\.max_steps"):
+        works_of(parsed(train={"max_steps": 5}), images)
+
+
+def test_a_run_records_what_changed_and_what_it_cost(images, tmp_path):
+    steps = {"name": "pgd", "steps": {0: 1, 1: 3}, "alpha": 0.04}
+    config = config_of(images, method=steps, data={"size": {0: 4, 1: 8}})
+    train_run(config, tmp_path / "run", "none")
+    about = json.loads((tmp_path / "run" / "env.json").read_text())
+    assert about["by_epoch"] == {
+        "0": "data.size=4, method.steps=1",
+        "1": "data.size=8, method.steps=3",
+    }
+    assert about["method"]["passes"] == (5 / 4 + 9) / 2  # a mean of two epochs
