@@ -397,7 +397,8 @@ def _steps(config: Config) -> Finding:
     train, images = config.train, SETS[config.data.name]
     try:
         count = images.n - config.data.validation
-        batches, smallest = split(count, train.batch_size, config.data.drop_last, world_size=1)
+        mixes = config.data.augmentation().mixes
+        batches, smallest = split(count, train.batch_size, config.data.drop_last, 1, mixes)
         check_statistics(smallest, blank_network(config, images))
     except UserError as error:
         return Finding("steps", str(error), "problem")

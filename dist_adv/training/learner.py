@@ -58,6 +58,7 @@ class Learner:
             config.data.drop_last,
             accelerator.process_index,
             accelerator.num_processes,
+            config.data.augmentation(),
         )
         self.threat = build_threat(config.threat.norm, config.threat.eps)
         self.method = build_method(config.method, self._task())
@@ -165,7 +166,7 @@ class Learner:
             if self.average:
                 self.average.update(self.clock.step)
             self.clock.step += 1
-            meter.add(out, batch.y)
+            meter.add(out, batch.labels)
 
     def _perturbed(self, objective: Objective, batch: Batch) -> AbstractContextManager[None]:
         awp = self.config.awp
