@@ -70,7 +70,7 @@ class Augmentation:
 
     def _mixture(self, key: int, size: torch.Size) -> tuple[float, "Box | None"]:
         """Return the share that images keep, and for CutMix the box that they do not."""
-        dice = random.Random(rng.stream_key("mix", key) % 2**64)  # of -1 it makes that of 1
+        dice = random.Random(rng.stream_key("mix", key))
         cut = dice.random() < 0.5 if self.mixup and self.cutmix else bool(self.cutmix)
         alpha = self.cutmix if cut else self.mixup
         share = dice.betavariate(alpha, alpha)

@@ -49,7 +49,13 @@ def reference(
     """
     settings = parse_config(config(case, norm, images, precision, compile, small), case)
     data = load_dataset(settings.data, "train")
-    loader = Loader(data, settings.train.batch_size, TRAIN["seed"], torch.device("cpu"))
+    loader = Loader(
+        data,
+        settings.train.batch_size,
+        TRAIN["seed"],
+        torch.device("cpu"),
+        augmentation=settings.data.augmentation(),
+    )
     method, loop, _, extras = CASES[case]
     numbers = torch.get_default_dtype()
     torch.set_default_dtype(first or numbers)
