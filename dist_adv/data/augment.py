@@ -179,7 +179,7 @@ def erased(keys: Tensor, share: float, size: torch.Size) -> Tensor:
     draws = rng.uniform(rng.substream(keys, "erase"), (1 + 4 * _TRIES,)).double()
     area, aspect, row, column = draws[:, 1:].view(-1, _TRIES, 4).unbind(2)
     area = (_AREA[0] + (_AREA[1] - _AREA[0]) * area) * (height * width)
-    aspect = _ASPECTS.to(keys.device)[(aspect * len(_ASPECTS)).long()]
+    aspect = _ASPECTS.to(keys.device, non_blocking=True)[(aspect * len(_ASPECTS)).long()]
     h, w = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
     fits = (h < height) & (w < width)
     top, left = (row * (height - h + 1)).long(), (column * (width - w + 1)).long()
