@@ -34,9 +34,11 @@ from dist_adv.data.augment import Augmentation, crop_shift, cut_box, erased, jit
 from dist_adv.data.extra import with_extra
 from dist_adv.data.image import TRIES
 from dist_adv.data.randaugment import RandAugment, apply, operations
+from dist_adv.doctor import _steps
 from dist_adv.errors import UserError
 from dist_adv.methods.registry import find_method, own_methods
 from dist_adv.models import build_model
+from dist_adv.plan.measure import SETS, work_of
 from dist_adv.training.learner import Learner
 from dist_adv.training.meter import Meter
 
@@ -664,6 +666,17 @@ def test_batches_without_pairs_are_refused(images, size, ranks, drop_last, line)
         return
     with pytest.raises(UserError, match=line):
         all_batches()
+
+
+def test_plan_and_doctor_foresee_it():
+    settings = config(data={"mixup": 0.8}, train={"batch_size": 128})  # 50,000 images: the last 80
+    plan = work_of(settings, SETS["cifar10"])
+    assert plan.batches(128, 8) == 391
+    with pytest.raises(UserError, match="on 3 ranks; use a multiple of 6"):
+        plan.batches(128, 3)
+    assert _steps(settings).level == "ok"
+    odd = config(data={"mixup": 0.8}, train={"batch_size": 129})
+    assert "cannot be mixed in pairs" in _steps(odd).found
 
 
 def test_images_that_cannot_be_augmented_so_are_refused(tmp_path):
