@@ -100,16 +100,16 @@ def split(
 
 def _check_pairs(batch_size: int, short: int, world_size: int) -> None:
     """Raise UserError where a rank would have to ask another for an image to mix with."""
-    pairs = 2 * world_size
+    pairs, ranks = 2 * world_size, f"{world_size} rank{'s'[: world_size > 1]}"
     if batch_size % pairs:
         raise UserError(
             f"train.batch_size: {batch_size} images cannot be mixed in pairs (data.mixup, "
-            f"data.cutmix) on {world_size} ranks; use a multiple of {pairs}"
+            f"data.cutmix) on {ranks}; use a multiple of {pairs}"
         )
     if short % pairs:
         raise UserError(
             f"data.drop_last: the last batch has {short} images, which cannot be mixed in pairs "
-            f"(data.mixup, data.cutmix) on {world_size} ranks; set data.drop_last=true"
+            f"(data.mixup, data.cutmix) on {ranks}; set data.drop_last=true"
         )
 
 

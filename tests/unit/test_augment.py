@@ -648,7 +648,7 @@ def test_wong_s_guard_is_refused():
 @pytest.mark.parametrize(
     ("images", "size", "ranks", "drop_last", "line"),
     [
-        (48, 15, 1, True, r"train.batch_size: 15 images .* on 1 ranks; use a multiple of 2"),
+        (48, 15, 1, True, r"train.batch_size: 15 images .* on 1 rank; use a multiple of 2"),
         (48, 6, 2, False, r"train.batch_size: 6 images .* on 2 ranks; use a multiple of 4"),
         (45, 16, 1, False, "data.drop_last: the last batch has 13 images, .* data.drop_last=true"),
         (42, 16, 4, False, "data.drop_last: the last batch has 10 images, .* data.drop_last=true"),
