@@ -399,10 +399,10 @@ def _steps(config: Config) -> Finding:
     replays = cost_of(config.method, build_threat(config.threat.norm, config.threat.eps)).steps
     try:
         count = images.n - config.data.validation
-        network = blank_network(config, images)
+        network, mixes = blank_network(config, images), config.data.augmentation().mixes
         for part in parts_of(config):
             size, drop_last = part.train.batch_size, part.data.drop_last
-            batches, smallest = split(count, size, drop_last, world_size=1)
+            batches, smallest = split(count, size, drop_last, 1, mixes)
             check_statistics(smallest, network)
             steps.append((part.train.epochs, batches))
     except UserError as error:

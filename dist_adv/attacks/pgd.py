@@ -77,7 +77,7 @@ def _dlr(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Return a loss a sample, (n,)."""
+    """Return a loss a sample, (n,). y: labels (n,), or probabilities (n, classes)."""
     return F.cross_entropy(logits, y, reduction="none")
 
 
@@ -130,7 +130,7 @@ def ascend(
 
     Args:
         model: frozen, in whatever mode (train, as in the papers) and precision it is in.
-        x: images (n, C, H, W) in [0, 1]; y: their labels (n,).
+        x: images (n, C, H, W) in [0, 1]; y: their labels (n,), or probabilities (n, classes).
         delta: where the ascent starts, of the shape of x.
         threat: the ball.
         steps: how many gradients are taken.

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from datetime import date
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -88,7 +88,10 @@ def _elsewhere(place: list[str], tree: Mapping[str, Any], kind: type[Config | Ju
         return f"; did you mean {' or '.join(map(repr, homes))}?"
     section: Any = known
     for part in place[:-1]:
-        section = getattr(section, part, section)  # one of several kinds has its kind there
+        inner = getattr(section, part, section)  # one of several kinds has its kind there
+        if inner is None:  # a section that is there only where it is asked for
+            inner = get_args(type(section).model_fields[part].annotation)[0].model_construct()
+        section = inner
     return nearest(place[-1], list(type(section).model_fields))
 
 

@@ -364,6 +364,23 @@ class Config(_File):
             raise ValueError(f"average: {name} needs averaged weights; set average.epochs=4")
         return self
 
+    @model_validator(mode="after")
+    def _mixed_labels(self) -> "Config":
+        if not self.data.augmentation().mixes:
+            return self
+        key = "mixup" if self.data.mixup else "cutmix"
+        if not find_method(self.method.name).soft_labels:
+            raise ValueError(
+                f"data.{key}: makes labels probabilities, which {self.method.name} cannot learn "
+                f"from; use 0, or another method"
+            )
+        if self.method.guard != "none" and self.method.guard_rule == "wong":
+            raise ValueError(
+                f"method.guard_rule: wong compares training batches, which data.{key} makes more "
+                f"or less difficult; use gap"
+            )
+        return self
+
     def sources(self) -> dict[str, str]:
         """Return the hashes of the sources of whatever in it is somebody else's, by name."""
         names = [self.method.name, self.model.name, self.data.name, self.optim.schedule]

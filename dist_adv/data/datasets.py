@@ -21,10 +21,12 @@ from torch import Tensor
 
 from dist_adv import packages, plugins, rng
 from dist_adv.data import fingerprint
+from dist_adv.data.augment import Augmentation
 from dist_adv.data.files import Files, list_images
 from dist_adv.data.fingerprint import Fingerprint
 from dist_adv.data.image import Framing
 from dist_adv.data.packed import Stored, open_pack
+from dist_adv.data.randaugment import RandAugment
 from dist_adv.data.records import Paths
 from dist_adv.errors import UserError
 from dist_adv.options import TUPLE, Open, Options, PositiveInt, Real, Share
@@ -53,6 +55,20 @@ class DataOptions(Options):
     crop_padding: Annotated[int, Field(ge=0, le=64)] | None = None
     """Black pixels around an image before it is cropped at random (null: the data set's usual, an
     eighth of its width; 0: no crop). Short runs like less."""
+    crop_shift: Annotated[int, Field(ge=0)] = 0
+    """CropShift in place of that crop: up to so many rows and columns together are cut off, and the
+    rest lies anywhere over black (0: off; 11 of 32 in the paper)."""
+    jitter: Share = 0.0
+    """Brightness, contrast and saturation, in this order, each times a factor within this of 1."""
+    erase: Share = 0.0
+    """The share of training images of which a rectangle of 2 to 33 % is made black."""
+    mixup: Annotated[Real, Field(ge=0)] = 0.0
+    """alpha: image p of a batch of B is blended with (p + B/2) mod B by a share that is drawn for
+    the batch from Beta(alpha, alpha), and so are their labels (0: off)."""
+    cutmix: Annotated[Real, Field(ge=0)] = 0.0
+    """alpha: likewise, a box is put in place of being blended. With both a batch has either."""
+    randaugment: RandAugment | None = None
+    """Of folders and packs whose training split is read as it is used."""
     drop_last: bool = False
     validation: Annotated[int, Field(ge=0)] = 0
     """Training images held out, always the same; the curve and the best epoch are of them then."""
@@ -87,10 +103,30 @@ class DataOptions(Options):
             raise ValueError("crop_scale: give the least and the largest share, like [0.08, 1]")
         return self
 
+    @model_validator(mode="after")
+    def _one_crop(self) -> Self:
+        if self.crop_shift and self.crop_scale:
+            raise ValueError("crop_shift: is a crop, and crop_scale is another; leave one out")
+        if self.crop_shift and self.crop_padding:
+            raise ValueError("crop_shift: takes the place of crop_padding; leave that out")
+        if self.randaugment and self.name not in FOLDERS:
+            raise ValueError(
+                f"randaugment: is done to pictures as they are read, and those of {self.name} are "
+                f"in memory; leave it out, or use one of {', '.join(FOLDERS)}"
+            )
+        return self
+
+    def augmentation(self) -> Augmentation:
+        """Return what is done to a batch of the training split on the device."""
+        if not self.augment:
+            return Augmentation()
+        return Augmentation(self.crop_shift, self.jitter, self.erase, self.mixup, self.cutmix)
+
     def framing(self, split: str) -> Framing:
         """Return how the pictures of a split become images of one size."""
-        scale = self.crop_scale if split == "train" and self.augment else None
-        return Framing(self.size, self.shorter, scale)
+        if split == "train" and self.augment:
+            return Framing(self.size, self.shorter, self.crop_scale, self.randaugment)
+        return Framing(self.size, self.shorter)
 
 
 def find_options(name: str) -> type[DataOptions]:
@@ -334,6 +370,11 @@ def _folder(split: str, options: DataOptions, as_files: bool) -> Dataset:
     found = stored(options, split)
     files = found.files
     as_files |= files.framing.scale is not None or files.gigabytes > options.resident_gb
+    if not as_files and files.framing.randaugment:
+        raise UserError(
+            "data.randaugment: is done to pictures as they are read, and this split is kept in "
+            "memory; set data.resident_gb=0"
+        )
     return Dataset(
         options.name,
         files if as_files else files.all(),

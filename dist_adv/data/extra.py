@@ -37,7 +37,8 @@ def with_extra(real: Dataset, options: DataOptions) -> Dataset:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"data.extra.path: {shown(path)}: {reason}") from None
     _check(path, images, labels, real)
-    files = Files(Mapped(images, shown(path)), Framing(), options.workers)
+    framing = Framing(randaugment=options.framing("train").randaugment)
+    files = Files(Mapped(images, shown(path)), framing, options.workers)
     extra = Extra(
         files,
         torch.from_numpy(labels.astype(np.int64)),

@@ -77,7 +77,7 @@ class Files:
     ) -> Iterator[Tensor]:
         """Yield uint8 (n, 3, H, W) of each batch of samples, while `workers` threads read on.
 
-        draw: gives samples (n,) what `image.read` draws boxes by (n, TRIES + 1, 4); None: centres.
+        draw: gives samples (n,) what `image.read` draws by, (n, `Framing.drawn`, 4); None: centres.
         pin: into memory from which a GPU copies by itself. Raises RankFailure.
         """
         some = max(1, self.workers)

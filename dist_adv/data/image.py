@@ -11,6 +11,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from dist_adv.data.randaugment import RandAugment
+
 # Only these decoders see a file, whatever its name says: Pillow has others that start programs
 # (PostScript goes to Ghostscript) or that few people have looked at.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -60,16 +62,29 @@ class Framing:
 
     size: of the square that is left, None to leave them as they are. shorter: the side that the
     shorter one is resized to before the centre is cut out of it (None: size). scale: where a box
-    is drawn at random, the least and the largest share of the area that it may have.
+    is drawn at random, the least and the largest share of the area that it may have. randaugment:
+    what is done to them then.
     """
 
     size: int | None = None
     shorter: int | None = None
     scale: tuple[float, float] | None = None
+    randaugment: RandAugment | None = None
 
     def __call__(self, image: Image.Image, draws: np.ndarray | None) -> np.ndarray:
-        """Return uint8 (H, W, C) of a picture's centre, or of the box that is drawn."""
-        return np.asarray(self._centre(image) if draws is None else self._box(image, draws))
+        """Return uint8 (H, W, C) of a picture's centre, or as `read` draws it."""
+        if draws is None:
+            return np.asarray(self._centre(image))
+        image = self._box(image, draws[: TRIES + 1]) if self.scale else self._centre(image)
+        if self.randaugment:
+            image = self.randaugment(image, draws[TRIES + 1 :])
+        return np.asarray(image)
+
+    @property
+    def drawn(self) -> int:
+        """How many rows of random numbers a picture takes (`read`), 0 for none."""
+        ops = self.randaugment.ops if self.randaugment else 0
+        return TRIES + 1 + ops if self.scale or ops else 0
 
     def _centre(self, image: Image.Image) -> Image.Image:
         if self.size is None:
@@ -140,7 +155,8 @@ def read(
     """Return the first picture of a file as uint8 (H, W, 3): upright, over white, and framed.
 
     draws: by which a box is drawn, (TRIES + 1, 4), uniform in [0, 1): area, shape, column and row
-    of each try; then 1 where the box is mirrored, and else 0. None takes the centre.
+    of each try; then 1 where the box is mirrored, and else 0. Behind them a row for each operation
+    of RandAugment. None takes the centre as it is.
 
     Raises Unreadable.
     """

@@ -14,16 +14,17 @@ to the same rank in full and in short batches (what Free's delta needs), and the
 differ by at most one image.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dist_adv import rng
+from dist_adv.data.augment import PLAIN, Augmentation, crop_shift
 from dist_adv.data.datasets import Dataset
 from dist_adv.data.files import Files
-from dist_adv.data.image import TRIES
+from dist_adv.data.image import TRIES, Framing
 from dist_adv.errors import UserError
 
 
@@ -46,10 +47,11 @@ class When:
 class Batch:
     """This rank's share of a global batch.
 
-    x: float (n, C, H, W) in [0, 1]; y: int64 (n,), labels; samples: int64 (n,), which images of
-    the data set these are; keys: int64 (n,), the random numbers that belong to these samples in
-    this epoch; total: images of the global batch; weight: n * ranks / total, by which the mean
-    loss is multiplied so that DDP's average over ranks is the global batch's mean.
+    x: float (n, C, H, W) in [0, 1]; y: int64 (n,), labels, or where images are mixed float
+    (n, classes), probabilities; samples: int64 (n,), which images of the data set these are; keys:
+    int64 (n,), the random numbers that belong to these samples in this epoch; total: images of the
+    global batch; weight: n * ranks / total, by which the mean loss is multiplied so that DDP's
+    average over ranks is the global batch's mean.
     """
 
     x: Tensor
@@ -60,11 +62,19 @@ class Batch:
     weight: float
     when: When
 
+    @property
+    def labels(self) -> Tensor:
+        """int64 (n,): of a mixed image the likelier class."""
+        return self.y.argmax(1) if self.y.dim() == 2 else self.y
 
-def split(images: int, batch_size: int, drop_last: bool, world_size: int) -> tuple[int, int]:
+
+def split(
+    images: int, batch_size: int, drop_last: bool, world_size: int, mixes: bool = False
+) -> tuple[int, int]:
     """(batches of an epoch, the smallest share of a batch that a rank gets).
 
-    Raises UserError where some batch would leave a rank without an image.
+    Raises UserError where some batch would leave a rank without an image; or, where images of a
+    rank are mixed in pairs, with an odd one.
     """
     if batch_size < world_size:
         raise UserError(
@@ -83,11 +93,28 @@ def split(images: int, batch_size: int, drop_last: bool, world_size: int) -> tup
             f"train.batch_size: {batch_size} is larger than the {images} images and "
             f"data.drop_last is true; use a smaller batch"
         )
+    if mixes:
+        _check_pairs(batch_size, 0 if drop_last else short, world_size)
     return batches, (short if short and not drop_last else batch_size) // world_size
 
 
+def _check_pairs(batch_size: int, short: int, world_size: int) -> None:
+    """Raise UserError where a rank would have to ask another for an image to mix with."""
+    pairs, ranks = 2 * world_size, f"{world_size} rank{'s'[: world_size > 1]}"
+    if batch_size % pairs:
+        raise UserError(
+            f"train.batch_size: {batch_size} images cannot be mixed in pairs (data.mixup, "
+            f"data.cutmix) on {ranks}; use a multiple of {pairs}"
+        )
+    if short % pairs:
+        raise UserError(
+            f"data.drop_last: the last batch has {short} images, which cannot be mixed in pairs "
+            f"(data.mixup, data.cutmix) on {ranks}; set data.drop_last=true"
+        )
+
+
 def count_batches(
-    dataset: Dataset, batch_size: int, drop_last: bool, world_size: int
+    dataset: Dataset, batch_size: int, drop_last: bool, world_size: int, mixes: bool
 ) -> tuple[int, int]:
     """Return what `split` says of a data set; with generated images the last batch is full, too.
 
@@ -96,7 +123,7 @@ def count_batches(
     images = len(dataset)
     if _share_of_extra(dataset, batch_size) and not drop_last:
         images = -(-images // batch_size) * batch_size
-    return split(images, batch_size, drop_last, world_size)
+    return split(images, batch_size, drop_last, world_size, mixes)
 
 
 def _share_of_extra(dataset: Dataset, batch_size: int) -> int:
@@ -119,7 +146,9 @@ _Source = tuple[Tensor, Tensor | None]
 class Loader:
     """Batches of one split for one rank.
 
-    Raises UserError where some batch would leave a rank without an image.
+    augment: whether to crop with borders and flip; augmentation: what is done to a batch besides.
+
+    Raises UserError for batches that ranks cannot share, and images that cannot be augmented so.
     """
 
     def __init__(
@@ -132,13 +161,18 @@ class Loader:
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        augmentation: Augmentation = PLAIN,
     ) -> None:
         self.generated = _share_of_extra(dataset, batch_size)
-        self.batches, _ = count_batches(dataset, batch_size, drop_last, world_size)
+        self.batches, _ = count_batches(
+            dataset, batch_size, drop_last, world_size, augmentation.mixes
+        )
         self.dataset, self.batch_size, self.seed, self.device = dataset, batch_size, seed, device
         self.rank, self.world_size = rank, world_size
         _, self.channels, self.height, self.width = dataset.images.shape
-        self.padding = dataset.crop_padding if augment else 0
+        augmentation.check(self.channels, self.height, self.width)
+        self.augmentation = augmentation
+        self.padding = dataset.crop_padding if augment and not augmentation.crop_shift else 0
         self.flip = dataset.flip and augment
         self.pixels = None if isinstance(dataset.images, Files) else self._rows(dataset.images)
         labels = [dataset.labels, *([dataset.extra.labels] if dataset.extra else [])]
@@ -191,7 +225,8 @@ class Loader:
             weight = len(x) * self.world_size / (end - first)
             key = rng.stream_key(self.seed, "batch", epoch, batch)
             when = When(epoch, batch, self.batches, key)
-            y = self.labels[samples]
+            y, classes = self.labels[samples], len(self.dataset.classes)
+            x, y = self.augmentation(x, y, keys[mine], flipped[mine], key, classes)
             yield Batch(x, y, samples, keys[mine], end - first, weight, when)
 
     def _read_ahead(self, shares: list[Tensor], epoch: int) -> Iterable[list[_Source]]:
@@ -202,7 +237,9 @@ class Loader:
         ours = [samples[samples < len(self.dataset)] for samples in shares]
         drawn = [samples[len(one) :] for samples, one in zip(shares, ours, strict=True)]
         theirs = [samples - len(self.dataset) for samples in drawn]
-        generated = map(self._whole, extra.files.ahead(theirs, pin=self.device.type == "cuda"))
+        draw = self._draws(extra.files.framing, epoch, len(self.dataset))
+        read = extra.files.ahead(theirs, draw, pin=self.device.type == "cuda")
+        generated = map(self._whole, read)
         return map(list, zip(self._real(real, ours, epoch), generated, strict=True))
 
     def _real(self, images: Tensor | Files, shares: list[Tensor], epoch: int) -> Iterable[_Source]:
@@ -210,19 +247,29 @@ class Loader:
             assert self.pixels is not None
             pixels = self.pixels
             return ((pixels, samples.to(self.device)) for samples in shares)
-        key = rng.stream_key(self.seed, "samples", epoch)
+        draw = self._draws(images.framing, epoch)
+        read = images.ahead(shares, draw, pin=self.device.type == "cuda")
+        if images.framing.scale is None:
+            return map(self._whole, read)
+        return ((each.to(self.device, non_blocking=True), None) for each in read)
 
-        def boxes(samples: Tensor) -> Tensor:
-            keys = rng.sample_keys(key, samples)
+    def _draws(
+        self, framing: Framing, epoch: int, first: int = 0
+    ) -> Callable[[Tensor], Tensor] | None:
+        """Return what gives pictures (n,) the numbers that `image.read` draws by, None for none.
+
+        first: the number, among all samples, of the first of them.
+        """
+        key, ops = rng.stream_key(self.seed, "samples", epoch), framing.drawn - TRIES - 1
+
+        def draw(pictures: Tensor) -> Tensor:
+            keys = rng.sample_keys(key, first + pictures)
             draws = rng.uniform(rng.substream(keys, "box"), (TRIES + 1, 4))
             draws[:, TRIES, 0] = rng.integers(rng.substream(keys, "flip"), 2) if self.flip else 0
-            return draws
+            more = rng.uniform(rng.substream(keys, "randaugment"), (ops, 4))
+            return torch.cat([draws, more], dim=1)
 
-        pin = self.device.type == "cuda"
-        if images.framing.scale is None:
-            return map(self._whole, images.ahead(shares, pin=pin))
-        read = images.ahead(shares, boxes, pin)
-        return ((each.to(self.device, non_blocking=True), None) for each in read)
+        return draw if framing.drawn else None
 
     def _whole(self, images: Tensor) -> _Source:
         """Return images that were read for a batch, of which all are wanted, as pixels."""
@@ -247,6 +294,9 @@ class Loader:
             offsets = 2 * self.padding + 1
             row = rng.integers(rng.substream(keys, "row"), offsets)
             crop = row * self.padded_width + rng.integers(rng.substream(keys, "column"), offsets)
+        if most := self.augmentation.crop_shift:
+            corners, _ = crop_shift(keys, most, torch.Size((self.height, self.width)), flipped)
+            crop = corners[:, 0] * self.width + corners[:, 1]
         return crop, flipped
 
     def _gather(
@@ -258,5 +308,7 @@ class Loader:
         area = (self.height + 2 * self.padding) * self.padded_width
         corners = (numbers * area + crops).to(self.windows.dtype)
         index = corners[:, None] + self.windows[flipped]
+        if self.augmentation.crop_shift:  # what is read outside of an image is black in the end
+            index.clamp_(0, len(pixels) - 1)
         shape = (len(numbers), self.height, self.width, self.channels)
         return pixels.index_select(0, index.flatten()).view(shape).permute(0, 3, 1, 2)

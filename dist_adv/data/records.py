@@ -60,7 +60,8 @@ class Mapped:
 
     def read(self, number: int, framing: Framing, draws: np.ndarray | None) -> np.ndarray:
         pixels = self.array[number if self.numbers is None else self.numbers[number]]
-        if framing.size is None or (pixels.shape[:2] == (framing.size,) * 2 and draws is None):
+        as_wanted = framing.size is None or pixels.shape[:2] == (framing.size,) * 2
+        if as_wanted and draws is None:
             return pixels
         return framing(Image.fromarray(pixels), draws)
 

@@ -49,8 +49,9 @@ class MethodOptions(Options):
 class Task:
     """What a method trains for.
 
-    loss: logits (n, classes) and labels (n,) to the mean cross-entropy, smoothed as
-    `train.label_smoothing` says. samples: images of the training split; shape: (C, H, W) of one.
+    loss: logits (n, classes) and labels (n,), or probabilities (n, classes), to the mean
+    cross-entropy, smoothed as `train.label_smoothing` says. samples: images of the training split;
+    shape: (C, H, W) of one.
     """
 
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -122,6 +123,8 @@ class Method(ABC, Generic[OptionsT]):
     needs: ClassVar[frozenset[Need]] = frozenset()
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
     """The threats that it is made for."""
+    soft_labels: ClassVar[bool] = False
+    """Whether it learns from `batch.y` of probabilities (n, classes), which mixed images have."""
 
     steps_per_batch: int = 1
     """How many objectives `steps` yields."""

@@ -33,6 +33,7 @@ class Fast(Method[FastOptions]):
 
     title = "Fast"
     about = "On adversarial images made in one step of size alpha."
+    soft_labels = True
 
     def __init__(self, options: FastOptions, task: Task) -> None:
         super().__init__(options, task)

@@ -36,6 +36,7 @@ class Free(Method[FreeOptions]):
         "On each batch m times in a row: the backward pass that gives the weights' gradient also "
         "gives the perturbation's, so attacking costs no pass of its own."
     )
+    soft_labels = True
 
     def __init__(self, options: FreeOptions, task: Task) -> None:
         super().__init__(options, task)

@@ -27,6 +27,7 @@ class Guided(Method[GuidedT], Generic[GuidedT]):
     """
 
     norms = ("linf",)
+    soft_labels = True
 
     @abstractmethod
     def distance(self, net: Net, clean: Tensor, adversarial: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class GradAlign(Method[GradAlignOptions]):
     )
     needs = frozenset({"double backward"})
     norms = ("linf",)
+    soft_labels = True
 
     def steps(self, net: Net, batch: Batch, threat: Threat) -> Iterator[Objective]:
         x, y = batch.x, batch.y

@@ -29,6 +29,7 @@ class FromNoise(Method[NoiseT], Generic[NoiseT]):
     """What takes N-FGSM's step."""
 
     norms = ("linf",)
+    soft_labels = True
 
     def attack(self, net: Net, batch: Batch, threat: Threat) -> tuple[Tensor, Tensor]:
         """Return the logits at the noise, (n, classes), and the perturbation."""

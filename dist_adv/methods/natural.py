@@ -18,6 +18,7 @@ class Natural(Method[NaturalOptions]):
 
     title = "Natural"
     about = "On the images as they are."
+    soft_labels = True
 
     def steps(self, net: Net, batch: Batch, threat: Threat) -> Iterator[Objective]:
         yield self.minimise(net, batch.x, batch.y)

@@ -35,6 +35,7 @@ class PGDTraining(Method[PGDOptions]):
 
     title = "PGD"
     about = "On adversarial images, made anew for each batch in K steps."
+    soft_labels = True
 
     def steps(self, net: Net, batch: Batch, threat: Threat) -> Iterator[Objective]:
         x, y, options = batch.x, batch.y, self.options

@@ -34,6 +34,7 @@ class SORA(Method[SORAOptions]):
         "been found to be curved."
     )
     norms = ("linf",)
+    soft_labels = True
 
     def __init__(self, options: SORAOptions, task: Task) -> None:
         super().__init__(options, task)

@@ -42,6 +42,7 @@ class TRADES(Method[TRADESOptions]):
         "On clean images, and on agreement between these and adversarial images, which are made "
         "in K steps to disagree most."
     )
+    soft_labels = True
 
     def steps(self, net: Net, batch: Batch, threat: Threat) -> Iterator[Objective]:
         x, y, options = batch.x, batch.y, self.options

@@ -96,7 +96,8 @@ def _work_of(config: Config, images: Images, weak: bool) -> Work:
                 f"--weak: {gpus} x {train.batch_size} is a batch of {batch} of {images.n} images; "
                 f"use fewer GPUs or a smaller train.batch_size"
             )
-        number, smallest = split(images.n, batch, config.data.drop_last, gpus)
+        mixes = config.data.augmentation().mixes
+        number, smallest = split(images.n, batch, config.data.drop_last, gpus, mixes)
         check_statistics(smallest, network)
         return number
 

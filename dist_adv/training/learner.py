@@ -139,6 +139,7 @@ class Learner:
             config.data.drop_last,
             self.accelerator.process_index,
             self.accelerator.num_processes,
+            config.data.augmentation(),
         )
         self.threat = build_threat(config.threat.norm, config.threat.eps)
         self.method.options = config.method
@@ -206,7 +207,7 @@ class Learner:
             if self.average:
                 self.average.update(self.clock.step)
             self.clock.step += 1
-            meter.add(out, batch.y)
+            meter.add(out, batch.labels)
 
     def _perturbed(self, objective: Objective, batch: Batch) -> AbstractContextManager[None]:
         awp = self.config.awp

@@ -35,7 +35,8 @@ class Stages:
         for first, end in zip(firsts, [*firsts[1:], math.inf], strict=True):
             config = configs[first]
             size, drop_last = config.train.batch_size, config.data.drop_last
-            counts = count_batches(data, size, drop_last, ranks)
+            mixes = config.data.augmentation().mixes
+            counts = count_batches(data, size, drop_last, ranks, mixes)
             self.all.append(Stage(first, end, config, *counts))
 
     def at(self, epoch: int) -> Stage:

@@ -58,7 +58,8 @@ def reference(
             batch_size, options = extras.batches[epoch], settings.data
             resized = options.model_copy(update={"size": extras.sizes[epoch]})
             some = load_dataset(resized, "train")
-        return Loader(some, batch_size, TRAIN["seed"], torch.device("cpu"))
+        augmentation, device = settings.data.augmentation(), torch.device("cpu")
+        return Loader(some, batch_size, TRAIN["seed"], device, augmentation=augmentation)
 
     numbers = torch.get_default_dtype()
     torch.set_default_dtype(first or numbers)

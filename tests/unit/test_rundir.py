@@ -248,6 +248,13 @@ DECIDED: dict[str, tuple[Any, str]] = {
     "data.augment": (False, "no"),
     "data.crop_padding": (1, "no"),
     "data.drop_last": (True, "no"),
+    "data.crop_shift": (4, "no"),
+    "data.jitter": (0.4, "no"),
+    "data.erase": (0.25, "no"),
+    "data.mixup": (0.8, "no"),
+    "data.cutmix": (1.0, "no"),
+    "data.randaugment.ops": (1, "no"),
+    "data.randaugment.magnitude": (5, "no"),
     "data.validation": (10, "no"),
     "data.size": (8, "no"),
     "data.shorter": (20, "no"),
@@ -322,7 +329,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def build(method: str = "fast", model: str = "preact_resnet18", **changes: Any) -> Config:
     """The configuration of these names, with `changes` at `section__key`."""
     data = {"name": "imagefolder", "size": 16, "shorter": 16}  # sizes are of folders alone
-    data |= {"crop_scale": [0.5, 1.0], "extra": {"path": "1m.npz"}}
+    data |= {"crop_scale": [0.5, 1.0], "extra": {"path": "1m.npz"}, "randaugment": {}}
     net = {"name": model, **({"arch": "resnet10t"} if model == "timm" else {})}
     tree: dict[str, Any] = {"method": {"name": method}, "model": net, "data": data}
     tree |= {"average": {}, "awp": {}, "optim": {"schedule": "cosine"}}  # warm-up is of no cyclic
@@ -374,9 +381,12 @@ def test_every_key_is_decided_on(key):
     assert key in DECIDED, f"may a run go on with another {key}? add the key to DECIDED"
     value, verdict = DECIDED[key]
     old = with_key(key)
+    # Which is a crop in place of boxes at random.
+    fixed = {"data__crop_scale": None} if key == "data.crop_shift" else {}
     names = {"method": old.method.name, "model": old.model.name}
     kinds = {name: kind for name, kind in names.items() if key != f"{name}.name"}
-    new = build(**kinds, **{key.replace(".", "__"): value})
+    old = build(old.method.name, old.model.name, **fixed) if fixed else old
+    new = build(**kinds, **fixed, **{key.replace(".", "__"): value})
     before = flat(old.model_dump())[key]
     line = f"{key}: {before} -> {value}"
     assert line in differences(old, new)
