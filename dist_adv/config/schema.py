@@ -146,6 +146,8 @@ class TrainOptions(Options):
     """How long, how large, how precise.
 
     epochs: how often all images are seen (Free's replays come on top). batch_size: the global one.
+    accumulate: in how many parts each rank takes its share of it, one after another: less memory,
+    the same update, and gradients are sent once; but for BatchNorm, whose statistics are of a part.
     label_smoothing: s, of the training loss: the true class counts 1 - s + s / classes, each other
     s / classes; attacks go by the labels as they are, but those of `consistency`, `liet` and
     `sora`. max_steps: stop at the first batch boundary at or after this many optimiser steps; the
@@ -168,6 +170,7 @@ class TrainOptions(Options):
 
     epochs: PositiveInt = 45
     batch_size: PositiveInt = 128
+    accumulate: PositiveInt = 1
     label_smoothing: Annotated[Real, Field(ge=0, lt=1)] = 0.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: Literal["none", "default", "max"] = "none"

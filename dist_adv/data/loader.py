@@ -15,7 +15,7 @@ differ by at most one image.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,6 +66,24 @@ class Batch:
     def labels(self) -> Tensor:
         """int64 (n,): of a mixed image the likelier class."""
         return self.y.argmax(1) if self.y.dim() == 2 else self.y
+
+    def parts(self, count: int) -> "list[Batch]":
+        """Return up to so many parts of about the same size, whose weights add up to this one's."""
+        if count == 1:
+            return [self]
+        sizes = [len(part) for part in self.x.tensor_split(min(count, len(self.x)))]
+        columns = (each.split(sizes) for each in (self.x, self.y, self.samples, self.keys))
+        return [
+            replace(
+                self,
+                x=x,
+                y=y,
+                samples=samples,
+                keys=keys,
+                weight=self.weight * len(x) / len(self.x),
+            )
+            for x, y, samples, keys in zip(*columns, strict=True)
+        ]
 
 
 def split(

@@ -101,6 +101,11 @@ _REFUSALS: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
     ),
     (
         _ZERO,
+        lambda config: config.train.accumulate > 1,
+        "train.accumulate: DeepSpeed sends gradients with every backward pass; use 1",
+    ),
+    (
+        _ZERO,
         lambda config: "kept graph" in find_method(config.method.name).needs,
         "method.name: differentiates a forward twice, which DeepSpeed cannot; use another",
     ),

@@ -16,6 +16,7 @@ from dist_adv.attacks.threat import Threat
 from dist_adv.data import Batch, When
 from dist_adv.errors import RunFailure, UserError
 from dist_adv.methods.base import MethodOptions, Task
+from dist_adv.methods.carried import ByPosition
 from dist_adv.methods.checked import checked_steps
 from dist_adv.methods.registry import build_method
 
@@ -26,12 +27,14 @@ class Cost:
 
     steps: optimiser steps; passes: of each, natural training has 3 (forward, gradients of the
     activations, gradients of the weights); backward: those of them in which the weights'
-    gradients become ready to be sent.
+    gradients become ready to be sent. whole_batch: it computes over a whole batch, or keeps
+    something for each position of one, and so cannot take it in parts.
     """
 
     steps: int
     passes: float
     backward: float
+    whole_batch: bool = False
 
     @property
     def against_natural(self) -> float:
@@ -91,11 +94,12 @@ class _Toy(nn.Module):
 class _ToyNet:
     """A network as methods see it, on one rank.
 
-    averages: its average was asked for; kept_graph: a forward was differentiated twice.
+    averages: its average was asked for; kept_graph: a forward was differentiated twice; sums: over
+    ranks were asked for.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.averages, self.kept_graph = model, False, False
+        self.model, self.averages, self.kept_graph, self.sums = model, False, False, False
 
     def __call__(self, x: Tensor) -> Tensor:
         logits, times = self.model(x), itertools.count()
@@ -110,6 +114,7 @@ class _ToyNet:
         return frozen(self.model, mode)
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
+        self.sums = True
         return value.detach()
 
     def averaged(self, x: Tensor) -> Tensor:
@@ -168,4 +173,6 @@ def cost_of(
     unsaid = {need for need, needed in seen.items() if needed} - method.needs
     if unsaid:
         raise UserError(f"method.name: {options.name} must say what it needs: needs = {unsaid}")
-    return Cost(steps, round(passes.done / steps, 4), round(backward / steps, 4))
+    positions = (each for each in method.carried().values() if isinstance(each, ByPosition))
+    whole_batch = net.sums or any(each.rows is not None for each in positions)
+    return Cost(steps, round(passes.done / steps, 4), round(backward / steps, 4), whole_batch)

@@ -7,10 +7,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dist_adv.attacks.threat import build as build_threat
+from dist_adv.config import Config
 from dist_adv.data import Dataset
 from dist_adv.errors import UserError
 from dist_adv.methods import Method
 from dist_adv.methods.carried import BySample
+from dist_adv.methods.cost import cost_of
 from dist_adv.models import has_batchnorm
 from dist_adv.text import few
 
@@ -31,6 +34,17 @@ def check_rows(method: Method[Any]) -> None:
             f"data.extra: {method.options.name} keeps a row of every training image, which the "
             f"generated ones have none of; use another method"
         )
+
+
+def check_parts(config: Config) -> None:
+    """Raise UserError for a method that cannot take a batch in parts (`train.accumulate`)."""
+    if config.train.accumulate > 1:
+        threat = build_threat(config.threat.norm, config.threat.eps)
+        if cost_of(config.method, threat).whole_batch:
+            raise UserError(
+                f"train.accumulate: {config.method.name} computes over whole batches, or keeps "
+                f"something for each position of one; use 1, or more ranks"
+            )
 
 
 def check_pictures(method: Method[Any], shape: Sequence[int]) -> None:

@@ -7,6 +7,7 @@
 import copy
 import logging
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from torch import Tensor
 
 from dist_adv import rng
 from dist_adv.attacks.threat import build as build_threat
@@ -29,6 +31,7 @@ from dist_adv.methods.checked import checked_steps
 from dist_adv.models import Classifier, build_model, check_answers, has_batchnorm
 from dist_adv.training.averages import Average
 from dist_adv.training.checks import (
+    check_parts,
     check_pictures,
     check_rows,
     check_statistics,
@@ -57,6 +60,7 @@ class Learner:
         self.config, self.accelerator, self._data = config, accelerator, data
         train = config.train
         self.stages = Stages(config.stages, data, accelerator.num_processes)
+        check_parts(config)
         self.method = build_method(config.method, self._task())
         if data.extra:
             check_rows(self.method)
@@ -193,27 +197,44 @@ class Learner:
         seed = rng.stream_key("layers", batch.when.key, self.accelerator.process_index)
         torch.manual_seed(seed & (2**63 - 1))
         threat = self.threat.at(self._warmth(self.config.threat.warmup, batch.when))
-        for objective in checked_steps(self.method, self.net, batch, threat):
+        parts = batch.parts(self.config.train.accumulate)
+        steps = [checked_steps(self.method, self.net, part, threat) for part in parts]
+        for objectives in zip(*steps, strict=True):
             self._set_lr_and_momentum()
-            with self._perturbed(objective, batch):
-                out = objective()
-                weight = self.nonfinite.mark(out.loss, batch.weight)
-                self.accelerator.backward(out.loss * weight)
+            shares = [(each, part.weight) for each, part in zip(objectives, parts, strict=True)]
+            with self._perturbed(shares, batch.when):
+                losses = self._backward(objectives, parts, meter)
             if self.config.optim.clip:
                 self.net.clip_gradients(self.config.optim.clip)
-            self.nonfinite.before_update(out.loss)
+            self.nonfinite.before_update(losses)
             self.net.optimizer.step()
             self.net.optimizer.zero_grad()
             if self.average:
                 self.average.update(self.clock.step)
             self.clock.step += 1
-            meter.add(out, batch.labels)
 
-    def _perturbed(self, objective: Objective, batch: Batch) -> AbstractContextManager[None]:
+    def _backward(
+        self, objectives: Sequence[Objective], parts: Sequence[Batch], meter: Meter
+    ) -> Tensor:
+        """Add up the gradients of a batch's parts, sent with the last; return the sum of losses."""
+        losses = []
+        for number, (objective, part) in enumerate(zip(objectives, parts, strict=True), 1):
+            last = number == len(parts)
+            with nullcontext() if last else self.accelerator.no_sync(self.net.prepared):
+                out = objective()
+                weight = self.nonfinite.mark(out.loss, part.weight)
+                self.accelerator.backward(out.loss * weight)
+            meter.add(out, part.labels)
+            losses.append(out.loss.detach())
+        return sum(losses[1:], start=losses[0])
+
+    def _perturbed(
+        self, shares: Sequence[tuple[Objective, float]], when: When
+    ) -> AbstractContextManager[None]:
         awp = self.config.awp
-        if self.perturbation is None or awp is None or batch.when.epoch < awp.start:
+        if self.perturbation is None or awp is None or when.epoch < awp.start:
             return nullcontext()
-        return self.perturbation.worst_weights_nearby(objective, batch.weight)
+        return self.perturbation.worst_weights_nearby(shares)
 
     @staticmethod
     def _warmth(epochs: float, when: When) -> float:

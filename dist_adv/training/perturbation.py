@@ -1,6 +1,6 @@
 """Adversarial weight perturbation (Wu, Xia and Wang 2020), around whatever a method minimises."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -26,9 +26,9 @@ class WeightPerturbation:
         self.weights: list[Tensor] = [each for each in net.bare.parameters() if each.dim() > 1]
 
     @contextmanager
-    def worst_weights_nearby(self, objective: Objective, share: float) -> Iterator[None]:
-        """Hold the weights at w + v. share: `Batch.weight`. Every rank calls this."""
-        gradients = self._probe(objective, share)
+    def worst_weights_nearby(self, parts: Sequence[tuple[Objective, float]]) -> Iterator[None]:
+        """Hold the weights at w + v. parts: of a batch, each weighted. Every rank calls this."""
+        gradients = self._probe(parts)
         before = [weight.detach().clone() for weight in self.weights]
         with torch.no_grad():
             for weight, gradient in zip(self.weights, gradients, strict=True):
@@ -40,21 +40,29 @@ class WeightPerturbation:
             with torch.no_grad():
                 torch._foreach_copy_(self.weights, before)
 
-    def _probe(self, objective: Objective, share: float) -> list[Tensor]:
+    def _probe(self, parts: Sequence[tuple[Objective, float]]) -> list[Tensor]:
         """Return the gradients of the weights, the same on every rank; 0 where one is not finite.
 
         By `autograd.grad`: leaf tensors of the method's own (Free's perturbation) get no gradient.
         """
         buffers = list(self.net.bare.buffers())
         before = [buffer.clone() for buffer in buffers]
-        with self.accelerator.no_sync(self.net.prepared):
-            loss = objective().loss * share
-        scaler = self.accelerator.scaler  # fp16: without it small gradients underflow
-        loss = scaler.scale(loss) if scaler else loss
-        mine = torch.autograd.grad(loss, self.weights, allow_unused=True, materialize_grads=True)
+        mine: list[Tensor] = []
+        for objective, share in parts:
+            with self.accelerator.no_sync(self.net.prepared):
+                loss = objective().loss * share
+            scaler = self.accelerator.scaler  # fp16: without it small gradients underflow
+            loss = scaler.scale(loss) if scaler else loss
+            gradients = torch.autograd.grad(
+                loss, self.weights, allow_unused=True, materialize_grads=True
+            )
+            if mine:
+                torch._foreach_add_(mine, gradients)
+            else:
+                mine = list(gradients)
         torch._foreach_copy_(buffers, before)
         flat = self.accelerator.reduce(torch.cat([each.flatten() for each in mine]), "mean")
         flat = torch.where(flat.isfinite().all(), flat, 0)
-        parts = flat.split([each.numel() for each in mine])
+        pieces = flat.split([each.numel() for each in mine])
         # Into the gradients' own memory, whose order decides how their norms are summed.
-        return [each.copy_(part.view_as(each)) for part, each in zip(parts, mine, strict=True)]
+        return [each.copy_(piece.view_as(each)) for piece, each in zip(pieces, mine, strict=True)]

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from dist_adv.config import Config
 from dist_adv.data import Dataset
 from dist_adv.data.loader import count_batches
+from dist_adv.errors import UserError
 
 
 @dataclass(frozen=True)
 class Stage:
     """Epochs from `first` up to, and without, `end`; counted from 0.
 
-    config: as it is in them. batches: of one of them. smallest_share: of a batch that a rank gets.
+    config: as it is in them. batches: of one of them. smallest_share: of a batch that a rank gets,
+    or takes at once.
     """
 
     first: int
@@ -26,7 +28,7 @@ class Stage:
 class Stages:
     """All of a run's stages; one where nothing is by epoch. The last one has no end.
 
-    Raises UserError where some batch would leave a rank without an image.
+    Raises UserError where some batch would leave a rank without an image, or cannot be parted.
     """
 
     def __init__(self, configs: Mapping[int, Config], data: Dataset, ranks: int) -> None:
@@ -35,9 +37,15 @@ class Stages:
         for first, end in zip(firsts, [*firsts[1:], math.inf], strict=True):
             config = configs[first]
             size, drop_last = config.train.batch_size, config.data.drop_last
-            mixes = config.data.augmentation().mixes
-            counts = count_batches(data, size, drop_last, ranks, mixes)
-            self.all.append(Stage(first, end, config, *counts))
+            mixes, parts = config.data.augmentation().mixes, config.train.accumulate
+            if parts > 1 and size % (parts * ranks):
+                raise UserError(
+                    f"train.accumulate: a batch of {size} does not divide into {parts} parts on "
+                    f"each of {ranks} rank(s); use a multiple of {parts * ranks} for "
+                    f"train.batch_size"
+                )
+            batches, share = count_batches(data, size, drop_last, ranks, mixes)
+            self.all.append(Stage(first, end, config, batches, max(1, share // parts)))
 
     def at(self, epoch: int) -> Stage:
         return next(stage for stage in self.all if epoch < stage.end)

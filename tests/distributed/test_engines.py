@@ -43,6 +43,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "gradalign": ("method.name: ", tuple(TOLERANCE)),
     "cuap": ("method.name: ", tuple(file for file in TOLERANCE if "zero" in file)),
     "average": ("average: ", ("deepspeed-zero3.yaml", "fsdp2.yaml")),
+    "parts": ("train.accumulate: ", tuple(file for file in TOLERANCE if "zero" in file)),
 }
 RUNS: list[dict[str, Any]] = [
     *({"name": case, "case": case, "norm": NORMS.get(case, "group")} for case in METHODS),
@@ -50,6 +51,7 @@ RUNS: list[dict[str, Any]] = [
     {"name": "skips", "case": "adamw", "norm": "batch", "train": {"on_nan": "skip"}},
     {"name": "shard", "case": "natural", "train": {"on_nan": "skip"}, "fault": "channel:1:3:5"},
     {"name": "stops", "case": "natural", "train": {"log_every": 1}},
+    {"name": "parts", "case": "pgd-random", "train": {"accumulate": 3, "batch_size": 36}},
 ]
 for run in RUNS:
     if run["name"] in ("skips", "stops"):
@@ -104,7 +106,8 @@ def engine(
 ) -> Engine:
     """Its runs, some of which go on from checkpoints, its own or DDP's."""
     found = Engine(request.param, tmp_path_factory.mktemp("engine"), TOLERANCE[request.param])
-    runs = RUNS + [{"name": case, "case": case} for case in REFUSED if case not in METHODS]
+    named = {run["name"] for run in RUNS}
+    runs = RUNS + [{"name": case, "case": case} for case in REFUSED if case not in named]
     runs.append(started(ddp / "free"))
     for name, case, begun in [
         *((f"{case}-again", case, found.out) for case in GO_ON if not found.refuses(case)),
@@ -116,7 +119,7 @@ def engine(
     return found
 
 
-@pytest.mark.parametrize("name", [*METHODS, "skips", "shard", "started", "awp", "gradalign"])
+@pytest.mark.parametrize("name", [*METHODS, "skips", "shard", "parts", "started", "awp", "gradalign"])
 def test_weights_are_those_of_ddp_or_refused(name, engine, ddp):
     """`skips`: two updates of eight were NaN on one rank and were taken on none.
 

@@ -148,7 +148,8 @@ from dist_adv.training.trainer import Trainer
 
 NOISE = Images(120, 3, 8, 3)
 TWO = "trades vit gradalign gat nuat mart liet cuap uap prior random noise".split()
-FORWARDS = dict.fromkeys(TWO, 2) | {"awp-trades": 4}  # of a step, else one; AWP probes first
+FORWARDS = dict.fromkeys(TWO, 2) | {"awp-trades": 4, "accumulate": 12}
+# Of a step, else one. AWP probes first; three parts of a batch have their own.
 
 for case in CASES:
     settings = parse_config(config(case, "batch", Path(sys.argv[1]), small=True), case)

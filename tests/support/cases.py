@@ -149,6 +149,13 @@ CASES = {
         },
         published.Extras(nesterov=True, cosine_after=0.75, eps_after=1.5),
     ),
+    # In double precision: an update's gradients are summed in another order.
+    "accumulate": Case(
+        {"name": "trades", "steps": 3, "alpha": 0.04, "beta": 4},
+        published.trades(3, 0.04, 4),
+        {"train": {"accumulate": 3, "batch_size": 36}, "awp": {"gamma": 0.01}},
+        published.Extras(awp=0.01),
+    ),
     "stages": Case(
         {"name": "pgd", "steps": {0: 2, 1: 3}, "alpha": 0.04},
         published.pgd((2, 3), 0.04, True),
@@ -239,7 +246,7 @@ AT_THREE = ("free", "carrying", "average", "awp")
 COMPILED = ("pgd-random", "free", "awp-trades", "cuap")
 AUTOTUNED = ("free",)
 """Those that are compiled with autotuning, too."""
-ROUNDED = ("liet", "nuat", "aaer")
+ROUNDED = ("liet", "nuat", "aaer", "accumulate")
 """Those that compute otherwise than the published loop: equal in double precision alone."""
 LARGE = ("n-fgsm",)
 """Those that train the papers' network, too; the others one of a fifth of its layers."""

@@ -113,7 +113,7 @@ def test_weights_go_uphill_by_their_own_measure_and_come_back(
     before = {name: each.clone() for name, each in model.state_dict().items()}
     loss = objective(it, batch)().loss
     model.load_state_dict(before)
-    with perturbation.worst_weights_nearby(objective(it, batch), batch.weight):
+    with perturbation.worst_weights_nearby([(objective(it, batch), batch.weight)]):
         for name, each in model.named_parameters():
             moved = (each - before[name]).norm()
             expected = 0.1 * before[name].norm() if each.dim() > 1 else torch.tensor(0.0)
@@ -133,7 +133,7 @@ def test_a_probe_that_is_not_finite_moves_nothing(
     before = [each.clone() for each in it.net.bare.parameters()]
     assert it.perturbation is not None
     broken = objective(it, batch, float("nan"))
-    with it.perturbation.worst_weights_nearby(broken, batch.weight):
+    with it.perturbation.worst_weights_nearby([(broken, batch.weight)]):
         pairs = zip(it.net.bare.parameters(), before, strict=True)
         assert all(each.equal(old) for each, old in pairs)
 

@@ -279,6 +279,7 @@ DECIDED: dict[str, tuple[Any, str]] = {
     "optim.floor": (0.1, "no"),
     "train.epochs": (46, "longer"),
     "train.max_steps": (10, "shorter"),
+    "train.accumulate": (2, "no"),
     "train.batch_size": (64, "no"),
     "train.label_smoothing": (0.1, "no"),
     "train.precision": ("fp32", "no"),
