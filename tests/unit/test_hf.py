@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -26,6 +27,7 @@ from dist_adv.data.files import Files, list_images
 from dist_adv.data.hf import Rows
 from dist_adv.data.image import Framing
 from dist_adv.data.loader import Loader
+from dist_adv.distributed import collectives
 from dist_adv.doctor import examine
 from dist_adv.errors import RankFailure, UserError
 from dist_adv.packing import How, run_pack
@@ -222,6 +224,16 @@ def test_columns_are_found_or_those_that_exist_are_named(tmp_path):
             load_dataset(options(path, **keys), "train")
 
 
+def test_a_column_of_bytes_is_one_of_pictures(tmp_path):
+    """As Parquet has it that another program wrote."""
+    table = pa.table({"jpg": [png(5), png(3)], "cls": [1, 0]})
+    pq.write_table(table, tmp_path / "train.parquet")
+    keys = {"image": "jpg", "label": "cls", "size": None}
+    data = load_dataset(options(tmp_path / "train.parquet", **keys), "train")
+    assert data.images[:, 0, 0, 0].tolist() == [5, 3]
+    assert data.labels.tolist() == [1, 0]
+
+
 def test_rows_without_a_label_and_a_single_class_are_refused(tmp_path):
     """Hidden labels, as the test splits of competitions have, are -1 in a ClassLabel."""
     pictures = [{"bytes": png(level), "path": None} for level in range(3)]
@@ -308,14 +320,27 @@ def test_a_fingerprint_knows_the_images_not_their_place(folder, parquet, saved, 
     assert changed(options(parquet), swapped)
 
 
-def test_a_fingerprint_reads_a_part_of_many_images(parquet, monkeypatch):
+def test_a_fingerprint_reads_a_part_of_many_images(monkeypatch):
     """The size of all, the bytes of some: so a large set takes seconds."""
     monkeypatch.setattr(fingerprint, "_LOOKED_INTO", 4)
-    read = []
-    content = Rows.content
-    monkeypatch.setattr(Rows, "content", lambda self, k: read.append(k) or content(self, k))
-    load_dataset(options(parquet, resident_gb=0.0), "train")
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    rows = [{"bytes": png(level), "path": None} for level in range(36)]
+
+    def found(rows: list[dict], read: list[int]) -> str:
+        records = Rows(pa.chunked_array([pa.array(rows, kind)]), "it")
+
+        def content(number: int) -> bytes:
+            read.append(number)
+            return records.content(number)
+
+        return fingerprint.of_rows([0] * 36, ["a"], records.sizes, content)["contents"]
+
+    read: list[int] = []
+    before = found(rows, read)
     assert len(set(read)) == 4
+    other = next(number for number in range(36) if number not in read)
+    rows[other]["bytes"] += b"\0"
+    assert found(rows, []) != before
 
 
 def test_a_damaged_or_missing_picture_is_named(tmp_path):
@@ -397,6 +422,17 @@ def test_one_process_a_node_prepares_a_set(parquet, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", loaded)
     load_dataset(options(parquet), "train", first)
     assert inside == ["in", "load", "out"]
+
+
+def test_ranks_may_have_a_set_in_other_places(accelerator, parquet, monkeypatch):
+    told: list[dict] = []
+    monkeypatch.setattr(collectives, "check_same_start", lambda _, about: told.append(about))
+    for path in (str(parquet), "elsewhere"):
+        data = {"name": "hf", "path": path}
+        tree = {"method": {"name": "natural"}, "model": {"name": "preact_resnet18"}, "data": data}
+        collectives.check_started_alike(parse_config(tree, "test"), accelerator, {})
+    assert told[0] == told[1]
+    assert told[0]["data.name"] == "hf"
 
 
 def test_keys_that_do_not_fit():
