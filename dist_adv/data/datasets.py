@@ -292,8 +292,7 @@ def load_dataset(
     if options.name == "digits":
         data = _digits(split)
     elif options.name in FOLDERS:
-        found = stored(options, split, main_process_first)
-        data = _of_files(found, options, as_files)
+        data = _of_files(stored(options, split, main_process_first), options, as_files)
     elif options.name not in NAMES:
         with main_process_first():
             data = _somebodys(options, split)

@@ -79,8 +79,8 @@ class Rows(Encoded):
         return f"{self.called}: row {self._row(number)}" + (f" ({shown(path)})" if path else "")
 
     def part(self, numbers: Sequence[int]) -> "Rows":
-        some = np.array([self._row(number) for number in numbers], dtype=np.int64)
-        return Rows(self.column, self.called, some)
+        some = np.asarray(numbers, dtype=np.int64)
+        return Rows(self.column, self.called, some if self.numbers is None else self.numbers[some])
 
     def content(self, number: int) -> bytes:
         """Return the bytes of a picture. Raises UserError where they cannot be read."""

@@ -256,6 +256,7 @@ def test_what_is_mapped_cannot_lie_in_a_store(packed, tmp_path):
 def test_the_address_may_be_in_the_environment(memory, monkeypatch):
     monkeypatch.setenv("DIST_ADV_DATA", f"{memory}/")
     assert len(load_dataset(DataOptions(name="packed", size=16), "test")) == 12
+    assert str(open_store(f"{memory}/") / "test") == "memory://pack/test"
 
 
 @pytest.mark.parametrize("store", ["memory", "server"], indirect=True)
