@@ -154,11 +154,11 @@ def _load(source: HfSource) -> Mapping[str, Any]:
     path = Path(os.path.expanduser(source.path))
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            _has_no_kinds(source)
+            _check_it_is_one(source)
             saved = datasets.load_from_disk(str(path))
             return saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
         if path.is_file():
-            _has_no_kinds(source)
+            _check_it_is_one(source)
             return datasets.load_dataset("parquet", data_files=str(path))
         local = str(path) if path.exists() else source.path
         return datasets.load_dataset(local, source.subset, revision=source.revision)
@@ -172,7 +172,7 @@ def _load(source: HfSource) -> Mapping[str, Any]:
         ) from error
 
 
-def _has_no_kinds(source: HfSource) -> None:
+def _check_it_is_one(source: HfSource) -> None:
     """Raise UserError for keys that a saved folder or a file makes nothing of."""
     for key in ("subset", "revision"):
         if getattr(source, key) is not None:

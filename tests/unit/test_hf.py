@@ -437,7 +437,7 @@ def test_ranks_may_have_a_set_in_other_places(accelerator, parquet, monkeypatch)
 
 def test_keys_that_do_not_fit():
     for keys, says in (
-        ({"name": "hf"}, r"data\.path: missing"),
+        ({"name": "hf"}, r"data\.path: missing; set it"),
         ({"name": "hf", "path": "a/b", "root": "images"}, r"root: hf has data\.path instead"),
         ({"name": "hf", "path": "a/b", "crop_scale": [0.1, 1]}, r"needs data\.size"),
         ({"name": "cifar10", "path": "a/b"}, r"data\.path: unknown key"),
