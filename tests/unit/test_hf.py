@@ -113,7 +113,11 @@ def batches(data: Dataset, rank: int = 0, ranks: int = 1) -> list:
     return list(Loader(data, 10, 3, torch.device("cpu"), rank=rank, world_size=ranks).epoch(2))
 
 
-MORE = [{}, {"resident_gb": 0.0}, {"crop_scale": (0.2, 1.0), "shorter": 60}]
+MORE: list[dict[str, Any]] = [
+    {},
+    {"resident_gb": 0.0, "randaugment": {}},
+    {"crop_scale": (0.2, 1.0), "shorter": 60},
+]
 
 
 @pytest.mark.parametrize("more", MORE)
