@@ -252,7 +252,14 @@ def _data(config: Config | None) -> Findings:
     from dist_adv.data import DataOptions, data_root
     from dist_adv.data.datasets import NAMES
 
-    root = data_root(config.data if config else DataOptions())
+    if config and config.data.name in ("packed", "hf"):
+        yield _pack(config) if config.data.name == "packed" else _hf(config)
+        return
+    try:
+        root = data_root(config.data if config else DataOptions())
+    except UserError as error:
+        yield Finding("data", str(error), "problem" if config else "warning")
+        return
     if config is None:
         there = [name for name in _FILES if _is_there(name, root)]
         if "packed" in there:
@@ -266,17 +273,7 @@ def _data(config: Config | None) -> Findings:
     elif config.data.name not in NAMES:
         yield Finding("data", f"{config.data.name}, which is somebody's own: not looked at")
     elif _is_there(config.data.name, root):
-        if config.data.name == "packed":
-            try:
-                _read_whole(root)
-            except UserError as error:
-                yield Finding("data", str(error), "problem")
-                return
-        whole = ", every byte as it was packed" if config.data.name == "packed" else ""
-        yield Finding("data", f"{config.data.name} in {root.absolute()}{whole}")
-    elif config.data.name == "packed":
-        remedy = "data.root or DIST_ADV_DATA: a folder that `dist-adv pack` has made"
-        yield Finding("data", f"no pack in {root.absolute()}", "problem", remedy)
+        yield Finding("data", f"{config.data.name} in {root.absolute()}")
     elif config.data.name == "imagefolder":
         remedy = "data.root or DIST_ADV_DATA: a folder with train/<class>/ and test/<class>/"
         yield Finding("data", f"no train/ and test/ in {root.absolute()}", "problem", remedy)
@@ -286,17 +283,36 @@ def _data(config: Config | None) -> Findings:
         yield Finding("data", found, "warning", remedy)
 
 
-def _read_whole(root: Path) -> None:
-    """Read a pack from end to end, which a disk takes a while for. Raises UserError."""
-    from dist_adv.data.packed import check_pack
+def _pack(config: Config) -> Finding:
+    """Read a pack from end to end, which a disk takes a while for."""
+    from dist_adv.data.datasets import pack_root
+    from dist_adv.data.packed import check_pack, read_index
     from dist_adv.terminal import bar
 
-    with bar(True) as progress:
-        for split in ("train", "test"):
-            folder = root / split
-            total = sum(path.stat().st_size for path in folder.iterdir())
-            task = progress.add_task(f"reading {split}", status="", total=total)
-            check_pack(folder, partial(progress.advance, task))
+    try:
+        root = pack_root(config.data)
+        with bar(True) as progress:
+            for split in ("train", "test"):
+                total = sum(file.bytes for file in read_index(root / split).files)
+                task = progress.add_task(f"reading {split}", status="", total=total)
+                check_pack(root / split, partial(progress.advance, task))
+    except UserError as error:
+        return Finding("data", str(error), "problem")
+    place = root.absolute() if isinstance(root, Path) else root
+    return Finding("data", f"packed in {place}, every byte as it was packed")
+
+
+def _hf(config: Config) -> Finding:
+    """Tell where a set of Hugging Face's comes from, of which nothing is loaded for it."""
+    path = vars(config.data)["path"]
+    try:
+        packages.need("datasets", "data.name: hf", "'dist-adv[hf]'")
+    except UserError as error:
+        return Finding("data", str(error), "problem")
+    if os.path.exists(os.path.expanduser(path)):
+        return Finding("data", f"hf in {path}: not looked into")
+    advice = "without a network it must be in HF_HOME: load it once where there is one"
+    return Finding("data", f"{path} of the Hugging Face Hub", advice=advice)
 
 
 def _is_there(name: str, root: Path) -> bool:

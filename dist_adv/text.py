@@ -2,7 +2,6 @@
 
 import difflib
 from collections.abc import Sequence
-from pathlib import Path
 
 
 def percent(fraction: float) -> str:
@@ -38,7 +37,7 @@ def few(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(map(shown, names[:most])) + more
 
 
-def shown(name: str | Path) -> str:
+def shown(name: object) -> str:
     r"""Return a name as it can be printed: \xe9 for a byte that is no UTF-8, \n for a line end."""
     return "".join(each if each.isprintable() else _escaped(each) for each in str(name))
 

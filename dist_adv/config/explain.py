@@ -26,8 +26,10 @@ def explain(
     match error["type"]:
         case "extra_forbidden":
             return f"{key}: unknown key{_elsewhere(place, tree, kind)}"
-        case "missing" if len(place) > 1:
+        case "missing" if isinstance(error["loc"][-1], int):
             return f"{key}: missing; the list is too short"
+        case "missing" if len(place) > 1:
+            return f"{key}: missing; set it"
         case "missing":
             return f"{key}: missing; a {key} is needed: {kind.NEEDS!r}"
         case "union_tag_invalid":

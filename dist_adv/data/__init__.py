@@ -7,6 +7,7 @@ from dist_adv.data.datasets import (
     data_root,
     load_dataset,
     of_tensors,
+    place_key,
 )
 from dist_adv.data.fingerprint import Fingerprints, what_changed
 from dist_adv.data.loader import Batch, Loader, When
@@ -22,5 +23,6 @@ __all__ = [
     "data_root",
     "load_dataset",
     "of_tensors",
+    "place_key",
     "what_changed",
 ]

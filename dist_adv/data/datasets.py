@@ -3,7 +3,7 @@
 `cifar10`, `cifar100` and `svhn` come through torchvision, which checks their MD5 sums; `digits`
 is embedded in scikit-learn; `imagefolder` is any folder with `train/<class>/` and
 `test/<class>/`; `packed` is what `dist-adv pack` has made of one. The root is `data.root`, else
-the environment variable DIST_ADV_DATA, else `data`.
+the environment variable DIST_ADV_DATA, else `data`. `hf` comes through Hugging Face's `datasets`.
 """
 
 import os
@@ -24,16 +24,18 @@ from dist_adv.data import fingerprint
 from dist_adv.data.augment import Augmentation
 from dist_adv.data.files import Files, list_images
 from dist_adv.data.fingerprint import Fingerprint
+from dist_adv.data.hf import HfSource, open_rows
 from dist_adv.data.image import Framing
 from dist_adv.data.packed import Stored, open_pack
 from dist_adv.data.randaugment import RandAugment
 from dist_adv.data.records import Paths
+from dist_adv.data.stores import StorePath, is_store, open_store
 from dist_adv.errors import UserError
 from dist_adv.options import TUPLE, Open, Options, PositiveInt, Real, Share
 from dist_adv.text import shown
 
-NAMES = ("cifar10", "cifar100", "svhn", "imagefolder", "packed", "digits")
-FOLDERS = ("imagefolder", "packed")
+NAMES = ("cifar10", "cifar100", "svhn", "imagefolder", "packed", "hf", "digits")
+FOLDERS = ("imagefolder", "packed", "hf")
 GROUP = "dist_adv.data"
 
 
@@ -73,15 +75,14 @@ class DataOptions(Options):
     validation: Annotated[int, Field(ge=0)] = 0
     """Training images held out, always the same; the curve and the best epoch are of them then."""
     size: PositiveInt | None = None
-    """Of folders and packs: resize the shorter side and crop the centre to size x size."""
+    """Of files: resize the shorter side and crop the centre to size x size."""
     shorter: PositiveInt | None = None
     """What the shorter side is resized to before that (null: size). ImageNet's is 256 for 224."""
     crop_scale: Annotated[tuple[Share, Share], TUPLE] | None = None
     """Train on boxes at random with this share of a picture's area, resized (RandomResizedCrop;
     [0.08, 1] is usual), not on crops with borders. Such a split is always read as it is used."""
     resident_gb: Annotated[Real, Field(ge=0)] = 8.0
-    """Of folders and packs: a split that is larger once decoded stays on disk and is read as it is
-    used."""
+    """Of files: a split that is larger once decoded stays on disk and is read as it is used."""
     workers: Annotated[int, Field(ge=0, le=256)] = 4
     """Threads of each rank that read such a split ahead of training (0: as it is needed)."""
     extra: ExtraOptions | None = None
@@ -129,20 +130,35 @@ class DataOptions(Options):
         return Framing(self.size, self.shorter)
 
 
+class HfOptions(HfSource, DataOptions):
+    """Images of Hugging Face's `datasets`."""
+
+    name: str = "hf"
+
+    @model_validator(mode="after")
+    def _has_a_path(self) -> Self:
+        if self.root is not None:
+            raise ValueError("root: hf has data.path instead; leave it out")
+        return self
+
+
+_OWN: dict[str, type[DataOptions]] = {**dict.fromkeys(NAMES, DataOptions), "hf": HfOptions}
+
+
 def find_options(name: str) -> type[DataOptions]:
     """Return the options of a data set: dist_adv's own, a package's, or that of a reference.
 
     Raises ValueError where there is none, saying why.
     """
-    if name in NAMES:
-        return DataOptions
-    found = plugins.find(name, GROUP, dict.fromkeys(NAMES))
+    if name in _OWN:
+        return _OWN[name]
+    found = plugins.find(name, GROUP, _OWN)
     return plugins.options_of(name, found, DataOptions)
 
 
 DataChoice = Annotated[
     SerializeAsAny[DataOptions],
-    Open(lambda: dict.fromkeys(NAMES, DataOptions), find_options, usual="cifar10"),
+    Open(lambda: _OWN, find_options, usual="cifar10"),
 ]
 """The section `data` of a configuration."""
 
@@ -235,9 +251,29 @@ STATISTICS = {
 
 
 def data_root(options: DataOptions) -> Path:
-    """Where the files are, or will be downloaded to."""
-    root = options.root or os.environ.get("DIST_ADV_DATA") or "data"
+    """Where the files are, or will be downloaded to. Raises UserError for a store."""
+    root = _root(options)
+    if is_store(root):
+        raise UserError(
+            f"data.root: {shown(root)}: of what lies in a store packs alone are read; name a "
+            f"folder, or make a pack and set data.name=packed"
+        )
     return Path(os.path.expanduser(root))  # Path's own fails where there is no home
+
+
+def pack_root(options: DataOptions) -> Path | StorePath:
+    """Return where a pack is. Raises UserError for a store that nothing is known of."""
+    root = _root(options)
+    return open_store(root) if is_store(root) else data_root(options)
+
+
+def _root(options: DataOptions) -> str:
+    return options.root or os.environ.get("DIST_ADV_DATA") or "data"
+
+
+def place_key(name: str) -> str:
+    """Return the key that says where the images of a data set are."""
+    return "data.path" if name == "hf" else "data.root"
 
 
 def load_dataset(
@@ -249,14 +285,14 @@ def load_dataset(
     """Return the images and labels of a split.
 
     `main_process_first` lets one process a node download and unpack while the others wait.
-    as_files: leave the pictures of folders and packs where they are, to be `framed` anew.
+    as_files: leave pictures that lie in files where they are, to be `framed` anew.
 
     Raises UserError for a folder that is missing, empty or damaged, and for a failed download.
     """
     if options.name == "digits":
         data = _digits(split)
     elif options.name in FOLDERS:
-        data = _folder(split, options, as_files)
+        data = _of_files(stored(options, split, main_process_first), options, as_files)
     elif options.name not in NAMES:
         with main_process_first():
             data = _somebodys(options, split)
@@ -327,12 +363,22 @@ def _torchvision(name: str, root: Path, split: str) -> Dataset:
     )
 
 
-def stored(options: DataOptions, split: str) -> Stored:
-    """Return a split of an imagefolder or of a pack, of which no image but the first was read.
+def stored(
+    options: DataOptions,
+    split: str,
+    main_process_first: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Stored:
+    """Return a split that lies in files, of which no image but the first was read.
 
-    Raises UserError for a folder that is missing or empty, or whose first image is damaged.
+    Raises UserError for files that are missing, or whose first image is damaged.
     """
-    folder, framing = data_root(options) / split, options.framing(split)
+    framing = options.framing(split)
+    if isinstance(options, HfOptions):
+        with main_process_first():
+            return open_rows(options, split, framing, options.workers)
+    if options.name == "packed" and is_store(_root(options)):
+        return open_pack(pack_root(options) / split, framing, options.workers)
+    folder = data_root(options) / split
     needs = "train/<class>/ and test/<class>/" if options.name == "imagefolder" else "train/, test/"
     if not os.path.isdir(folder):
         raise UserError(
@@ -366,8 +412,7 @@ def _why_not(folder: Path) -> str:
     return ""
 
 
-def _folder(split: str, options: DataOptions, as_files: bool) -> Dataset:
-    found = stored(options, split)
+def _of_files(found: Stored, options: DataOptions, as_files: bool) -> Dataset:
     files = found.files
     as_files |= files.framing.scale is not None or files.gigabytes > options.resident_gb
     if not as_files and files.framing.randaugment:

@@ -44,7 +44,7 @@ class Files:
         try:
             height, width, channels = self.pixels(0).shape
         except Unreadable as error:
-            raise UserError(_complaint(records.name(0), error, 1, 1)) from None
+            raise UserError(_complaint(records, 0, error, 1, 1)) from None
         self.shape: tuple[int, ...] = (len(records), channels, height, width)
 
     def pixels(self, sample: int, draws: np.ndarray | None = None) -> np.ndarray:
@@ -146,15 +146,15 @@ class _Reading:
         if not wrong:
             return self.images.permute(0, 3, 1, 2)
         sample, error = min(wrong, key=lambda each: each[0])
-        name = self.files.records.name
+        records = self.files.records
         if isinstance(error, _OtherSize):
             _, _, height, width = self.files.shape
             raise failure(
-                f"data.size: {name(0)} ({width}x{height}) and {name(sample)} "
+                f"data.size: {records.name(0)} ({width}x{height}) and {records.name(sample)} "
                 f"({error.what}) have 2 different sizes; set data.size, for example data.size=32"
             )
         unreadable = [each for _, each in wrong if not isinstance(each, _OtherSize)]
-        raise failure(_complaint(name(sample), error, len(unreadable), len(self.samples)))
+        raise failure(_complaint(records, sample, error, len(unreadable), len(self.samples)))
 
 
 class _OtherSize(Unreadable):
@@ -164,8 +164,9 @@ class _OtherSize(Unreadable):
         super().__init__(f"{shape[1]}x{shape[0]}")
 
 
-def _complaint(name: str, error: Unreadable, count: int, of: int) -> str:
-    return f"data.root: {name}: {error.what} ({count} of {of} files read); {error.remedy}"
+def _complaint(records: Records, number: int, error: Unreadable, count: int, of: int) -> str:
+    name = f"{records.key}: {records.name(number)}"
+    return f"{name}: {error.what} ({count} of {of} files read); {error.remedy}"
 
 
 @dataclass(frozen=True)
@@ -179,10 +180,12 @@ class Listing:
     labels: list[int]
 
 
-def unusable(path: str | Path, error: OSError | ValueError) -> UserError:
+def unusable(
+    path: object, error: OSError | ValueError, remedy: str = "mend or remove it"
+) -> UserError:
     """Return the line for a file or folder that the system refuses."""
     reason = getattr(error, "strerror", None) or str(error)
-    return UserError(f"data.root: {shown(path)}: {reason}; mend or remove it")
+    return UserError(f"data.root: {shown(path)}: {reason}; {remedy}")
 
 
 def list_images(folder: Path) -> Listing:

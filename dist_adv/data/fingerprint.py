@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypedDict
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from dist_adv import rng
 from dist_adv.data.files import Listing, unusable
 
-_FILES_LOOKED_INTO = 2000
+_LOOKED_INTO = 2000
 
 
 class Fingerprint(TypedDict):
@@ -38,22 +38,48 @@ def of_files(listing: Listing) -> Fingerprint:
 
     Raises UserError for a file that cannot be read.
     """
-    names, contents = hashlib.sha256(), hashlib.sha256()
+    names = hashlib.sha256()
     start = len(os.path.join(listing.folder, ""))
-    for path, size in zip(listing.paths, listing.sizes, strict=True):
+    for path in listing.paths:
         names.update(os.fsencode(path[start:]) + b"\0")
-        contents.update(b"%d\0" % size)
-    order = rng.permutation(rng.stream_key("fingerprint"), len(listing.paths))
-    some = [listing.paths[k] for k in order[:_FILES_LOOKED_INTO].tolist()]
-    with ThreadPoolExecutor() as pool:
-        for digest in pool.map(_digest, some):
-            contents.update(digest)
     return Fingerprint(
         images=len(listing.paths),
         classes=len(listing.classes),
         names=names.hexdigest()[:16],
-        contents=contents.hexdigest()[:16],
+        contents=_contents(listing.sizes, lambda number: _digest(listing.paths[number])),
     )
+
+
+def of_rows(
+    labels: Sequence[int],
+    classes: Sequence[str],
+    sizes: Callable[[], Iterable[int]],
+    content: Callable[[int], bytes],
+) -> Fingerprint:
+    """Return the fingerprint of a table: classes, labels, bytes of each image; those of 2,000 read.
+
+    sizes: of all images in bytes; content: gives one's bytes. Neither columns nor files have names
+    in it. Raises what these raise.
+    """
+    names = hashlib.sha256(json.dumps([classes, labels]).encode())
+    return Fingerprint(
+        images=len(labels),
+        classes=len(classes),
+        names=names.hexdigest()[:16],
+        contents=_contents(list(sizes()), lambda number: hashlib.sha256(content(number)).digest()),
+    )
+
+
+def _contents(sizes: Sequence[int], digest: Callable[[int], bytes]) -> str:
+    """Return a hash of all images' sizes, and of the digests of up to 2,000, always the same."""
+    contents = hashlib.sha256()
+    for size in sizes:
+        contents.update(b"%d\0" % size)
+    order = rng.permutation(rng.stream_key("fingerprint"), len(sizes))
+    with ThreadPoolExecutor() as pool:
+        for each in pool.map(digest, order[:_LOOKED_INTO].tolist()):
+            contents.update(each)
+    return contents.hexdigest()[:16]
 
 
 def of_tensors(images: Tensor, labels: Tensor, classes: list[str]) -> Fingerprint:

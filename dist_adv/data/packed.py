@@ -3,13 +3,18 @@
 A split of a pack is tar files, which `tar`, WebDataset and DALI read as well, `index.npy` with a
 row an image (`records.INDEX`), and `index.json` with the classes and the SHA-256 of every file.
 Small images of one size may be one array instead, `images.npy`, which is mapped and not read.
+
+A pack lies on a disk or in a store (`stores.py`), in which it is read by position.
 """
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +27,14 @@ from dist_adv import files as on_disk
 from dist_adv.data.files import Files, unusable
 from dist_adv.data.fingerprint import Fingerprint
 from dist_adv.data.image import Framing
-from dist_adv.data.records import INDEX, Mapped, Records, Shards
+from dist_adv.data.records import INDEX, DiskShards, Mapped, Records
+from dist_adv.data.stores import REMEDY, StorePath, StoreShards
 from dist_adv.errors import UserError
 from dist_adv.text import shown
 
 IMAGES, LABELS, ROWS = "images.npy", "labels.npy", "index.npy"
 INDEX_FILE, BEGUN = "index.json", "packing.json"
+Place = Path | StorePath
 
 
 class PackedFile(BaseModel):
@@ -61,23 +68,33 @@ class Stored:
     fingerprint: Callable[[], Fingerprint]
 
 
-def open_pack(folder: Path, framing: Framing, workers: int) -> Stored:
+def open_pack(folder: Place, framing: Framing, workers: int) -> Stored:
     """Return a split of a pack, of which only the index has been read.
 
     Raises UserError for one that is missing, unfinished or damaged, as far as that shows without
     reading it all (`check_pack`).
     """
-    index = _read_index(folder)
-    for file in index.files:
-        _check_size(folder / file.name, file.bytes)
-    if (folder / IMAGES).exists():
+    index = read_index(folder)
+    names = [file.name for file in index.files]
+    if IMAGES in names and isinstance(folder, StorePath):
+        raise UserError(
+            f"data.root: {shown(folder)}: is a pack of pixels, which are mapped from a disk; copy "
+            f"it to one, or pack without --raw"
+        )
+    with ThreadPoolExecutor() as pool:  # in a store every look at a file is a wait
+        list(pool.map(partial(_check_size, folder), index.files))
+    if IMAGES in names:
         labels = _load(folder / LABELS)
         records: Records = Mapped(_load(folder / IMAGES), shown(folder / IMAGES))
     else:
         rows = _load(folder / ROWS)
         _check_rows(folder, rows, index)
-        paths = [folder / file.name for file in index.files if file.name.endswith(".tar")]
-        records, labels = Shards(paths, rows), rows["label"]
+        tars = [name for name in names if name.endswith(".tar")]
+        labels = rows["label"]
+        if isinstance(folder, StorePath):
+            records = StoreShards([folder / name for name in tars], rows)
+        else:
+            records = DiskShards([folder / name for name in tars], rows)
     sums = [[file.name, file.sha256] for file in index.files]
     found = Fingerprint(
         images=index.images,
@@ -90,13 +107,13 @@ def open_pack(folder: Path, framing: Framing, workers: int) -> Stored:
     return Stored(files, numbers, index.classes, lambda: found)
 
 
-def check_pack(folder: Path, progress: Callable[[int], object] = lambda done: None) -> None:
+def check_pack(folder: Place, progress: Callable[[int], object] = lambda done: None) -> None:
     """Read a split of a pack whole. Raises UserError where a file is not what was packed."""
-    index = _read_index(folder)
+    index = read_index(folder)
     for file in index.files:
         path = folder / file.name
-        _check_size(path, file.bytes)
-        if on_disk.sha256(path) != file.sha256:
+        _check_size(folder, file)
+        if _sha256(path) != file.sha256:
             raise UserError(
                 f"data.root: {shown(path)}: is not what was packed (its SHA-256 is another); pack "
                 f"it again, or restore the file"
@@ -104,7 +121,8 @@ def check_pack(folder: Path, progress: Callable[[int], object] = lambda done: No
         progress(file.bytes)
 
 
-def _read_index(folder: Path) -> PackIndex:
+def read_index(folder: Place) -> PackIndex:
+    """Return the index of a split. Raises UserError."""
     path = folder / INDEX_FILE
     try:
         return PackIndex.model_validate_json(path.read_bytes())
@@ -114,33 +132,51 @@ def _read_index(folder: Path) -> PackIndex:
         remedy = "give the same `dist-adv pack` again" if begun else "make one with `dist-adv pack`"
         raise UserError(f"data.root: {shown(folder)}: {problem}; {remedy}") from None
     except OSError as error:
-        raise unusable(path, error) from None
+        raise _refused(path, error) from None
     except ValidationError:
         raise UserError(f"data.root: {shown(path)}: is no index of a pack; restore it") from None
 
 
-def _load(path: Path) -> np.ndarray:
+def _load(path: Place) -> np.ndarray:
     try:
+        if isinstance(path, StorePath):
+            return np.load(io.BytesIO(path.read_bytes()))
         return np.load(path, mmap_mode="r")
+    except OSError as error:
+        raise _refused(path, error) from None
     except ValueError as error:
         raise UserError(
             f"data.root: {shown(path)}: is no array ({error}); restore it, or pack it again"
         ) from None
 
 
-def _check_size(path: Path, expected: int) -> None:
+def _check_size(folder: Place, file: PackedFile) -> None:
+    path = folder / file.name
     try:
-        found = os.path.getsize(path)
+        found = path.size() if isinstance(path, StorePath) else os.path.getsize(path)
     except OSError as error:
-        raise unusable(path, error) from None
-    if found != expected:
+        raise _refused(path, error) from None
+    if found not in (file.bytes, None):
         raise UserError(
-            f"data.root: {shown(path)}: has {found:,} bytes and the index says {expected:,}; copy "
-            f"it again"
+            f"data.root: {shown(path)}: has {found:,} bytes and the index says {file.bytes:,}; "
+            f"copy it again"
         )
 
 
-def _check_rows(folder: Path, rows: np.ndarray, index: PackIndex) -> None:
+def _sha256(path: Place) -> str | None:
+    if not isinstance(path, StorePath):
+        return on_disk.sha256(path)
+    try:
+        return path.sha256()
+    except OSError as error:
+        raise _refused(path, error) from None
+
+
+def _refused(path: Place, error: OSError) -> UserError:
+    return unusable(path, error, REMEDY if isinstance(path, StorePath) else "mend or remove it")
+
+
+def _check_rows(folder: Place, rows: np.ndarray, index: PackIndex) -> None:
     """Raise UserError where a row names what is not there."""
     sizes = np.array([file.bytes for file in index.files if file.name.endswith(".tar")])
     problem = ""
@@ -151,4 +187,4 @@ def _check_rows(folder: Path, rows: np.ndarray, index: PackIndex) -> None:
     elif (rows["offset"] + rows["length"] > sizes[rows["shard"]]).any():
         problem = "names bytes behind the end of a tar file"
     if problem:
-        raise UserError(f"data.root: {shown(folder / 'index.npy')}: {problem}; pack it again")
+        raise UserError(f"data.root: {shown(folder / ROWS)}: {problem}; pack it again")

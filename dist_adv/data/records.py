@@ -1,4 +1,7 @@
-"""Where the pictures of a split lie: in files of a folder, in tar files, or in one array."""
+"""Where the pictures of a split lie: in files of a folder, in tar files, or in one array.
+
+Those in columns of Arrow's: `hf.Rows`; in tar files of a store: `stores.StoreShards`.
+"""
 
 import io
 import os
@@ -7,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, Self
 
 import numpy as np
 from PIL import Image
@@ -22,7 +25,12 @@ _HEADER = 512  # bytes of a tar file before each of its members
 
 
 class Records(Protocol):
-    """Pictures by number; `part` gives some of them, in another order."""
+    """Pictures by number; `part` gives some of them, in another order.
+
+    key: of the configuration, which a message names.
+    """
+
+    key: str
 
     def __len__(self) -> int: ...
 
@@ -35,12 +43,14 @@ class Records(Protocol):
     def part(self, numbers: Sequence[int]) -> "Records": ...
 
 
-class _Encoded(ABC):
+class Encoded(ABC):
     """Pictures that are to be decoded."""
+
+    key = "data.root"
 
     @abstractmethod
     def open(self, number: int) -> BinaryIO:
-        """Return the file of a picture. Raises OSError."""
+        """Return the file of a picture. Raises OSError, Unreadable."""
 
     def read(self, number: int, framing: Framing, draws: np.ndarray | None) -> np.ndarray:
         return read(partial(self.open, number), framing, draws)
@@ -51,6 +61,8 @@ class Mapped:
 
     called: what a message calls it. numbers: which of them, None for all.
     """
+
+    key = "data.root"
 
     def __init__(self, array: np.ndarray, called: str, numbers: np.ndarray | None = None) -> None:
         self.array, self.called, self.numbers = array, called, numbers
@@ -73,7 +85,7 @@ class Mapped:
         return Mapped(self.array, self.called, some if self.numbers is None else self.numbers[some])
 
 
-class Paths(_Encoded):
+class Paths(Encoded):
     """Pictures that are files."""
 
     def __init__(self, paths: Sequence[str]) -> None:
@@ -92,16 +104,14 @@ class Paths(_Encoded):
         return Paths([self.paths[k] for k in numbers])
 
 
-class Shards(_Encoded):
-    """Pictures that lie in tar files, read by position: no thread waits for another's seek.
+class Shards(Encoded):
+    """Pictures that lie in tar files.
 
-    index: of dtype INDEX, one row a picture; it may be mapped from a file.
+    paths: of these. index: of dtype INDEX, one row a picture; it may be mapped from a file.
     """
 
-    def __init__(self, paths: Sequence[Path], index: np.ndarray) -> None:
+    def __init__(self, paths: Sequence[Any], index: np.ndarray) -> None:
         self.paths, self.index = paths, index
-        self._opened: dict[int, int] = {}
-        self._opening = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -120,8 +130,21 @@ class Shards(_Encoded):
             member = ""
         return f"{shown(self.paths[shard])}: record {number} at byte {offset} ({shown(member)})"
 
-    def part(self, numbers: Sequence[int]) -> "Shards":
-        return Shards(self.paths, self.index[np.asarray(numbers, dtype=np.int64)])
+    def part(self, numbers: Sequence[int]) -> Self:
+        return type(self)(self.paths, self.index[np.asarray(numbers, dtype=np.int64)])
+
+    @abstractmethod
+    def _read(self, shard: int, offset: int, length: int) -> bytes:
+        """Return bytes of a tar file. Raises OSError."""
+
+
+class DiskShards(Shards):
+    """Pictures in tar files on a disk, read by position: no thread waits for another's seek."""
+
+    def __init__(self, paths: Sequence[Path], index: np.ndarray) -> None:
+        super().__init__(paths, index)
+        self._opened: dict[int, int] = {}
+        self._opening = threading.Lock()
 
     def _read(self, shard: int, offset: int, length: int) -> bytes:
         with self._opening:

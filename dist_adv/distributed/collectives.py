@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from dist_adv.config import Config, Judged, flatten
-from dist_adv.data import Fingerprints, what_changed
+from dist_adv.data import Fingerprints, place_key, what_changed
 from dist_adv.errors import UserError
 from dist_adv.runs.environment import code_version
 
@@ -45,13 +45,17 @@ def check_started_alike(
     """
     settings = flatten(config.model_dump()) | {"train.precision": accelerator.mixed_precision}
     del settings["data.root"]
+    settings.pop("data.path", None)
     about = {**settings, **arguments, "code": code_version(), "torch": torch.__version__}
     about |= {f"source of {name}": source for name, source in config.sources().items()}
     check_same_start(accelerator, about)
 
 
-def check_same_images(accelerator: Accelerator, prints: Fingerprints) -> None:
-    """Raise UserError on every rank where one reads other images than rank 0."""
+def check_same_images(accelerator: Accelerator, prints: Fingerprints, data: str) -> None:
+    """Raise UserError on every rank where one reads other images than rank 0.
+
+    data: the name of the data set.
+    """
     mine = (socket.gethostname(), prints)
     everyone = gather_object([mine]) if accelerator.num_processes > 1 else [mine]
     first, expected = everyone[0]
@@ -59,7 +63,7 @@ def check_same_images(accelerator: Accelerator, prints: Fingerprints) -> None:
         changed = what_changed(expected, found)
         if changed:
             raise UserError(
-                f"data.root: rank {rank} on {host} has other images than rank 0 on {first} "
+                f"{place_key(data)}: rank {rank} on {host} has other images than rank 0 on {first} "
                 f"({'; '.join(changed)}); give every rank the same: copy the folder (or that of "
                 f"DIST_ADV_DATA) once more"
             )

@@ -20,7 +20,7 @@ from torch import nn
 from dist_adv import files
 from dist_adv.attacks.threat import build as build_threat
 from dist_adv.config import Config, Judged, differences, flatten, load, load_config
-from dist_adv.data import Dataset, load_dataset
+from dist_adv.data import Dataset, load_dataset, place_key
 from dist_adv.data.fingerprint import in_words
 from dist_adv.distributed.collectives import on_every
 from dist_adv.distributed.failures import plain_failures
@@ -174,8 +174,8 @@ def make_claim(folder: Path, overrides: Sequence[str]) -> Path:
     measured_on = {figure.record.get("fingerprint") for figure in figures} - {None}
     if measured_on - {in_words(data.fingerprint)}:
         raise UserError(
-            f"data.root: {config.data.name} has other test images than those of the figures; "
-            f"evaluate again"
+            f"{place_key(config.data.name)}: {config.data.name} has other test images than those "
+            f"of the figures; evaluate again"
         )
     weights = digest_of(subject.load())
     lines = [dict(figure.record) for figure in figures]

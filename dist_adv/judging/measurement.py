@@ -157,5 +157,5 @@ def load_test_images(config: Config | Judged, accelerator: Accelerator) -> Datas
     """Return the test images, the same on every rank; UserError on all where one has others."""
     first = partial(main_process_first, accelerator)
     data = on_every(accelerator, partial(load_dataset, config.data, "test", first))
-    check_same_images(accelerator, {"test": data.fingerprint})
+    check_same_images(accelerator, {"test": data.fingerprint}, config.data.name)
     return data

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dist_adv.attacks.threat import build as build_threat
 from dist_adv.config import Config
-from dist_adv.data import Dataset
+from dist_adv.data import Dataset, place_key
 from dist_adv.errors import UserError
 from dist_adv.methods import Method
 from dist_adv.methods.carried import BySample
@@ -106,14 +106,20 @@ def has_amx() -> bool:
 
 def check_splits(train: Dataset, test: Dataset) -> None:
     """Raise UserError where the splits have other classes, or images of other sizes."""
+    key = place_key(train.name)
     for one, name, other in ((train, "train", test), (test, "test", train)):
         missing = [each for each in one.classes if each not in set(other.classes)]
         if missing:
             raise UserError(
-                f"data.root: the train split has {len(train.classes)} classes and the test split "
+                f"{key}: the train split has {len(train.classes)} classes and the test split "
                 f"{len(test.classes)}; {len(missing)} are in the {name} split alone "
                 f"({few(missing)}); they must be the same"
             )
+    if train.classes != test.classes:
+        raise UserError(
+            f"{key}: the train split has the classes in another order ({few(train.classes)}) than "
+            f"the test split ({few(test.classes)}); they must be in the same"
+        )
     (height, width), (h, w) = train.images.shape[2:], test.images.shape[2:]
     if (height, width) != (h, w):
         raise UserError(

@@ -71,7 +71,7 @@ class Trainer:
         prints = {"train": train.fingerprint, "test": self.test_data.fingerprint}
         if train.extra:
             prints["extra"] = train.extra.fingerprint
-        check_same_images(accelerator, prints)
+        check_same_images(accelerator, prints, config.data.name)
         check_splits(train, self.test_data)
         held_out = config.data.validation
         train, curve_data = train.hold_out(held_out) if held_out else (train, self.test_data)

@@ -119,7 +119,9 @@ def engine(
     return found
 
 
-@pytest.mark.parametrize("name", [*METHODS, "skips", "shard", "parts", "started", "awp", "gradalign"])
+@pytest.mark.parametrize(
+    "name", [*METHODS, "skips", "shard", "parts", "started", "awp", "gradalign"]
+)
 def test_weights_are_those_of_ddp_or_refused(name, engine, ddp):
     """`skips`: two updates of eight were NaN on one rank and were taken on none.
 

@@ -20,7 +20,17 @@ pytestmark = pytest.mark.slow
 # As the names of modules and of metadata begin. torch and accelerate look for some of them.
 ABSENT = (
     *("wandb", "matplotlib", "mpl_", "sklearn", "scikit", "scipy", "pandas", "joblib", "art"),
-    *("adversarial_robustness", "deepspeed", "tensorboard", "pyautoattack", "foolbox", "__edit"),
+    *(
+        "datasets",
+        "pyarrow",
+        "aiohttp",
+        "adversarial_robustness",
+        "deepspeed",
+        "tensorboard",
+        "pyautoattack",
+        "foolbox",
+        "__edit",
+    ),
 )
 # Ends with a line of the statuses, and of what was imported by training and evaluation.
 TRAIN = """

@@ -206,6 +206,7 @@ def test_status_of_a_run_that_ends_well_and_of_one_that_fails(images, tmp_path, 
 
 METHODS = tuple(own_methods())
 MODELS = ("preact_resnet18", "wide_resnet", "resnet50", "timm")
+SETS = ("imagefolder", "hf")
 
 # Every key: another value than the one below or the default, and whether a run may go on with it.
 DECIDED: dict[str, tuple[Any, str]] = {
@@ -245,6 +246,14 @@ DECIDED: dict[str, tuple[Any, str]] = {
     "model.pretrained": (True, "no"),
     "data.name": ("packed", "no"),
     "data.root": ("elsewhere", "yes"),
+    # Where images are and who knows them there; which of them, and which column, are others.
+    "data.path": ("elsewhere", "yes"),
+    "data.subset": ("large", "yes"),
+    "data.revision": ("main", "yes"),
+    "data.train_split": ("train[:90%]", "no"),
+    "data.test_split": ("validation", "no"),
+    "data.image": ("img", "no"),
+    "data.label": ("fine_label", "no"),
     "data.augment": (False, "no"),
     "data.crop_padding": (1, "no"),
     "data.drop_last": (True, "no"),
@@ -327,12 +336,15 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def build(method: str = "fast", model: str = "preact_resnet18", **changes: Any) -> Config:
+def build(
+    method: str = "fast", model: str = "preact_resnet18", data: str = "imagefolder", **changes: Any
+) -> Config:
     """The configuration of these names, with `changes` at `section__key`."""
-    data = {"name": "imagefolder", "size": 16, "shorter": 16}  # sizes are of folders alone
-    data |= {"crop_scale": [0.5, 1.0], "extra": {"path": "1m.npz"}, "randaugment": {}}
+    images: dict[str, Any] = {"name": data, "size": 16, "shorter": 16}  # sizes are of files alone
+    images |= {"path": "somebody/images"} if data == "hf" else {}
+    images |= {"crop_scale": [0.5, 1.0], "extra": {"path": "1m.npz"}, "randaugment": {}}
     net = {"name": model, **({"arch": "resnet10t"} if model == "timm" else {})}
-    tree: dict[str, Any] = {"method": {"name": method}, "model": net, "data": data}
+    tree: dict[str, Any] = {"method": {"name": method}, "model": net, "data": images}
     tree |= {"average": {}, "awp": {}, "optim": {"schedule": "cosine"}}  # warm-up is of no cyclic
     for place, value in changes.items():
         node = tree
@@ -345,7 +357,12 @@ def build(method: str = "fast", model: str = "preact_resnet18", **changes: Any) 
 
 def with_key(key: str) -> Config:
     """The first configuration that has this key."""
-    every = (build(method, model) for method in reversed(METHODS) for model in MODELS)
+    every = (
+        build(method, model, data)
+        for data in SETS
+        for method in reversed(METHODS)
+        for model in MODELS
+    )
     return next(config for config in every if key in flat(config.model_dump()))
 
 
@@ -363,7 +380,8 @@ EVERY_KEY = sorted(
         key
         for method in METHODS
         for model in MODELS
-        for key in flat(build(method, model).model_dump())
+        for data in SETS
+        for key in flat(build(method, model, data).model_dump())
     }
 )
 
@@ -384,7 +402,7 @@ def test_every_key_is_decided_on(key):
     old = with_key(key)
     # Which is a crop in place of boxes at random.
     fixed = {"data__crop_scale": None} if key == "data.crop_shift" else {}
-    names = {"method": old.method.name, "model": old.model.name}
+    names = {"method": old.method.name, "model": old.model.name, "data": old.data.name}
     kinds = {name: kind for name, kind in names.items() if key != f"{name}.name"}
     old = build(old.method.name, old.model.name, **fixed) if fixed else old
     new = build(**kinds, **fixed, **{key.replace(".", "__"): value})
