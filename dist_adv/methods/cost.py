@@ -2,7 +2,7 @@
 
 import itertools
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -34,7 +34,7 @@ class Cost:
     steps: int
     passes: float
     backward: float
-    whole_batch: bool = False
+    whole_batch: bool = field(default=False, compare=False)
 
     @property
     def against_natural(self) -> float:
