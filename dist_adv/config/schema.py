@@ -60,8 +60,9 @@ class OptimOptions(Options):
     """The optimiser and its schedule over all optimiser steps of the run.
 
     momentum: of SGD; of AdamW its first beta. decay_norms: false leaves norms and biases, whatever
-    has one dimension, without weight decay. clip: the largest norm of all gradients together.
-    rise: the share of the run in which the rate of `cyclic` rises; short runs like 0.25.
+    has one dimension, without weight decay. layer_decay: of timm's networks, by what the rate is
+    multiplied from layer to layer, from the last one back. clip: the largest norm of all gradients
+    together. rise: the share of the run in which the rate of `cyclic` rises; short runs like 0.25.
     milestones: the shares of the run at which `multistep` divides the rate by ten. points: of
     `linear`, the share of `lr` at some epochs, {0: 0, 2: 1, 6: 0.1}, with straight lines between
     them. warmup: epochs in which any rate but `cyclic` rises to what it would be. floor: the share
@@ -76,6 +77,7 @@ class OptimOptions(Options):
     beta2: Annotated[Real, Field(ge=0, lt=1)] = 0.999
     weight_decay: Annotated[Real, Field(ge=0)] = 5e-4
     decay_norms: bool = True
+    layer_decay: Annotated[Real, Field(gt=0, le=1)] = 1.0
     clip: Annotated[Real, Field(gt=0)] | None = None
     schedule: Annotated[str, WithJsonSchema(_SCHEDULE)] = "cyclic"
     rise: Annotated[Real, Field(gt=0, lt=1)] = 0.5

@@ -87,10 +87,10 @@ def main() -> int:
                 job = Job(path, killed, 2, arguments)
                 end = time.monotonic() + dice.uniform(0.2, 1) * seconds
                 job.wait_until(lambda end=end: time.monotonic() > end)
-                done += 1
                 if not job.running():
                     break
                 job.kill()
+                done += 1
             Job(path, killed, 2, arguments).finish()
             equal = weights_hash(whole) == weights_hash(killed)
             rows.append(f"| {path.parent.name}/{path.stem} | {seconds:.0f} | {done} | {equal} |")

@@ -1,5 +1,6 @@
 """Networks of timm and of torchvision: made, trained, gone on with, saved, read and attacked."""
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -213,3 +214,48 @@ def test_training_starts_from_one(pictures, tmp_path):
     config["model"] = NETWORKS["vit"] | {"stem": "default"}
     with pytest.raises(UserError, match="stem: conv there, default here"):
         train_run(parse_config(config, "third"), tmp_path / "third", "none")
+
+
+@pytest.mark.parametrize(
+    ("network", "layers"),
+    [
+        ("vit", ("net.cls_token", "net.blocks.0", "net.blocks.1", "net.head")),
+        ("convnext", ("net.stem", "net.stages.1", "net.stages.2", "net.head")),
+    ],
+)
+def test_earlier_layers_have_smaller_rates(network, layers, pictures, tmp_path):
+    """From one update without decay: each layer's change is a share of what it is without."""
+    weights = {}
+    for name, lr, decay in (("first", 1e-30, 1.0), ("one", 1e-2, 1.0), ("half", 1e-2, 0.5)):
+        tree = settings(pictures, NETWORKS[network], epochs=1, max_steps=1)
+        tree["method"] = {"name": "natural"}
+        tree["optim"] = {"momentum": 0, "weight_decay": 0, "schedule": "constant"}
+        tree["optim"] |= {"lr": lr, "layer_decay": decay}
+        train_run(parse_config(tree, "x"), tmp_path / name, "none")
+        weights[name] = load_file(tmp_path / name / "model.safetensors")
+    shares = {}
+    for layer in layers:
+        one, half = (
+            torch.cat(
+                [
+                    (each - weights["first"][name]).flatten()
+                    for name, each in weights[run].items()
+                    if name.startswith(layer)
+                ]
+            )
+            for run in ("one", "half")
+        )
+        shares[layer] = (half.norm() / one.norm()).item()
+        torch.testing.assert_close(half, shares[layer] * one, rtol=1e-2, atol=1e-7)
+    found = torch.tensor(list(shares.values())).log2()
+    assert torch.allclose(found, found.round(), atol=1e-2), shares
+    assert all(a < b for a, b in itertools.pairwise(found.round().tolist())), shares
+    assert found[-1].round() == 0  # the head's is whole
+
+
+def test_layers_of_other_networks_are_not_known(pictures, tmp_path):
+    tree = settings(pictures, NETWORKS["torchvision"], epochs=1)
+    tree["optim"]["layer_decay"] = 0.7
+    with pytest.raises(UserError, match=r"optim\.layer_decay: only networks of timm"):
+        train_run(parse_config(tree, "x"), tmp_path / "run", "none")
+    assert not (tmp_path / "run").exists()

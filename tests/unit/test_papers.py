@@ -69,7 +69,7 @@ SHAFAHI = {
 }
 SGD = {"momentum": 0.9, "weight_decay": 5e-4, "schedule": "cyclic", "rise": 0.5}
 SGD |= {"name": "sgd", "nesterov": False, "decay_norms": True, "clip": None, "warmup": 0.0}
-SGD |= {"floor": 0.0, "points": {}}
+SGD |= {"floor": 0.0, "points": {}, "layer_decay": 1.0}
 SGD |= {"beta2": 0.999, "milestones": [0.5, 0.75]}  # AdamW's, and of another schedule
 CYCLIC = SGD | {"cycle_momentum": True}
 MULTISTEP = SGD | {"cycle_momentum": False, "weight_decay": 2e-4, "schedule": "multistep"}

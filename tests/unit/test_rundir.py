@@ -286,6 +286,7 @@ DECIDED: dict[str, tuple[Any, str]] = {
     "optim.cycle_momentum": (True, "no"),
     "optim.warmup": (1.0, "no"),
     "optim.floor": (0.1, "no"),
+    "optim.layer_decay": (0.9, "no"),
     "train.epochs": (46, "longer"),
     "train.max_steps": (10, "shorter"),
     "train.accumulate": (2, "no"),
