@@ -170,19 +170,33 @@ def _write_shard(listing: Listing, span: range, path: Path, how: How, shard: int
     """Write one tar file whole; return its rows of the index."""
     rows = np.zeros(len(span), INDEX)
     partly, start = path.with_name(f".partial-{path.name}"), len(os.path.join(listing.folder, ""))
+    taken: set[str] = set()
     with partly.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
             for k, (number, content, suffix) in enumerate(_contents(listing, span, how)):
                 name, label = listing.paths[number][start:], listing.labels[number]
-                name = os.path.splitext(name)[0] + suffix if suffix else name
-                _add(tar, name, content)
+                key = _key(name, number, taken)
+                _add(tar, key + (suffix or os.path.splitext(name)[1]), content)
                 ends = tar.offset - -len(content) % _BLOCK
                 rows[k] = shard, label, len(content), ends - len(content)
-                _add(tar, f"{os.path.splitext(name)[0]}.cls", str(label).encode())
+                _add(tar, f"{key}.cls", str(label).encode())
         file.flush()
         os.fsync(file.fileno())
     partly.replace(path)
     return rows
+
+
+def _key(name: str, number: int, taken: set[str]) -> str:
+    """Return the name of a picture's two members but for their endings, of its own in this file.
+
+    To WebDataset the name ends at the first dot of a file, and what has one name is one sample.
+    """
+    folder, file = os.path.split(os.path.splitext(name)[0])
+    key = os.path.join(folder, file.replace(".", "-"))
+    while key in taken:
+        key += f"-{number}"
+    taken.add(key)
+    return key
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -199,7 +213,7 @@ def _contents(listing: Listing, span: range, how: How) -> Iterator[tuple[int, by
         pixels = _pixels(path, Framing())  # so that no pack has a damaged image
         if how.size is None:
             return number, Path(path).read_bytes(), ""
-        return number, _resized(pixels, how.size, how.quality), _new_suffix(path)
+        return number, _resized(pixels, how.size, how.quality), ".jpg"
 
     return _in_order(content, span)
 
@@ -229,12 +243,6 @@ def _resized(pixels: np.ndarray, size: int, quality: int) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
-
-
-def _new_suffix(path: str) -> str:
-    """Return the ending of a picture that is saved as JPEG; two of one name stay two."""
-    old = os.path.splitext(path)[1].lower()
-    return ".jpg" if old in (".jpg", ".jpeg") else f"-{old[1:]}.jpg"
 
 
 def _pack_raw(

@@ -4,15 +4,17 @@
 
 Each on two ranks, on photographs that are made up: 64 a class, 64 pixels, packed; those with
 generated images on 32 pixels and an .npz file. First to its end without a disturbance, then with
-the whole job killed (SIGKILL) at random moments, and the same command again. The SHA-256 of the
-final weights must be the same.
+the whole job killed (SIGKILL) soon after steps that are drawn, and the same command again. The
+SHA-256 of the final weights must be the same.
 """
 
 import argparse
+import json
 import random
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +42,16 @@ SMALL = {
     "trades-wrn-28-10": ["model.depth=10", "model.widen=1"],
     "n-fgsm": ["model.width=4"],
 }
+SAVED = 3  # steps
 SHORT = [
     *("train.epochs=2", "train.batch_size=32", "train.precision=fp32", "train.threads=1"),
-    *("train.save_steps=3", "train.log_every=3", "optim.warmup=0", "method.guard=none"),
+    *(
+        f"train.save_steps={SAVED}",
+        "train.keep=1000",
+        "train.log_every=3",
+        "optim.warmup=0",
+        "method.guard=none",
+    ),
     *("eval.attacks=[natural,pgd-2]", "eval.every=0", "eval.batch_size=32"),
     "track.wandb.mode=disabled",
 ]
@@ -64,6 +73,14 @@ def prepare(folder: Path) -> dict[str, list[str]]:
     }
 
 
+def reached(run: Path, step: int) -> bool:
+    """Whether a run has begun, and has the last checkpoint before a step, or a later one."""
+    if step < SAVED:
+        return (run / "env.json").exists()
+    saved = [int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*[0-9]")]
+    return any(each > step - SAVED for each in saved)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=2, help="of each recipe")
@@ -83,10 +100,12 @@ def main() -> int:
             began = time.monotonic()
             Job(path, whole, 2, arguments).finish()
             seconds, done = time.monotonic() - began, 0
-            while done < asked.kills:
+            last = json.loads((whole / "env.json").read_text())["total_steps"]
+            # Each kill later than the one before: some of them between two checkpoints.
+            for step in sorted(dice.sample(range(last), asked.kills)):
                 job = Job(path, killed, 2, arguments)
-                end = time.monotonic() + dice.uniform(0.2, 1) * seconds
-                job.wait_until(lambda end=end: time.monotonic() > end)
+                job.wait_until(partial(reached, killed, step))
+                time.sleep(dice.uniform(0, 0.2))
                 if not job.running():
                     break
                 job.kill()

@@ -14,7 +14,8 @@ from timm.models import save_for_hf
 
 import dist_adv
 from cases import make_images
-from dist_adv.config import parse_config
+from dist_adv.config import OptimOptions, parse_config
+from dist_adv.distributed.optimizers import fused_optimizer
 from dist_adv.errors import UserError
 from dist_adv.models import build_model, load_model, read_weights, save_model
 from dist_adv.models.libraries import TimmOptions, TorchvisionOptions
@@ -259,3 +260,14 @@ def test_layers_of_other_networks_are_not_known(pictures, tmp_path):
     with pytest.raises(UserError, match=r"optim\.layer_decay: only networks of timm"):
         train_run(parse_config(tree, "x"), tmp_path / "run", "none")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("decay_norms", [True, False])
+def test_layers_decay_as_the_whole_does(decay_norms):
+    options = OptimOptions(layer_decay=0.5, weight_decay=0.1, decay_norms=decay_norms)
+    model = build(TimmOptions(**NETWORKS["vit"]))
+    groups = fused_optimizer(model, options).param_groups
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    for group in groups:
+        spared = [not decay_norms and each.dim() < 2 for each in group["params"]]
+        assert [group["weight_decay"] == 0 for _ in spared] == spared

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -179,6 +180,23 @@ def test_others_read_the_tar_files(packed, folder):
         str(path.relative_to(folder / "train")) for path in sorted(folder.glob("train/*/*"))
     ]
     assert labels == [int(name[6:9]) for name in names]
+
+
+@pytest.mark.parametrize("how", [How(), How(size=8)])
+def test_to_webdataset_each_picture_is_a_sample(how, tmp_path):
+    """Whose name ends at the first dot of a file, in a folder of whatever name."""
+    for label in "a.b", "c":
+        for name in ("x.png", "x.bmp", "y.1.png", "y.2.png", "y-1.png"):
+            path = tmp_path / "images" / label / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (len(path.parent.name), 0, 0)).save(path)
+    pack(tmp_path / "images", tmp_path / "out", how)
+    with tarfile.open(tmp_path / "out" / "00000.tar") as tar:
+        members = tar.getnames()
+    keys = [re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", member).groups() for member in members]
+    assert [ending == "cls" for _, ending in keys] == [False, True] * 10
+    assert [key for key, _ in keys[::2]] == [key for key, _ in keys[1::2]]
+    assert len({key for key, _ in keys}) == 10
 
 
 def test_a_killed_packing_goes_on(folder, tmp_path, monkeypatch):
