@@ -121,6 +121,7 @@ class Learner:
         if stage is self.stage:
             return
         before = self.loader.batch_size, self.data.images.shape[1:]
+        del self.loader  # whose images take memory, before the next one's do
         self._begin(stage)
         if before == (self.loader.batch_size, self.data.images.shape[1:]):
             return
