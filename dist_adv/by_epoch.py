@@ -23,24 +23,29 @@ Changes = dict[str, dict[int, Any]]
 """By key: from which epoch on it has which value."""
 
 
-def is_by_epoch(value: object) -> bool:
-    """Tell whether a mapping is of epochs and not of keys; in JSON epochs are text."""
+def has_epochs(value: object) -> bool:
+    """Tell whether a mapping is of numbers of epochs and not of keys; in JSON these are text."""
     return (
         isinstance(value, Mapping)
         and bool(value)
-        and all(isinstance(key, int | str) and str(key).isdecimal() for key in value)
+        and all(str(key).replace(".", "", 1).isdecimal() for key in value)
     )
 
 
 def changes(tree: Mapping[str, Any]) -> Changes:
     """Return what a configuration says by epoch.
 
-    Raises UserError where nothing is said of the beginning, or of an epoch that is not trained.
+    Raises UserError where nothing is said of the beginning, or keys are no epochs.
     """
     found = {}
     for key, value in _values(tree):
-        if not is_by_epoch(value):
+        if not isinstance(value, Mapping):
             continue
+        if not value or not all(str(epoch).isdecimal() for epoch in value):
+            raise UserError(
+                f"{key}: {{{_text(value)}}} is not by epoch, a whole number counted from 0; write "
+                f"for example {key}={{0: ..., 6: ...}}"
+            )
         found[key] = {int(epoch): value[epoch] for epoch in sorted(value, key=int)}
         if 0 not in found[key]:
             raise UserError(f"{key}: say what it is at first: {key}={{0: ..., {_text(value)}}}")

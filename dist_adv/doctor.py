@@ -286,7 +286,8 @@ def _data(config: Config | None) -> Findings:
 def _pack(config: Config) -> Finding:
     """Read a pack from end to end, which a disk takes a while for."""
     from dist_adv.data.datasets import pack_root
-    from dist_adv.data.packed import check_pack, read_index
+    from dist_adv.data.image import Framing
+    from dist_adv.data.packed import check_pack, open_pack, read_index
     from dist_adv.terminal import bar
 
     try:
@@ -296,6 +297,8 @@ def _pack(config: Config) -> Finding:
                 total = sum(file.bytes for file in read_index(root / split).files)
                 task = progress.add_task(f"reading {split}", status="", total=total)
                 check_pack(root / split, partial(progress.advance, task))
+                if not isinstance(root, Path):  # which training reads by position
+                    open_pack(root / split, Framing(), workers=1)
     except UserError as error:
         return Finding("data", str(error), "problem")
     place = root.absolute() if isinstance(root, Path) else root

@@ -52,7 +52,8 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     """`top` over `base`, section by section.
 
     A section with another `name` (another method, model or data set) replaces the whole section:
-    the keys of a Free method mean nothing to a Fast one. So do values by epoch.
+    the keys of a Free method mean nothing to a Fast one. So does whatever takes the place of values
+    by epoch.
     """
     merged = dict(base)
     for key, value in top.items():
@@ -61,7 +62,7 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
             isinstance(old, dict)
             and isinstance(value, dict)
             and value.get("name", old.get("name")) == old.get("name")
-            and not by_epoch.is_by_epoch(value)
+            and not by_epoch.has_epochs(old)
         )
         merged[key] = _merge(old, value) if same_kind else value  # type: ignore[arg-type]
     return merged

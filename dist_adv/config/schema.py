@@ -365,6 +365,12 @@ class Config(_File):
                 f"train.compile: {name} differentiates a gradient, which compiled networks cannot; "
                 f"use none"
             )
+        points, epochs = self.optim.points, self.train.epochs
+        if points and max(points) > epochs:
+            raise ValueError(
+                f"optim.points: goes to epoch {max(points):g} and train.epochs is {epochs}; give "
+                f"points of this run, or train longer"
+            )
         if "average" in method.needs and self.average is None:
             raise ValueError(f"average: {name} needs averaged weights; set average.epochs=4")
         return self

@@ -123,12 +123,12 @@ class Shards(Encoded):
     def name(self, number: int) -> str:
         row = self.index[number]
         shard, offset = int(row["shard"]), int(row["offset"])
+        place = f"{shown(self.paths[shard])}: record {number} at byte {offset}"
         try:
             header = self._read(shard, offset - _HEADER, 100)
-            member = header.split(b"\0")[0].decode(errors="replace")
         except OSError:
-            member = ""
-        return f"{shown(self.paths[shard])}: record {number} at byte {offset} ({shown(member)})"
+            return place
+        return f"{place} ({shown(header.split(bytes(1))[0].decode(errors='replace'))})"
 
     def part(self, numbers: Sequence[int]) -> Self:
         return type(self)(self.paths, self.index[np.asarray(numbers, dtype=np.int64)])

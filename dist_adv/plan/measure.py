@@ -146,9 +146,10 @@ def measure_steps(
 ) -> dict[int, float]:
     """Seconds of an optimiser step of this rank by its batch size, its gradients kept or sent.
 
-    `tick` is called len(sizes) * (rounds + 1) times.
+    As steps are in the last epochs. `tick` is called len(sizes) * (rounds + 1) times.
     """
     sides: dict[str, Callable[[], None]] = {}
+    *_, config = config.stages.values()
     with plain_failures(accelerator, "train.batch_size", config.train.batch_size):
         for size in sizes:
             batch_size = size * accelerator.num_processes

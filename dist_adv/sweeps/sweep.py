@@ -231,13 +231,18 @@ def listing(sweep: Sweep, seconds: Mapping[str, float] | None = None) -> Table:
             train.epochs,
             method.get("replays", ""),
             pixels(method["alpha"]) if method.get("alpha") else "",
-            train.batch_size,
+            ", ".join(map(str, _batch_sizes(run.config))),
             train.seed,
         ]
         if seconds is not None:
             cells.append(duration(seconds[run.name]) if run.name in seconds else "?")
         table.add_row(*map(str, cells))
     return table
+
+
+def _batch_sizes(config: Config) -> dict[int, None]:
+    """Return the batch sizes of a run's stages, each once."""
+    return dict.fromkeys(stage.train.batch_size for stage in config.stages.values())
 
 
 def _method(options: Mapping[str, Any]) -> str:

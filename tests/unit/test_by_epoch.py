@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from dist_adv.by_epoch import at_the_end
 from dist_adv.config import Config, load_config, parse_config, training_differences
 from dist_adv.data import Dataset, Loader, load_dataset
 from dist_adv.errors import UserError
-from dist_adv.plan.measure import Images, cost, works_of
+from dist_adv.plan.measure import Images, cost, measure_steps, works_of
 from dist_adv.plan.model import Cluster, Link, StepTime, predict, total
 from dist_adv.runs.reading import read_config
+from dist_adv.training.learner import Learner
 from dist_adv.training.run import train_run
 from dist_adv.training.schedule import lr_at
 from dist_adv.training.stages import Stages
@@ -68,6 +70,16 @@ def test_values_by_epoch_replace_those_of_a_base(tmp_path):
     assert {each.data.size for each in one.values()} == {20}
 
 
+def test_whatever_is_given_takes_the_place_of_epochs(tmp_path):
+    path = tmp_path / "base.yaml"
+    path.write_text(parsed(optim={"schedule": "linear", "points": {0: 1, 2: 0.5, 4: 0}}).dump())
+    for points in ({0: 1, 1.5: 0}, {0.5: 1}):
+        assert load_config(path, [f"optim.points={points}"]).optim.points == points
+    assert load_config(path, ["optim.schedule=cosine", "optim.points={}"]).optim.points == {}
+    with pytest.raises(UserError, match=r"data\.size: \{\} is not by epoch"):
+        load_config(path, ["data.size={}"])
+
+
 def test_a_run_goes_on_with_none_of_it_changed():
     other = parsed(data={"size": {0: 16, 2: 24}})
     assert training_differences(parsed(), other) == ["data.size.2: 32 -> 24"]
@@ -80,6 +92,12 @@ def test_a_run_goes_on_with_none_of_it_changed():
     ("sections", "line"),
     [
         ({"data": {"size": {1: 16}}}, "data.size: say what it is at first: data.size={0: ..., 1"),
+        ({"data": {"size": {0: 16, 1.5: 24}}}, "{0: 16, 1.5: 24} is not by epoch, a whole number"),
+        ({"data": {"size": {-1: 16}}}, "data.size: {-1: 16} is not by epoch, a whole number"),
+        (
+            {"optim": {"schedule": "linear", "points": {0: 1, 9: 0}}},
+            "optim.points: goes to epoch 9 and train.epochs is 4",
+        ),
         ({"train": {"epochs": 2}}, "changes in epoch 2, counted from 0, and train.epochs is 2"),
         ({"threat": {"eps": {0: 8, 1: "4/255"}}}, "in epoch 0: threat.eps: 8 is too large"),
         ({"data": {"size": {0: 16, 2: 32}, "shorter": {0: 12, 1: 32}}}, "in epoch 0: data.shorter"),
@@ -213,6 +231,25 @@ def test_a_plan_adds_up_the_stages():
     assert total(rows).gpu_hours == pytest.approx(sum(expected) / 3600)
     with pytest.raises(UserError, match=r"train\.max_steps"):
         works_of(parsed(train={"max_steps": 5}), images)
+
+
+def test_steps_are_timed_as_they_are_in_the_last_epochs(images, accelerator, monkeypatch):
+    """Of batches of the size that is said, and of images of the last one."""
+    seen = Counter()
+    learn = Learner.learn
+
+    def counted(self, batch, meter):
+        seen[tuple(batch.x.shape)] += 1
+        learn(self, batch, meter)
+
+    monkeypatch.setattr(Learner, "learn", counted)
+    config = config_of(
+        images,
+        data={"size": {0: 4, 1: 8}, "drop_last": True},
+        train={"batch_size": {0: 40, 1: 6}},
+    )
+    measure_steps(config, Images(120, 3, 8, 3), [2, 6], accelerator, rounds=1)
+    assert seen.keys() == {(2, 3, 8, 8), (6, 3, 8, 8)}
 
 
 def test_a_run_records_what_changed_and_what_it_cost(images, tmp_path):

@@ -285,3 +285,11 @@ def test_doctor_reads_every_byte(store, request, packed):
         with pytest.raises(UserError, match="is not what was packed"):
             check_pack(open_store(store) / "test")
     assert look("http://127.0.0.1:9/pack").level == "problem"
+
+
+def test_doctor_knows_a_server_without_ranges(server, packed):
+    server.ranges = False
+    found = examine(DIGITS, ["data.name=packed", f"data.root={server.address}"], Path("runs"))
+    data = next(each for each in found if each.what == "data")
+    assert data.level == "problem"
+    assert "does the server know ranges?" in data.found
