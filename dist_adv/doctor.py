@@ -412,7 +412,7 @@ def _steps(config: Config) -> Finding:
     from dist_adv.data.loader import split
     from dist_adv.methods.cost import cost_of
     from dist_adv.plan.measure import SETS, blank_network, parts_of
-    from dist_adv.training.checks import check_statistics
+    from dist_adv.training.checks import check_divides, check_statistics
 
     train, images, steps = config.train, SETS[config.data.name], []
     replays = cost_of(config.method, build_threat(config.threat.norm, config.threat.eps)).steps
@@ -421,8 +421,9 @@ def _steps(config: Config) -> Finding:
         network, mixes = blank_network(config, images), config.data.augmentation().mixes
         for part in parts_of(config):
             size, drop_last = part.train.batch_size, part.data.drop_last
+            check_divides(size, part.train.accumulate, ranks=1)
             batches, smallest = split(count, size, drop_last, 1, mixes)
-            check_statistics(smallest, network)
+            check_statistics(smallest // part.train.accumulate, network)
             steps.append((part.train.epochs, batches))
     except UserError as error:
         return Finding("steps", str(error), "problem")

@@ -6,11 +6,9 @@ of some stores (s3fs, gcsfs, aiohttp for http) do not.
 
 import errno
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
-
-import numpy as np
 
 from dist_adv.data.image import Unreadable
 from dist_adv.data.records import Shards
@@ -112,10 +110,6 @@ def open_store(root: str) -> StorePath:
 class StoreShards(Shards):
     """Pictures in tar files of a store, each of which is one request; threads ask side by side."""
 
-    def __init__(self, paths: Sequence[StorePath], index: np.ndarray) -> None:
-        super().__init__(paths, index)
-        self.files = paths
-
     def open(self, number: int) -> BinaryIO:
         try:
             return super().open(number)
@@ -123,4 +117,4 @@ class StoreShards(Shards):
             raise Unreadable(f"cannot be read ({error.strerror})", REMEDY) from None
 
     def _read(self, shard: int, offset: int, length: int) -> bytes:
-        return self.files[shard].read_range(offset, length)
+        return self.paths[shard].read_range(offset, length)

@@ -89,7 +89,7 @@ def run_plan(config: Config, asked: Asked) -> None:
             if accelerator.device.type == "cpu":  # whose cores compute and send
                 works = [replace(work, overlap=False) for work in works]
         if not points:
-            sizes = _sizes([row.local_batch for row in draft])
+            sizes = _sizes([-(-row.local_batch // config.train.accumulate) for row in draft])
             with bar(accelerator.is_main_process) as progress:
                 task = progress.add_task("measuring", total=len(sizes) * (_ROUNDS + 1), status="")
                 tick = partial(progress.advance, task)
@@ -273,6 +273,8 @@ def _assumptions(
     yield f"Step time of one GPU: {measured} images ({about}), taken as {floor}."
     if len(points) == 1:
         yield "One batch size tells no floor: small shares of a batch will take longer than this."
+    if work.parts > 1:
+        yield f"That is of {work.parts} parts of a batch, one after another."
     megabytes = sum(work.buckets) / 1e6
     yield (
         f"Gradients: {megabytes:.1f} MB (fp32 in every precision) in {len(work.buckets)} "

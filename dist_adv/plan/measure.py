@@ -19,7 +19,7 @@ from dist_adv.errors import UserError
 from dist_adv.methods.cost import Cost, cost_of
 from dist_adv.models import build_model
 from dist_adv.plan.model import Link, StepTime, Work, buckets, sent
-from dist_adv.training.checks import check_statistics
+from dist_adv.training.checks import check_divides, check_statistics
 from dist_adv.training.learner import Learner
 from dist_adv.training.meter import Meter
 
@@ -97,8 +97,9 @@ def _work_of(config: Config, images: Images, weak: bool) -> Work:
                 f"use fewer GPUs or a smaller train.batch_size"
             )
         mixes = config.data.augmentation().mixes
+        check_divides(batch, train.accumulate, gpus)
         number, smallest = split(images.n, batch, config.data.drop_last, gpus, mixes)
-        check_statistics(smallest, network)
+        check_statistics(smallest // train.accumulate, network)
         return number
 
     passes = cost(config)
@@ -113,6 +114,7 @@ def _work_of(config: Config, images: Images, weak: bool) -> Work:
         train.max_steps,
         overlap=train.compile == "none",  # see network.compile_network
         weak=weak,
+        parts=train.accumulate,
     )
 
 
@@ -146,16 +148,20 @@ def measure_steps(
 ) -> dict[int, float]:
     """Seconds of an optimiser step of this rank by its batch size, its gradients kept or sent.
 
-    As steps are in the last epochs. `tick` is called len(sizes) * (rounds + 1) times.
+    As steps are in the last epochs, of batches that are taken at once and were not augmented.
+    `tick` is called len(sizes) * (rounds + 1) times.
     """
     sides: dict[str, Callable[[], None]] = {}
     *_, config = config.stages.values()
+    data = config.data.model_copy(update={"augment": False})
     with plain_failures(accelerator, "train.batch_size", config.train.batch_size):
         for size in sizes:
             batch_size = size * accelerator.num_processes
-            train = config.train.model_copy(update={"batch_size": batch_size})
+            update = {"batch_size": batch_size, "accumulate": 1}
+            train = config.train.model_copy(update=update)
             some = noise(batch_size, images.size, images.classes, images.channels)
-            learner = Learner(config.model_copy(update={"train": train}), accelerator, some)
+            update = {"data": data, "train": train}
+            learner = Learner(config.model_copy(update=update), accelerator, some)
             learner.settle()
             batch = next(learner.loader.epoch(0))
             learn = partial(learner.learn, batch, Meter(accelerator.device))

@@ -93,6 +93,10 @@ class StepTime:
         """Return the step on images of so many times as many pixels, as convolutions take it."""
         return StepTime(self.fixed, ratio * self.per_image, self.cost)
 
+    def in_parts(self, parts: int) -> "StepTime":
+        """Return the step whose images are taken in so many parts, one after another."""
+        return StepTime(parts * self.fixed, self.per_image, self.cost)
+
     @property
     def backward_share(self) -> float:
         """Share of the step that is the training pass's backward, in which gradients can travel."""
@@ -131,7 +135,8 @@ def exposed(parts: Sequence[int], backward: float, reduce: Callable[[float], flo
 class Work:
     """A run. batch: the global batch, or with `weak` a GPU's; overlap: gradients travel while the
     rest of the backward pass goes on; batches: of a pass, at a global batch and number of GPUs;
-    area: of its images, against those that the step times are of.
+    area: of its images, against those that the step times are of; parts: in which a rank takes its
+    share of a batch.
     """
 
     step: StepTime
@@ -145,10 +150,12 @@ class Work:
     overlap: bool = True
     weak: bool = False
     area: float = 1.0
+    parts: int = 1
 
     def timed(self, step: StepTime) -> "Work":
         """Return it with step times of the last epochs of a run that it is a part of."""
-        return replace(self, step=step.at_cost(self.step.cost).at_area(self.area))
+        step = step.at_cost(self.step.cost).at_area(self.area).in_parts(self.parts)
+        return replace(self, step=step)
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def _time(jobs: list[_Job], precision: str, threads: int | None) -> tuple[StepTi
     train = config.train.model_copy(update={"compile": "none"})
     natural = config.model_copy(update={"method": NaturalOptions(), "train": train})
     points: dict[int, float] = {}
-    for size in _sizes(max(work.batch for job in jobs for work in job.works)):
+    for size in _sizes(max(work.batch // work.parts for job in jobs for work in job.works)):
         points |= measure_steps(natural, images, [size], accelerator, _ROUNDS)
         if points[size] > _LONG and len(points) > 1:
             break

@@ -20,7 +20,7 @@ from dist_adv.text import few
 
 def check_statistics(smallest_share: int, network: nn.Module) -> None:
     """Raise UserError where BatchNorm would have a single image to take statistics of."""
-    if has_batchnorm(network) and smallest_share == 1:
+    if has_batchnorm(network) and smallest_share <= 1:
         raise UserError(
             "train.batch_size: leaves a rank 1 image in some batch, of which BatchNorm has no "
             "statistics; set data.drop_last=true, another batch size or model.norm=group"
@@ -33,6 +33,15 @@ def check_rows(method: Method[Any]) -> None:
         raise UserError(
             f"data.extra: {method.options.name} keeps a row of every training image, which the "
             f"generated ones have none of; use another method"
+        )
+
+
+def check_divides(batch: int, parts: int, ranks: int) -> None:
+    """Raise UserError for a batch that ranks cannot take in so many equal parts each."""
+    if parts > 1 and batch % (parts * ranks):
+        raise UserError(
+            f"train.accumulate: a batch of {batch} does not divide into {parts} parts on each of "
+            f"{ranks} rank(s); use a multiple of {parts * ranks} for train.batch_size"
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dist_adv.config import Config
 from dist_adv.data import Dataset
 from dist_adv.data.loader import count_batches
-from dist_adv.errors import UserError
+from dist_adv.training.checks import check_divides
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,9 @@ class Stages:
             config = configs[first]
             size, drop_last = config.train.batch_size, config.data.drop_last
             mixes, parts = config.data.augmentation().mixes, config.train.accumulate
-            if parts > 1 and size % (parts * ranks):
-                raise UserError(
-                    f"train.accumulate: a batch of {size} does not divide into {parts} parts on "
-                    f"each of {ranks} rank(s); use a multiple of {parts * ranks} for "
-                    f"train.batch_size"
-                )
+            check_divides(size, parts, ranks)
             batches, share = count_batches(data, size, drop_last, ranks, mixes)
-            self.all.append(Stage(first, end, config, batches, max(1, share // parts)))
+            self.all.append(Stage(first, end, config, batches, share // parts))
 
     def at(self, epoch: int) -> Stage:
         return next(stage for stage in self.all if epoch < stage.end)

@@ -1,5 +1,6 @@
 """A batch that is taken in parts: the same update for every method, or one line."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from cases import CASES, config
 from dist_adv.config import parse_config
 from dist_adv.data import Loader, load_dataset
 from dist_adv.errors import UserError
+from dist_adv.plan.measure import Images, cost, works_of
+from dist_adv.plan.model import Cluster, Link, StepTime, predict
 from dist_adv.training.learner import Learner
 from dist_adv.training.meter import Meter
 
@@ -72,6 +75,7 @@ def test_parts_share_what_a_batch_has(images):
     [
         ({"batch_size": 33, "accumulate": 2}, "33 does not divide into 2 parts on each of 1 rank"),
         ({"batch_size": 40, "accumulate": 40}, "leaves a rank 1 image in some batch"),
+        ({"batch_size": 36, "accumulate": 18}, "leaves a rank 1 image in some batch"),  # of 12
     ],
 )
 def test_what_cannot_be_parted_is_one_line(keys, line, images, accelerator):
@@ -97,3 +101,17 @@ def test_a_loss_that_is_not_finite_in_any_part_is_seen(images, accelerator):
     assert trouble.count == 1
     assert trouble.ranks == [0]
     assert all(each.equal(before[name]) for name, each in learner.net.state_dict().items())
+
+
+def test_a_plan_counts_the_floor_of_a_step_for_each_part(images):
+    """And refuses what a run would refuse."""
+    tree = config("natural", "batch", images, small=True)
+    tree["train"] |= {"batch_size": 36, "accumulate": 3}
+    settings, few = parse_config(tree, "natural"), Images(120, 3, 8, 3)
+    (work,) = (work.timed(StepTime(0.1, 0.01, cost(settings))) for work in works_of(settings, few))
+    row = predict(work, Cluster(Link(math.inf)), 2)
+    assert row.compute_s == pytest.approx(3 * 0.1 + 18 * 0.01)
+    with pytest.raises(UserError, match="36 does not divide into 3 parts on each of 5 rank"):
+        predict(work, Cluster(Link(math.inf)), 5)
+    with pytest.raises(UserError, match="leaves a rank 1 image in some batch"):
+        predict(work, Cluster(Link(math.inf)), 4)  # the last twelve images

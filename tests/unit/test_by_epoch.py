@@ -250,6 +250,12 @@ def test_steps_are_timed_as_they_are_in_the_last_epochs(images, accelerator, mon
     )
     measure_steps(config, Images(120, 3, 8, 3), [2, 6], accelerator, rounds=1)
     assert seen.keys() == {(2, 3, 8, 8), (6, 3, 8, 8)}
+    # Of sizes that could be neither parted nor mixed.
+    seen.clear()
+    train = {"batch_size": 36, "accumulate": 6}
+    config = config_of(images, method={"name": "pgd"}, data={"mixup": 0.8}, train=train)
+    measure_steps(config, Images(120, 3, 8, 3), [3, 6], accelerator, rounds=1)
+    assert seen.keys() == {(3, 3, 8, 8), (6, 3, 8, 8)}
 
 
 def test_a_run_records_what_changed_and_what_it_cost(images, tmp_path):
