@@ -9,6 +9,7 @@ one with the same decay from the first step on. Statistics: `average`, averaged 
 passes see of as many.
 """
 
+import copy
 import json
 import sys
 import time
@@ -93,8 +94,9 @@ def main(out: str, path: str, *overrides: str) -> None:
         return {"natural": natural.accuracy, "pgd": pgd.accuracy, "loss": natural.loss}
 
     def average(kind: type[Average], epochs: int) -> Average:
-        decay = 1 - 1 / (epochs * learner.loader.batches)
-        return kind(learner._build(), learner.net, decay)
+        made = kind(copy.deepcopy(network), learner.net)
+        made.decay = 1 - 1 / (epochs * learner.loader.batches)
+        return made
 
     averages = {
         "ramp-1": average(Average, 1),

@@ -29,7 +29,7 @@ from dist_adv.data import DataOptions, Loader, load_dataset
 from dist_adv.data.datasets import Dataset
 from dist_adv.data.files import Files
 from dist_adv.data.image import Framing
-from dist_adv.data.records import INDEX, Paths, Shards
+from dist_adv.data.records import INDEX, Paths, DiskShards
 from dist_adv.packing import How, run_pack
 from dist_adv.testing import make_images
 
@@ -86,7 +86,7 @@ def large_index(folder: Path) -> tuple[float, float]:
     rows["length"] = picture.stat().st_size
     np.save(folder / "index.npy", rows)
     mapped = np.load(folder / "index.npy", mmap_mode="r")
-    files = Files(Shards([picture], mapped), Framing(224, scale=(0.08, 1.0)), 2)
+    files = Files(DiskShards([picture], mapped), Framing(224, scale=(0.08, 1.0)), 2)
     labels = torch.from_numpy(mapped["label"].astype(np.int64))
     data = Dataset("made up", files, labels, [str(k) for k in range(1000)], 0, flip=True)
     loader = Loader(data, 512, 0, torch.device("cpu"), world_size=8)
