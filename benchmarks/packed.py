@@ -29,7 +29,7 @@ from dist_adv.data import DataOptions, Loader, load_dataset
 from dist_adv.data.datasets import Dataset
 from dist_adv.data.files import Files
 from dist_adv.data.image import Framing
-from dist_adv.data.records import INDEX, Paths, DiskShards
+from dist_adv.data.records import INDEX, DiskShards, Paths
 from dist_adv.packing import How, run_pack
 from dist_adv.testing import make_images
 
