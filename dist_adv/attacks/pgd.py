@@ -62,7 +62,7 @@ def _others(logits: Tensor, y: Tensor) -> Tensor:
     return logits.scatter(1, y[:, None], -torch.inf)
 
 
-def _margin(logits: Tensor, y: Tensor) -> Tensor:
+def margin(logits: Tensor, y: Tensor) -> Tensor:
     """Largest other logit minus the true one (Carlini and Wagner 2017); above 0 when fooled."""
     return _others(logits, y).amax(1) - logits.gather(1, y[:, None]).squeeze(1)
 
@@ -73,7 +73,7 @@ def _dlr(logits: Tensor, y: Tensor) -> Tensor:
     Needs three classes; with two, the margin over itself would be constant.
     """
     top = logits.topk(3, dim=1).values
-    return _margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
+    return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 _LOSSES: dict[Loss, Callable[[Tensor, Tensor], Tensor]] = {
     "ce": cross_entropy,
-    "margin": _margin,
+    "margin": margin,
     "dlr": _dlr,
 }
 

@@ -42,6 +42,14 @@ class Threat(Protocol):
     def project(self, delta: Tensor, x: Tensor) -> Tensor:
         """Return the perturbation moved into the ball, then so that x + delta is in [0, 1]."""
 
+    def size(self, delta: Tensor) -> Tensor:
+        """Return its norm a sample, (n, 1, 1, 1)."""
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """Return values (n,) as (n, 1, 1, 1), to be multiplied with images."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
 
 def to_pixels(delta: Tensor, x: Tensor) -> Tensor:
     """Return the perturbation moved so that x + delta is in [0, 1]; both (n, C, H, W).
@@ -71,6 +79,9 @@ class Linf:
     def project(self, delta: Tensor, x: Tensor) -> Tensor:
         return to_pixels(delta.clamp(-self.eps, self.eps), x)
 
+    def size(self, delta: Tensor) -> Tensor:
+        return per_sample(delta.flatten(1).abs().amax(1), delta)
+
 
 @dataclass(frozen=True)
 class L2:
@@ -94,17 +105,20 @@ class L2:
         grad = torch.nan_to_num(grad)
         # Brought to a largest component of 1 first: the squares of a nearly saturated loss's
         # gradient underflow, those of one that overflowed are infinite.
-        largest = grad.flatten(1).abs().amax(1).view(-1, *[1] * (grad.dim() - 1))
+        largest = per_sample(grad.flatten(1).abs().amax(1), grad)
         grad = grad / largest.clamp_min(torch.finfo(grad.dtype).tiny)
         return delta + step_size * grad / _norm(grad)
 
     def project(self, delta: Tensor, x: Tensor) -> Tensor:
         return to_pixels(delta * (self.eps / _norm(delta)).clamp(max=1), x)
 
+    def size(self, delta: Tensor) -> Tensor:
+        return per_sample(delta.flatten(1).norm(dim=1), delta)
+
 
 def _norm(v: Tensor) -> Tensor:
     """L2 norm a sample, (n, 1, 1, 1), never 0 so that it can divide."""
-    return v.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (v.dim() - 1))
+    return per_sample(v.flatten(1).norm(dim=1).clamp_min(1e-12), v)
 
 
 def build(norm: Literal["linf", "l2"], eps: float) -> Threat:

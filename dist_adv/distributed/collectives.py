@@ -1,7 +1,7 @@
 """What all ranks do together: compare how they were started, wait for one, sum."""
 
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -113,6 +113,25 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
 def sum_over_ranks(accelerator: Accelerator, value: Tensor) -> Tensor:
     """Return the sum over ranks, of counts or of sums of losses."""
     return accelerator.reduce(value, reduction="sum")
+
+
+def share_evenly(accelerator: Accelerator, rows: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return this rank's part of the rows of all ranks, alike many each. Every rank calls this.
+
+    rows: tensors (n, ...) of this rank, with as many rows n as it has, which may be none.
+    """
+    if accelerator.num_processes == 1:
+        return rows
+    mine = torch.tensor([len(rows[0])], device=accelerator.device)
+    counts = accelerator.gather(mine).tolist()
+    shared = []
+    for each in rows:
+        padded = each.new_zeros(max(counts), *each.shape[1:])
+        padded[: len(each)] = each
+        everyone = accelerator.gather(padded[None])
+        whole = torch.cat([part[:count] for part, count in zip(everyone, counts, strict=True)])
+        shared.append(whole[accelerator.process_index :: accelerator.num_processes])
+    return shared
 
 
 def mean_statistics(accelerator: Accelerator, state: dict[str, Tensor]) -> dict[str, Tensor]:

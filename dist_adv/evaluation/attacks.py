@@ -3,10 +3,11 @@
 One run of PGD-50 from a start has done PGD-10 after ten steps: what falls by then falls in both.
 """
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Self
 
 import torch
 from accelerate.utils import gather_object
@@ -20,46 +21,70 @@ from dist_adv.config import EvalOptions
 from dist_adv.errors import UserError
 from dist_adv.evaluation.images import Images
 
+_GRADIENTS = ("attacked", "zero gradients")
+"""How many images took a first step, and how many of them had an input gradient of exactly 0."""
+_SQUARE = 0.002
+"""The share of all images that Square may find after the others, as in AutoAttack's own check."""
+
 
 @dataclass(frozen=True)
 class Attacked:
     """What became of n images.
 
-    images: (n, C, H, W) in [0, 1], what fooled the network, else the last that was tried; logits:
-    (n, classes), of these. survivors: for each member of the attack, bool (n,), still right.
-    attacked, zero_gradients: how many images took a first step, and how many of them had an input
-    gradient of exactly 0 there.
+    x: the images (n, C, H, W) in [0, 1]; y: their labels (n,). images: what fooled the network,
+    else the last that was tried; logits: (n, classes), of these. survivors: for each member of
+    the attack, bool (n,), still right. counts: what the attack counts, in its order.
     """
 
+    x: Tensor
+    y: Tensor
     images: Tensor
     logits: Tensor
     survivors: Sequence[Tensor]
-    attacked: int = 0
-    zero_gradients: int = 0
+    counts: Sequence[int] = ()
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        x, y, images, logits = (
+            torch.cat([getattr(part, name) for part in parts])
+            for name in ("x", "y", "images", "logits")
+        )
+        survivors = zip(*(part.survivors for part in parts), strict=True)
+        counts = zip(*(part.counts for part in parts), strict=True)
+        return cls(
+            x, y, images, logits, [torch.cat(each) for each in survivors], [*map(sum, counts)]
+        )
 
 
-class Attack(Protocol):
-    """An attack on one network. members: the names of the attacks that it gives the figures of."""
+class Attack(ABC):
+    """An attack on one network.
 
+    name: what it is called; members: the names of the attacks that it gives the figures of.
+    messages: warnings so far, of this process: kept with the sums where an evaluation is
+    interrupted. counted: what it counts, in `Attacked.counts`. together: the ranks share their
+    images out anew in it, so that one without images calls it, too.
+    """
+
+    name: str
+    members: Sequence[str]
     messages: list[str]
-    """Warnings so far, of this process: kept with the sums where an evaluation is interrupted."""
+    counted: Sequence[str] = ()
+    together = False
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def members(self) -> Sequence[str]: ...
-
+    @abstractmethod
     def __call__(self, x: Tensor, y: Tensor, keys: Tensor) -> Attacked:
         """Attack x (n, C, H, W) in [0, 1] with labels y (n,); keys (n,) make the random starts."""
 
+    @abstractmethod
     def settings(self, member: str) -> dict[str, Any]:
         """Return what a figure must be read with, for results.jsonl."""
 
-    def flags(self, attacked: float, zero_gradients: float) -> list[str]:
-        """Return what looks wrong about the figures, from sums over all images and ranks."""
+    def flags(self, counts: Mapping[str, float]) -> list[str]:
+        """Return what looks wrong about the figures; counts are those of all images and ranks."""
+        return []
 
 
-class Natural:
+class Natural(Attack):
     """The attack that changes nothing."""
 
     name, members = "natural", ("natural",)
@@ -71,17 +96,16 @@ class Natural:
     def __call__(self, x: Tensor, y: Tensor, keys: Tensor) -> Attacked:
         with torch.inference_mode():
             logits = self.model(x)
-        return Attacked(x, logits, [correct(logits, y)])
+        return Attacked(x, y, x, logits, [correct(logits, y)])
 
     def settings(self, member: str) -> dict[str, Any]:
         return {}
 
-    def flags(self, attacked: float, zero_gradients: float) -> list[str]:
-        return []
 
-
-class Gradient:
+class Gradient(Attack):
     """FGSM, or a run of PGD and all shorter ones from the same starts."""
+
+    counted = _GRADIENTS
 
     def __init__(
         self,
@@ -110,7 +134,8 @@ class Gradient:
         images = x + outcome.delta
         with torch.inference_mode():
             logits = self.model(images)
-        return Attacked(images, logits, survivors, outcome.attacked, outcome.zero_gradients)
+        counts = outcome.attacked, outcome.zero_gradients
+        return Attacked(x, y, images, logits, survivors, counts)
 
     def settings(self, member: str) -> dict[str, Any]:
         return {
@@ -126,16 +151,11 @@ class Gradient:
             **_precision(self.images.device),
         }
 
-    def flags(self, attacked: float, zero_gradients: float) -> list[str]:
-        if not attacked or zero_gradients / attacked <= 0.05:
-            return []
-        return [
-            f"the input gradient is exactly 0 for {zero_gradients / attacked:.0%} of the images: "
-            f"the loss saturates and the attack is weak; try eval.loss=margin"
-        ]
+    def flags(self, counts: Mapping[str, float]) -> list[str]:
+        return _vanishing(counts, "the images", "; try eval.loss=margin")
 
 
-class Noise:
+class Noise(Attack):
     """Random points of the ball, of which the worst counts: no network withstands less."""
 
     name, members = "noise", ("noise",)
@@ -156,45 +176,66 @@ class Noise:
                 fooled = correct(logits, y) & ~correct(tried, y)
                 worst = torch.where(fooled.view(-1, 1, 1, 1), near, worst)
                 logits = torch.where(fooled[:, None], tried, logits)
-        return Attacked(worst, logits, [correct(logits, y)])
+        return Attacked(x, y, worst, logits, [correct(logits, y)])
 
     def settings(self, member: str) -> dict[str, Any]:
         return _settings(self, {"draws": self.draws})
 
-    def flags(self, attacked: float, zero_gradients: float) -> list[str]:
-        return []
 
+class Ensemble(Attack):
+    """AutoAttack, or its Square alone. The ranks share out anew what each attack has left.
 
-class Ensemble:
-    """AutoAttack on images that are right without it (it drops the others itself), or its Square.
-
-    Raises UserError where pyautoattack is not installed.
+    Raises UserError for a network of a single class.
     """
 
-    def __init__(
-        self, model: nn.Module, images: Images, threat: Threat, seed: int, name: str
-    ) -> None:
-        self.model, self.images, self.threat, self.seed = model, images, threat, seed
-        self.name, self.members = name, (name,)
+    counted = (*_GRADIENTS, *ENSEMBLE)
+    together = True
+
+    def __init__(self, model: nn.Module, images: Images, threat: Threat, name: str) -> None:
+        self.model, self.images, self.threat = model, images, threat
+        self.seed, self.name, self.members = images.seed, name, (name,)
+        self.messages: list[str] = []
+        with torch.inference_mode():
+            self.classes = model(images.load(images.order[:1])[0]).shape[1]
         attacks = ENSEMBLE if name == "autoattack" else (name,)
-        self.attack = AutoAttack(model, threat, seed, images.device, attacks)
-        self.messages = self.attack.warnings.messages
+        self.attack = AutoAttack(model, threat, self.classes, attacks, images.share)
 
     def __call__(self, x: Tensor, y: Tensor, keys: Tensor) -> Attacked:
-        images = self.attack(x, y)
+        right = correct(self._logits(x), y)
+        ended = self.attack(x[right], y[right], keys[right])
+        counts = dict.fromkeys(self.counted, 0)
+        for each in ended:
+            counts["attacked"] += each.attacked
+            counts["zero gradients"] += each.zero_gradients
+            if each.attack:
+                counts[each.attack] += len(each.x)
+        x, y, keys, images = (
+            torch.cat([mine[~right], *(getattr(each, name) for each in ended)])
+            for name, mine in {"x": x, "y": y, "keys": keys, "images": x}.items()
+        )
+        mixed = keys.argsort()  # for the pictures, which show the first
+        x, y, images = x[mixed], y[mixed], images[mixed]
+        logits = self._logits(images)
+        return Attacked(x, y, images, logits, [correct(logits, y)], [*counts.values()])
+
+    def _logits(self, x: Tensor) -> Tensor:
         with torch.inference_mode():
-            logits = self.model(images)
-        return Attacked(images, logits, [correct(logits, y)])
+            return self.model(x) if len(x) else x.new_zeros(0, self.classes)
 
     def settings(self, member: str) -> dict[str, Any]:
         return _settings(self, self.attack.settings)
 
-    def flags(self, attacked: float, zero_gradients: float) -> list[str]:
-        said = [*self.attack.left_out, *gather_object(self.messages)]
-        return sorted({f"AutoAttack: {message}" for message in said})
+    def flags(self, counts: Mapping[str, float]) -> list[str]:
+        said = [f"AutoAttack: {each}" for each in self.attack.left_out]
+        if len(self.attack.searches) > 1 and counts["square"] > _SQUARE * self.images.n:
+            said.append(
+                f"AutoAttack: Square, which takes no gradient, finds {counts['square']:.0f} of "
+                f"{self.images.n} images that the others leave: gradients do not lead there"
+            )
+        return said + _vanishing(counts, "APGD's starts")
 
 
-class Other:
+class Other(Attack):
     """Somebody's own attack: `kind(options, threat)`, called with (model, x, y, keys).
 
     It returns images. What left the ball is projected into it, which a flag says.
@@ -226,7 +267,7 @@ class Other:
         images = x + inside
         with torch.inference_mode():
             logits = self.model(images)
-        return Attacked(images, logits, [correct(logits, y)])
+        return Attacked(x, y, images, logits, [correct(logits, y)])
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -240,8 +281,18 @@ class Other:
     def settings(self, member: str) -> dict[str, Any]:
         return _settings(self, self.options.model_dump())
 
-    def flags(self, attacked: float, zero_gradients: float) -> list[str]:
+    def flags(self, counts: Mapping[str, float]) -> list[str]:
         return sorted(set(gather_object(self.messages)))
+
+
+def _vanishing(counts: Mapping[str, float], where: str, remedy: str = "") -> list[str]:
+    attacked, zero_gradients = (counts[name] for name in _GRADIENTS)
+    if not attacked or zero_gradients / attacked <= 0.05:
+        return []
+    return [
+        f"the input gradient is exactly 0 for {zero_gradients / attacked:.0%} of {where}: "
+        f"the loss saturates and the attack is weak{remedy}"
+    ]
 
 
 def _settings(attack: Noise | Ensemble | Other, own: dict[str, Any]) -> dict[str, Any]:
@@ -261,7 +312,7 @@ def build_attacks(
 ) -> list[Attack]:
     """Return as few attacks as give every figure of `options`, in the order in which they run.
 
-    Raises UserError where AutoAttack is wanted and not installed.
+    Raises UserError where AutoAttack is wanted of a network of a single class.
     """
     wanted = [parse_attack(name) for name in dict.fromkeys(options.attacks)]
     attacks: list[Attack] = []
@@ -274,7 +325,7 @@ def build_attacks(
         Gradient(model, images, threat, options, members) for members in _shared_runs(wanted)
     ]
     ensembles = [name for name in ("square", "autoattack") if name in kinds]
-    attacks += [Ensemble(model, images, threat, options.seed, name) for name in ensembles]
+    attacks += [Ensemble(model, images, threat, name) for name in ensembles]
     others = [spec.name for spec in wanted if spec.kind == "other"]
     attacks += [Other(model, images, threat, options, name) for name in others]
     return attacks

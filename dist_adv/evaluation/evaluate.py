@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
+from dist_adv.attacks.parts import Parts
 from dist_adv.attacks.threat import Threat
 from dist_adv.config import EvalOptions
 from dist_adv.data import Dataset
 from dist_adv.errors import UserError
-from dist_adv.evaluation.attacks import Attack, build_attacks
+from dist_adv.evaluation.attacks import Attack, Attacked, build_attacks
 from dist_adv.evaluation.images import Images
 from dist_adv.evaluation.results import Examples, Result
 from dist_adv.evaluation.tally import Tally
@@ -64,25 +65,25 @@ def evaluate(
         run (None without one).
 
     Raises:
-        UserError: the model does not fit the images; AutoAttack is wanted and cannot run.
+        UserError: the model does not fit the images, or an attack the model.
     """
     model.eval()
     images = Images(dataset, options, accelerator, supervision.between)
     check_fit(model, dataset, options)
-    # AutoAttack that is not installed is said here, before anything is measured.
     attacks = build_attacks(model, images, threat, options)
     found: dict[str, Result] = {}
-    examples = None
+    examples, fresh = None, True
     for attack in attacks:
-        # Survivors of each member, then: images attacked, zero gradients there, sum of losses.
-        size = len(attack.members) + 3
+        # Survivors of each member, what the attack counts, and the sum of losses.
+        size = len(attack.members) + len(attack.counted) + 1
         tally = Tally(accelerator, attack.name, size, supervision.unfinished)
+        fresh = tally.done == 0
         results, examples = _measure(attack, model, images, tally, supervision)
         found |= {result.attack: result for result in results}
     last = attacks[-1] if attacks else None
-    if examples is None and last and last.name != "natural":  # done before an interruption
+    if last and not fresh:  # the first ones were done before an interruption
         x, y, keys = images.load(images.order[:8])
-        examples = _examples(last, model, images, x, last(x, y, keys).images, y)
+        examples = _examples(last, model, images, last(x, y, keys))
     results = [found[name] for name in dict.fromkeys(options.attacks)]
     _flag_contradictions(results)
     return results, examples
@@ -94,30 +95,34 @@ def _measure(
     """Run an attack on all images, and read every member off it."""
     attack.messages += tally.messages
     tally.messages = attack.messages
-    examples = None
+    examples, parts = None, Parts()
     for x, y, keys in images.chunks(tally):
-        out = attack(x, y, keys)
+        if attack.together:
+            out = attack(x, y, keys)
+        elif len(y):
+            out = Attacked.joined(parts(attack, x, y, keys))
+        else:
+            continue
         if examples is None and tally.done == 0:
-            examples = _examples(attack, model, images, x[:8], out.images[:8], y[:8])
-        loss = F.cross_entropy(out.logits, y, reduction="sum")
-        survivors = [each.sum() for each in out.survivors]
-        tally.add(*survivors, out.attacked, out.zero_gradients, loss)
+            examples = _examples(attack, model, images, out)
+        loss = F.cross_entropy(out.logits, out.y, reduction="sum")
+        tally.add(*(each.sum() for each in out.survivors), *out.counts, loss)
         done = min(images.n, tally.done + images.round)
         supervision.progress(attack.name, done, images.n)
-    *all_survivors, attacked, zero_gradients, loss_sum = tally.totals()
-    flags = attack.flags(attacked, zero_gradients)
+    totals, members = tally.totals(), len(attack.members)
+    flags = attack.flags(dict(zip(attack.counted, totals[members:-1], strict=True)))
     results = [
         Result(
             member,
             int(survivors),
             images.n,
-            _mean(loss_sum, images.n) if member == attack.name else None,
+            _mean(totals[-1], images.n) if member == attack.name else None,
             tally.elapsed(),
             attack.name,
             attack.settings(member),
             list(flags),
         )
-        for member, survivors in zip(attack.members, all_survivors, strict=True)
+        for member, survivors in zip(attack.members, totals[:members], strict=True)
     ]
     return results, examples
 
@@ -127,12 +132,11 @@ def _mean(loss_sum: float, n: int) -> float | None:
     return loss_sum / n if math.isfinite(loss_sum) else None
 
 
-def _examples(
-    attack: Attack, model: nn.Module, images: Images, x: Tensor, adversarial: Tensor, y: Tensor
-) -> Examples | None:
-    if attack.name == "natural":
+def _examples(attack: Attack, model: nn.Module, images: Images, out: Attacked) -> Examples | None:
+    """Return the first eight; None where an attack changes nothing, or this rank has no image."""
+    if attack.name == "natural" or len(out.y) == 0:
         return None
-    adversarial = adversarial.clamp(0, 1)
+    x, y, adversarial = out.x[:8], out.y[:8], out.images[:8].clamp(0, 1)
     with torch.inference_mode():
         before, after = model(x).argmax(1), model(adversarial).argmax(1)
     classes = images.dataset.classes

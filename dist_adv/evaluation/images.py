@@ -1,6 +1,6 @@
 """The images to measure on, in a fixed random order shared by the ranks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -9,6 +9,7 @@ from torch import Tensor
 from dist_adv import rng
 from dist_adv.config import EvalOptions
 from dist_adv.data import Dataset
+from dist_adv.distributed.collectives import share_evenly
 from dist_adv.evaluation.tally import Tally
 
 
@@ -35,18 +36,28 @@ class Images:
         self.order = subset(len(dataset), options.limit)
         self.n = len(self.order)
         self.dataset, self.device = dataset, accelerator.device
+        self.accelerator, self.seed = accelerator, options.seed
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         self.between, self.round = between, options.batch_size * self.ranks
         self.key = rng.stream_key(options.seed, "attack")
 
     def chunks(self, tally: Tally) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """x (n, C, H, W) in [0, 1], y (n,), keys (n,) of each chunk that `tally` does not have."""
+        """x (n, C, H, W) in [0, 1], y (n,), keys (n,) of each chunk that `tally` does not have.
+
+        n is 0 where the others' shares of a last round are larger by one image.
+        """
         for start in range(tally.done, self.n, self.round):
             self.between()
             samples = self.order[start : start + self.round][self.rank :: self.ranks]
-            if len(samples):  # else the others' shares are larger by one image
-                yield self.load(samples)
+            yield self.load(samples)
             tally.close_round(min(self.n, start + self.round))
+
+    def share(self, rows: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return this rank's part of what all ranks have, alike many each; every rank calls this.
+
+        rows: tensors (n, ...) of this rank, n as it comes.
+        """
+        return share_evenly(self.accelerator, rows)
 
     def load(self, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self.dataset.images[samples].to(self.device).to(torch.get_default_dtype()).div_(255)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from torch import nn
 
-from dist_adv import files, packages
+from dist_adv import files
 from dist_adv.attacks.threat import build as build_threat
 from dist_adv.config import Config, Judged, Reference, parse
 from dist_adv.data import Dataset, load_dataset
@@ -75,21 +75,12 @@ class Asked:
     def over(self, config: Kind) -> Kind:
         """Return a configuration with these attacks and this limit.
 
-        Raises UserError for an attack that is not known or cannot run here.
+        Raises UserError for an attack that is not known.
         """
         attacks = list(self.attacks) or config.eval.attacks
         tree = config.model_dump()
         tree["eval"] |= {"attacks": attacks, "limit": self.limit or config.eval.limit}
-        config = parse(tree, "--attacks", type(config))
-        check_attacks(["autoattack"] if self.thorough else config.eval.attacks)
-        return config
-
-
-def check_attacks(attacks: Sequence[str]) -> None:
-    """Raise UserError for what would be missing after hours of training."""
-    for name in ("autoattack", "square"):
-        if name in attacks:
-            packages.need("pyautoattack", name, "'dist-adv[autoattack]'")
+        return parse(tree, "--attacks", type(config))
 
 
 @dataclass(frozen=True)

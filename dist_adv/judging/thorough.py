@@ -42,9 +42,9 @@ IMAGES = 200
 _STRONGEST = "pgd-50-10"
 _BENT = 0.2
 """The alignment below which a loss is no plane within the ball (`training.collapse.BENT`)."""
-# Too few classes for an attack of an ensemble; and what AutoAttack says of one image in fifty,
-# where figures are compared by their intervals here.
-_PASSED_OVER = (" is left out", "Square Attack has decreased")
+# Too few classes for an attack of an ensemble; and what AutoAttack says of one image of 200, where
+# figures are compared by their intervals here.
+_PASSED_OVER = (" is left out", "Square, which takes no gradient")
 _WIDEST = {"linf": 0.5, "l2": 7.9}
 """Radii within which no network can be right: in the first every image can become grey."""
 

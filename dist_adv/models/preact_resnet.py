@@ -34,12 +34,12 @@ class PreActBlock(nn.Module):
             self.shortcut = conv(inputs, outputs, kernel=1, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.norm1(x))
+        out = F.relu(self.norm1(x), inplace=True)
         skip = x
         if self.shortcut is not None:
             skip = self.shortcut(x if self.raw_shortcut else out)
         out = self.conv1(out)
-        return self.conv2(F.relu(self.norm2(out))) + skip
+        return self.conv2(F.relu(self.norm2(out), inplace=True)).add_(skip)
 
 
 class PreActResNet18(nn.Module):
@@ -75,5 +75,5 @@ class PreActResNet18(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         features = self.blocks(self.stem(x))
         if self.norm is not None:
-            features = F.relu(self.norm(features))
+            features = F.relu(self.norm(features), inplace=True)
         return self.linear(features.mean(dim=(2, 3)))

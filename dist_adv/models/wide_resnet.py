@@ -37,7 +37,7 @@ class WideBlock(nn.Module):
             self.shortcut = conv(inputs, outputs, kernel=1, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.leaky_relu(self.norm1(x), self.slope)
+        out = F.leaky_relu(self.norm1(x), self.slope, inplace=True)
         skip = out if self.activated_skip else x
         if self.shortcut is not None:
             skip = self.shortcut(skip)
@@ -46,7 +46,7 @@ class WideBlock(nn.Module):
             skip = F.avg_pool2d(skip, self.stride)
             skip = F.pad(skip, (0, 0, 0, 0, before, self.new_channels - before))
         out = self.conv1(out)
-        return self.conv2(F.leaky_relu(self.norm2(out), self.slope)) + skip
+        return self.conv2(F.leaky_relu(self.norm2(out), self.slope, inplace=True)).add_(skip)
 
 
 class WideResNet(nn.Module):
@@ -83,5 +83,5 @@ class WideResNet(nn.Module):
         self.linear = nn.Linear(inputs, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        features = F.leaky_relu(self.norm(self.blocks(self.stem(x))), self.slope)
+        features = F.leaky_relu(self.norm(self.blocks(self.stem(x))), self.slope, inplace=True)
         return self.linear(features.mean(dim=(2, 3)))

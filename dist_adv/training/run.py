@@ -17,7 +17,7 @@ from dist_adv.distributed.collectives import check_started_alike, on_main
 from dist_adv.distributed.failures import plain_failures
 from dist_adv.distributed.start import precision_of, start_accelerator, warn_of_unused_precision
 from dist_adv.errors import Preempted, RunFailure, UserError
-from dist_adv.judging.measurement import Measurement, check_attacks, final_weights
+from dist_adv.judging.measurement import Measurement, final_weights
 from dist_adv.methods.carried import BySample
 from dist_adv.methods.description import describe
 from dist_adv.models import has_batchnorm, save_model, weights_file
@@ -47,7 +47,6 @@ def train_run(config: Config, run_dir: Path, resume: str) -> None:
     RunFailure where it cannot go on.
     """
     check_tracking(config)
-    check_attacks(config.eval.attacks)
     train, run = config.train, RunFolder(run_dir)
     accelerator = start_accelerator(train.precision, train.threads, train.deterministic)
     start_logging(accelerator.is_main_process)

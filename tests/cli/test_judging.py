@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,15 @@ Run = dict[str, dict[str, Any]]
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """AutoAttack is itself, of fewer steps and queries."""
-    fit = AutoAttack._fit
+    before = AutoAttack.__init__
 
-    def fitted(self: AutoAttack, classes: int) -> None:
-        fit(self, classes)
-        self.attack.square.n_queries = 50
-        for attack in (self.attack.apgd, self.attack.apgd_targeted, self.attack.fab):
-            attack.n_iter = 5
+    def brief(self: AutoAttack, *arguments: Any) -> None:
+        before(self, *arguments)
+        for name, (search, targets) in self.searches.items():
+            budget = {"queries": 50} if name == "square" else {"steps": 5}
+            self.searches[name] = (replace(search, **budget), targets)
 
-    monkeypatch.setattr(AutoAttack, "_fit", fitted)
+    monkeypatch.setattr(AutoAttack, "__init__", brief)
 
 
 @pytest.fixture(autouse=True)

@@ -6,27 +6,20 @@ with the reason. Budgets are tiny: here is tested that they run, not how strong 
 """
 
 import inspect
-import logging
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import art.attacks.evasion
 import foolbox.attacks
 import numpy as np
+import pyautoattack
 import pytest
 import torch
 import torchattacks
-from accelerate import Accelerator
 from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
 from colours import colours, learn
-from dist_adv.attacks.autoattack import AutoAttack
-from dist_adv.attacks.threat import build
-from dist_adv.config import EvalOptions
-from dist_adv.errors import UserError
-from dist_adv.evaluation.evaluate import evaluate
 from dist_adv.models import Classifier, PreActResNet18Options, build_model, load_model, save_model
 
 pytestmark = pytest.mark.slow
@@ -267,93 +260,21 @@ def test_art(name: str, model: Classifier, batch: tuple[Tensor, Tensor]) -> None
         check(torch.from_numpy(np.asarray(adversarial, np.float32)), x, ball)
 
 
-# --- AutoAttack, through `evaluate` --------------------------------------------------------------
-
-
-class Brief(AutoAttack):
-    """AutoAttack with as few iterations and queries as make each of its attacks run."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        for part in (self.attack.apgd, self.attack.apgd_targeted, self.attack.fab):
-            part.n_iter = 1
-        self.attack.square.n_queries = 2
-
-
-ALL_FOUR = ["apgd-ce", "apgd-t", "fab-t", "square"]
-
-
-@pytest.mark.parametrize(
-    ("classes", "norm", "version", "attacks", "targets"),
-    [
-        (2, "l2", "custom", ["apgd-ce", "fab-t", "square"], 1),
-        (3, "linf", "custom", ["apgd-ce", "fab-t", "square"], 2),
-        (4, "l2", "custom", ALL_FOUR, 3),
-        (9, "linf", "custom", ALL_FOUR, 8),
-        (10, "l2", "standard", ALL_FOUR, 9),
-        (11, "linf", "standard", ALL_FOUR, 9),
-    ],
-)
-def test_autoattack_has_the_attacks_that_there_are(
-    classes: int,
-    norm: str,
-    version: str,
-    attacks: list[str],
-    targets: int,
-    monkeypatch: pytest.MonkeyPatch,
-    accelerator: Accelerator,
-) -> None:
-    """Nothing falls within so small a ball, so every attack gets images."""
-    monkeypatch.setattr("dist_adv.evaluation.attacks.AutoAttack", Brief)
-    data = colours(2, classes)
-    net = build_model(PreActResNet18Options(width=2), [0.5] * 3, [0.25] * 3, data.classes, 0).eval()
-    with torch.no_grad():  # whatever it says is right
-        data = replace(data, labels=net(data.images.float() / 255).argmax(1))
-    (result,), examples = evaluate(
-        net, data, build(norm, 1e-4), EvalOptions(attacks=["autoattack"]), accelerator
-    )
-    assert (result.correct, result.n) == (2, 2)
-    wanted = {"version": version, "attacks": attacks, "target_classes": targets}
-    assert result.settings.items() >= wanted.items()
-    left_out = [flag for flag in result.flags if "APGD-T is left out" in flag]
-    assert bool(left_out) == ("apgd-t" not in attacks)
-    assert not any("target class" in flag for flag in result.flags)  # AutoAttack's own, garbled
-    assert examples is not None
-    check(examples.adversarial, examples.clean, "any")
-    assert all(parameter.requires_grad for parameter in net.parameters())
-    assert all(parameter.grad is None for parameter in net.parameters())
+# --- AutoAttack ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", LINF), ("l2", L2)])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_autoattack_stays_within_the_ball(
-    layout: torch.memory_format,
     norm: str,
     eps: float,
     model: Classifier,
     batch: tuple[Tensor, Tensor],
 ) -> None:
+    """The authors', as packaged in pyautoattack, with few iterations and queries."""
     x, y = batch
-    attack = Brief(model, build(norm, eps), 0, "cpu")
-    check(attack(x.clone(memory_format=layout), y), x, norm)
-
-
-def test_autoattack_says_how_far_a_batch_is(
-    model: Classifier, batch: tuple[Tensor, Tensor], said: pytest.LogCaptureFixture
-) -> None:
-    """It is silent by itself, and a batch of 500 takes an hour on a CPU."""
-    theirs = logging.getLogger("auto-attack")
-    level = theirs.level
-    attack = Brief(model, build("linf", LINF), 0, "cpu")
-    attack(*batch)
-    lines = [record.getMessage() for record in said.records if record.name == "dist_adv"]
-    assert any("initial accuracy" in line for line in lines)
-    assert any("robust accuracy after APGD-CE" in line for line in lines)
-    assert not any("accuracy" in message for message in attack.warnings.messages)
-    assert theirs.level == level
-
-
-def test_autoattack_needs_two_classes(batch: tuple[Tensor, Tensor]) -> None:
-    net = build_model(PreActResNet18Options(width=2), [0.5] * 3, [0.25] * 3, ["one"], 0).eval()
-    with pytest.raises(UserError, match="autoattack: needs two classes or more"):
-        Brief(net, build("linf", LINF), 0, "cpu")(batch[0], torch.zeros(3, dtype=torch.int64))
+    attack = pyautoattack.AutoAttack(model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps)
+    for part in (attack.apgd, attack.apgd_targeted, attack.fab):
+        part.n_iter = 1
+    attack.square.n_queries = 2
+    images, _ = attack.run_standard_evaluation(x.contiguous(), y, batch_size=len(x))
+    check(images, x, norm)
