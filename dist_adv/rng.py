@@ -8,6 +8,7 @@ is exact integer arithmetic, hence bit for bit the same on CPU and GPU.
 
 import hashlib
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ def _signed(value: int) -> int:
 
 _MULTIPLY_1 = _signed(0xBF58476D1CE4E5B9)
 _MULTIPLY_2 = _signed(0x94D049BB133111EB)
+_TOP_24 = _signed(((1 << 24) - 1) << 40)
 
 
 def _shifted(z: Tensor, bits: int) -> Tensor:
@@ -33,9 +35,14 @@ def _shifted(z: Tensor, bits: int) -> Tensor:
 
 def _mix(z: Tensor) -> Tensor:
     """SplitMix64's finaliser: a bijection of 64-bit integers with full avalanche."""
-    z = (z ^ _shifted(z, 30)).mul_(_MULTIPLY_1)
-    z = z.bitwise_xor_(_shifted(z, 27)).mul_(_MULTIPLY_2)
+    z = _nearly_mixed(z)
     return z.bitwise_xor_(_shifted(z, 31))
+
+
+def _nearly_mixed(z: Tensor) -> Tensor:
+    """Mix but for the last shift, which leaves the upper 31 bits as they are."""
+    z = (z ^ _shifted(z, 30)).mul_(_MULTIPLY_1)
+    return z.bitwise_xor_(_shifted(z, 27)).mul_(_MULTIPLY_2)
 
 
 def stream_key(*parts: int | str) -> int:
@@ -56,13 +63,29 @@ def substream(keys: Tensor, name: str) -> Tensor:
 
 def bits(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
     """64 random bits an element: int64 (n, *shape) from keys (n,)."""
-    counter = torch.arange(1, math.prod(shape) + 1, device=keys.device).mul_(_signed(_GOLDEN))
-    return _mix(keys[:, None] + counter).view(len(keys), *shape)
+    return _mix(_states(keys, shape))
 
 
-def uniform(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Float32 (n, *shape), uniform on the 2**24 multiples of 2**-24 in [0, 1)."""
-    return _shifted(bits(keys, shape), 40).float().mul_(2.0**-24)
+@lru_cache(maxsize=4)
+def _counter(numbers: int, device: torch.device) -> Tensor:
+    """Return the Weyl sequence, the same for every batch; nobody changes it in place."""
+    return torch.arange(1, numbers + 1, device=device) * _signed(_GOLDEN)
+
+
+def _states(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the states of the generator that are mixed: int64 (n, *shape) from keys (n,)."""
+    counter = _counter(math.prod(shape), keys.device)
+    return (keys[:, None] + counter).view(len(keys), *shape)
+
+
+def uniform(keys: Tensor, shape: tuple[int, ...], width: float = 1.0) -> Tensor:
+    """Float32 (n, *shape), uniform on the 2**24 multiples of 2**-24 in [0, 1), times `width`.
+
+    Rounded once: a power of two is exact, and so is the conversion of the upper 24 of 64 bits.
+    """
+    # A number for a device's kernel, and yet of a type: the product is float32 by any default.
+    scale = torch.tensor(width * 2.0**-64, dtype=torch.float32, device="cpu")
+    return _nearly_mixed(_states(keys, shape)).bitwise_and_(_TOP_24).view(torch.uint64) * scale
 
 
 def normal(keys: Tensor, shape: tuple[int, ...]) -> Tensor:

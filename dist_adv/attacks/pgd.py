@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_adv import rng
-from dist_adv.attacks.threat import Threat
+from dist_adv.attacks.threat import Projection, Threat
 
 Loss = Literal["ce", "margin", "dlr"]
 
@@ -110,8 +110,9 @@ def input_gradient(
     delta = delta.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(x + delta)
-        total = loss(logits).sum() * LOSS_SCALE
-    return logits.detach(), torch.autograd.grad(total, delta)[0]
+        losses = loss(logits)
+    scale = torch.full_like(losses, LOSS_SCALE)
+    return logits.detach(), torch.autograd.grad(losses, delta, scale)[0]
 
 
 def ascend(
@@ -123,6 +124,7 @@ def ascend(
     steps: int,
     step_size: float,
     loss: Callable[[Tensor], Tensor] | None = None,
+    project: Projection | None = None,
 ) -> Tensor:
     """Attack for training: ascend and project `steps` times, on the model as it is.
 
@@ -136,14 +138,16 @@ def ascend(
         steps: how many gradients are taken.
         step_size: in pixel units, of the full ball: shrinks with it while it is warmed up.
         loss: logits (n, classes) to a loss a sample (n,), where it is not their cross-entropy.
+        project: `threat.around(x)`, where the caller has used it already.
 
     Returns:
         delta in the ball, x + delta in [0, 1].
     """
     objective = loss or partial(_loss, cross_entropy, y)
+    project = project or threat.around(x)
     for _ in range(steps):
         _, gradient = input_gradient(model, x, delta, objective)
-        delta = threat.project(threat.ascend(delta, gradient, threat.share * step_size), x)
+        delta = project(threat.ascend(delta, gradient, threat.share * step_size))
     return delta
 
 

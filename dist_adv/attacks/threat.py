@@ -5,13 +5,18 @@ Shapes: x, delta and gradients are (n, C, H, W); keys are (n,) from `rng.sample_
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from dist_adv import rng
+
+Projection = Callable[[Tensor], Tensor]
+"""Moves a perturbation of known images into their ball, as `Threat.project` does."""
 
 
 class Threat(Protocol):
@@ -42,6 +47,9 @@ class Threat(Protocol):
     def project(self, delta: Tensor, x: Tensor) -> Tensor:
         """Return the perturbation moved into the ball, then so that x + delta is in [0, 1]."""
 
+    def around(self, x: Tensor) -> Projection:
+        """Return `project` for these images: what depends on them alone is computed once."""
+
     def size(self, delta: Tensor) -> Tensor:
         """Return its norm a sample, (n, 1, 1, 1)."""
 
@@ -56,7 +64,18 @@ def to_pixels(delta: Tensor, x: Tensor) -> Tensor:
 
     Shrinks components only (x itself is valid), so a delta in the ball stays in the ball.
     """
-    return torch.clamp(delta, min=-x, max=1 - x)
+    lower, upper = _room(x)
+    return torch.clamp(delta, min=lower, max=upper)
+
+
+def _room(x: Tensor) -> Tensor:
+    """Return -x and 1 - x, (2, *x.shape): how far each pixel may go down and up."""
+    return _ends(x.dtype, x.device).view(2, *[1] * x.dim()) - x
+
+
+@lru_cache(maxsize=4)
+def _ends(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor([-0.0, 1.0], dtype=dtype, device=device)  # -0 - x is -x, of 0 too
 
 
 @dataclass(frozen=True)
@@ -71,13 +90,18 @@ class Linf:
         return replace(self, eps=share * self.eps, share=share)
 
     def random(self, keys: Tensor, shape: torch.Size) -> Tensor:
-        return rng.uniform(keys, tuple(shape[1:])).mul_(2 * self.eps).sub_(self.eps)
+        return rng.uniform(keys, tuple(shape[1:]), 2 * self.eps).sub_(self.eps)
 
     def ascend(self, delta: Tensor, grad: Tensor, step_size: float) -> Tensor:
-        return delta + step_size * torch.nan_to_num(grad).sign()
+        # torch's sign of NaN is 0. Times 1, -1 and 0 the step is exact, however it is added.
+        return torch.add(delta, grad.sign(), alpha=step_size)
 
     def project(self, delta: Tensor, x: Tensor) -> Tensor:
-        return to_pixels(delta.clamp(-self.eps, self.eps), x)
+        return self.around(x)(delta)
+
+    def around(self, x: Tensor) -> Projection:
+        lower, upper = _room(x).clamp_(-self.eps, self.eps)
+        return partial(torch.clamp, min=lower, max=upper)
 
     def size(self, delta: Tensor) -> Tensor:
         return per_sample(delta.flatten(1).abs().amax(1), delta)
@@ -110,7 +134,16 @@ class L2:
         return delta + step_size * grad / _norm(grad)
 
     def project(self, delta: Tensor, x: Tensor) -> Tensor:
-        return to_pixels(delta * (self.eps / _norm(delta)).clamp(max=1), x)
+        return self.around(x)(delta)
+
+    def around(self, x: Tensor) -> Projection:
+        lower, upper = _room(x)
+
+        def project(delta: Tensor) -> Tensor:
+            shorter = delta * (self.eps / _norm(delta)).clamp(max=1)
+            return torch.clamp(shorter, min=lower, max=upper)
+
+        return project
 
     def size(self, delta: Tensor) -> Tensor:
         return per_sample(delta.flatten(1).norm(dim=1), delta)

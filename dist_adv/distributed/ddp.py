@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Literal
 
 import torch
@@ -16,8 +17,25 @@ from dist_adv.distributed.optimizers import fused_optimizer, kept
 
 def gradient_norm(model: nn.Module) -> Tensor:
     """Return the norm of all gradients together; not finite where one of them is not."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+    return torch.nn.utils.get_total_norm(_gradients(model))
+
+
+def flag_nonfinite(model: nn.Module, flag: Tensor) -> None:
+    """Set `flag`, a float32 0, to 1 where a number in a gradient is not finite.
+
+    As GradScaler finds it, in one kernel: it also divides by a scale, which is 1 here.
+    """
+    one = _one(flag.device)
+    torch._amp_foreach_non_finite_check_and_unscale_(_gradients(model), flag, one)
+
+
+def _gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), dtype=torch.float32, device=device)
 
 
 class TrainNet:
@@ -48,6 +66,19 @@ class TrainNet:
         assert self.average is not None, "a method that needs it is refused without"
         with torch.no_grad(), self.accelerator.autocast():
             return self.average(x).to(x.dtype)
+
+    def backward(self, loss: Tensor, weight: Tensor) -> None:
+        """Add the gradients of weight * loss; both are of one number.
+
+        As `accelerator.backward`, which divides the loss by 1 first. The weight is where the pass
+        begins, so that nothing is multiplied.
+        """
+        scaler = self.accelerator.scaler
+        (scaler.scale(loss) if scaler else loss).backward(weight)
+
+    def flag_nonfinite(self, flag: Tensor) -> None:
+        """Set `flag`, a 0, to 1 where this update's gradients are not finite, on every rank."""
+        flag_nonfinite(self.bare, flag)
 
     def gradient_norm(self) -> Tensor:
         """Return the norm of this update's gradients, the same on every rank."""

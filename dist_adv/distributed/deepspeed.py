@@ -104,6 +104,12 @@ class ZeroNet(TrainNet):
             start_state(self.plain, zero.single_partition_of_fp32_groups)
             self._link_state()
 
+    def backward(self, loss: Tensor, weight: Tensor) -> None:
+        self.accelerator.backward(loss * weight)
+
+    def flag_nonfinite(self, flag: Tensor) -> None:
+        flag.copy_(~self.gradient_norm().isfinite())
+
     def gradient_norm(self) -> Tensor:
         norm = self.prepared.get_global_grad_norm()
         return torch.as_tensor(norm, device=self.accelerator.device)

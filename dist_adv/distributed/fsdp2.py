@@ -53,6 +53,9 @@ class ShardedNet(TrainNet):
         for parameter, own in zip(self.parameters, self.parts, strict=True):
             own.grad, parameter.grad = parameter.grad.to_local(), None
 
+    def flag_nonfinite(self, flag: Tensor) -> None:
+        flag.copy_(~self.gradient_norm().isfinite())
+
     def gradient_norm(self) -> Tensor:
         norm: Any = super().gradient_norm()
         return norm.full_tensor()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dist_adv.attacks import ascend
-from dist_adv.attacks.threat import Threat
+from dist_adv.attacks.threat import Projection, Threat
 from dist_adv.data import Batch
 from dist_adv.methods.base import AttackMode, Guard, Method, MethodOptions, Net, Objective, Task
 from dist_adv.methods.carried import ByPosition
@@ -41,16 +41,17 @@ class Fast(Method[FastOptions]):
 
     def steps(self, net: Net, batch: Batch, threat: Threat) -> Iterator[Objective]:
         x, y = batch.x, batch.y
-        delta = self._start(batch, threat)
+        project = threat.around(x)
+        delta = self._start(batch, threat, project)
         with net.frozen(self.options.attack_mode) as model:
-            delta = ascend(model, x, y, delta, threat, 1, self.options.alpha)
+            delta = ascend(model, x, y, delta, threat, 1, self.options.alpha, project=project)
         if self.options.init == "previous":
             self.delta.write(delta)
         yield self.minimise(net, x + delta, y)
 
-    def _start(self, batch: Batch, threat: Threat) -> Tensor:
+    def _start(self, batch: Batch, threat: Threat, project: Projection) -> Tensor:
         if self.options.init == "random":
-            return threat.project(threat.random(batch.keys, batch.x.shape), batch.x)
+            return project(threat.random(batch.keys, batch.x.shape))
         if self.options.init == "previous":
             return self.delta.read(batch.x)
         return torch.zeros_like(batch.x)

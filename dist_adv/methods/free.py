@@ -44,10 +44,10 @@ class Free(Method[FreeOptions]):
         self.delta = ByPosition()
 
     def steps(self, net: Net, batch: Batch, threat: Threat) -> Iterator[Objective]:
-        delta = self.delta.read(batch.x)
+        delta, project = self.delta.read(batch.x), threat.around(batch.x)
         for _ in range(self.options.replays):
             delta = delta.detach().requires_grad_()
             yield self.minimise(net, batch.x + delta, batch.y)
             assert delta.grad is not None
-            delta = threat.project(threat.ascend(delta.detach(), delta.grad, threat.eps), batch.x)
+            delta = project(threat.ascend(delta.detach(), delta.grad, threat.eps))
         self.delta.write(delta)

@@ -39,9 +39,11 @@ class PGDTraining(Method[PGDOptions]):
 
     def steps(self, net: Net, batch: Batch, threat: Threat) -> Iterator[Objective]:
         x, y, options = batch.x, batch.y, self.options
-        delta = torch.zeros_like(x)
+        project, steps, alpha = threat.around(x), options.steps, options.alpha
         if options.init == "random":
-            delta = threat.project(threat.random(batch.keys, x.shape), x)
+            delta = project(threat.random(batch.keys, x.shape))
+        else:
+            delta = torch.zeros_like(x)
         with net.frozen(options.attack_mode) as model:
-            delta = ascend(model, x, y, delta, threat, options.steps, options.alpha)
+            delta = ascend(model, x, y, delta, threat, steps, alpha, project=project)
         yield self.minimise(net, x + delta, y)

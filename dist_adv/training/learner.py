@@ -82,7 +82,7 @@ class Learner:
         self.nonfinite = NonFinite(
             self.net.bare,
             self.net.skippable,
-            self.net.gradient_norm,
+            self.net.flag_nonfinite,
             train.on_nan,
             scaled=accelerator.scaler is not None,
         )
@@ -223,8 +223,7 @@ class Learner:
             last = number == len(parts)
             with nullcontext() if last else self.accelerator.no_sync(self.net.prepared):
                 out = objective()
-                weight = self.nonfinite.mark(out.loss, part.weight)
-                self.accelerator.backward(out.loss * weight)
+                self.net.backward(out.loss, self.nonfinite.mark(out.loss, part.weight))
             meter.add(out, part.labels)
             losses.append(out.loss.detach())
         return sum(losses[1:], start=losses[0])

@@ -1,6 +1,7 @@
 """Loss, accuracy and speed of training, summed on the device."""
 
 import time
+from collections import defaultdict
 
 import torch
 from accelerate import Accelerator
@@ -8,16 +9,24 @@ from torch import Tensor
 
 from dist_adv.methods import Step
 
+_HELD = 256
+"""Steps that are held before they are summed."""
+
+_Alike = tuple[int, tuple[str, ...]]
+"""Steps of as many samples, with scalars of the same names."""
+
 
 class Meter:
     """Loss, correct answers and samples of this rank, summed on the device; and wall time.
 
-    scalars: what the method wants to be logged, summed likewise.
+    scalars: what the method wants to be logged, summed likewise. Steps are held and summed
+    together: one by one each would take some 15 kernels for its few numbers.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
         self.scalars: dict[str, Tensor] = {}
+        self.held: defaultdict[_Alike, list[tuple[Tensor, list[Tensor]]]] = defaultdict(list)
         self.start()
 
     def start(self) -> None:
@@ -26,15 +35,25 @@ class Meter:
 
     def add(self, out: Step, y: Tensor) -> None:
         """Count one step, unless its loss is not finite; waits for nothing."""
-        n = len(y)
-        correct = (out.logits.detach().argmax(1) == y).sum()
-        loss = out.loss.detach().double() * n
-        step = torch.stack([loss, correct, torch.full_like(correct, n)])
-        counts = loss.isfinite()
-        self.sums += torch.where(counts, step, 0)
-        for name, mean in out.scalars.items():
-            value = torch.where(counts, mean.detach().double() * n, 0)
-            self.scalars[name] = self.scalars.get(name, 0) + value
+        right = out.logits.detach().argmax(1) == y
+        # Copies of what may be a method's own, on the CPU or changed by its next step.
+        scalars = [each.detach().to(y.device, copy=True) for each in out.scalars.values()]
+        self.held[len(y), tuple(out.scalars)].append((right, [out.loss.detach(), *scalars]))
+        if sum(map(len, self.held.values())) == _HELD:
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        """Add the steps that are held to the sums; waits for nothing."""
+        for (n, names), steps in self.held.items():
+            right = torch.stack([right for right, _ in steps])
+            means = torch.stack([mean for _, means in steps for mean in means])
+            means = means.double().view(len(steps), -1)
+            counts = means[:, :1].isfinite()
+            loss, *scalars = torch.where(counts, means * n, 0).sum(0)
+            self.sums += torch.stack([loss, (right & counts).sum(), counts.sum() * n])
+            for name, value in zip(names, scalars, strict=True):
+                self.scalars[name] = self.scalars.get(name, 0) + value
+        self.held.clear()
 
     def take(self, accelerator: Accelerator) -> Tensor:
         """[loss, correct, samples] of all ranks and seconds since the last call; waits for them.
@@ -42,6 +61,7 @@ class Meter:
         `rates` then has each rank's samples a second, until its own device was through; `means`
         the method's scalars.
         """
+        self._sum_up()
         mine = torch.stack([*self.sums, *self.scalars.values()]).cpu()
         seconds = torch.tensor([time.perf_counter() - self.began], dtype=mine.dtype)
         mine = torch.cat([mine, seconds]).to(self.sums.device)

@@ -1,7 +1,8 @@
 """No update is taken from a loss or a gradient that is not finite, on whatever rank it was.
 
 The decision is the device's, so nothing waits for it; and the gradients that DDP has averaged tell
-every rank the same, so nothing is communicated. What happened is read where metrics are.
+every rank the same, so nothing is communicated. What happened is read where metrics are; until then
+flags and losses of updates are held, which takes no kernel.
 """
 
 from collections.abc import Callable
@@ -26,11 +27,15 @@ class Trouble:
     ranks: list[int]
 
 
+_HELD = 256
+"""Updates whose flags and losses are held before they are counted, in some 30 kernels."""
+
+
 class NonFinite:
     """Watches the updates of a fused optimiser.
 
-    optimizer: None where the engine leaves such updates out by itself. norm: of the gradients of
-    this update, the same on every rank.
+    optimizer: None where the engine leaves such updates out by itself. flag: sets a float32 0 to 1
+    where the gradients of this update are not finite, the same on every rank.
 
     `stop`: from the first bad update on none is taken. `skip`: bad updates are passed over, and
     what their forwards did to BatchNorm's statistics is undone.
@@ -40,59 +45,90 @@ class NonFinite:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None,
-        norm: Callable[[], Tensor],
+        flag: Callable[[Tensor], None],
         on_nan: Literal["stop", "skip"],
         scaled: bool,
     ) -> None:
-        self.optimizer, self.norm = optimizer, norm
+        self.optimizer, self.flag = optimizer, flag
         self.skip, self.scaled = on_nan == "skip", scaled
         statistics = [b for name, b in model.named_buffers() if "running_" in name]
         self.statistics = statistics if self.skip else []
-        self.good = [buffer.clone() for buffer in self.statistics]
         self.seen = 0
-        # Updates seen, bad ones among them, the first of those (0: none), and the first whose
+        # Updates counted, bad ones among them, the first of those (0: none), and the first whose
         # loss on this very rank was not finite.
         device = next(model.parameters()).device
         self.counts = torch.zeros(4, dtype=torch.int64, device=device)
+        self.stopped = torch.zeros((), dtype=torch.float32, device=device)
+        self._hold_anew()
+        self.restart()
+
+    def _hold_anew(self) -> None:
+        # Other memory than before: the optimiser has yet to read the last update's flag.
+        self.flags = torch.zeros(_HELD, dtype=torch.float32, device=self.counts.device)
+        self.losses: list[Tensor] = []
 
     def restart(self) -> None:
         """Start anew: the model has got other weights and statistics."""
-        for buffer, good in zip(self.statistics, self.good, strict=True):
-            good.copy_(buffer)
+        self.good = self._flat() if self.statistics else None
+
+    def _flat(self) -> Tensor:
+        return torch.cat([buffer.flatten() for buffer in self.statistics])
+
+    def _take_back(self, bad: Tensor) -> None:
+        """Give BatchNorm, where this update is bad, the statistics of the last good one."""
+        assert self.good is not None
+        self.good = torch.where(bad > 0, self.good, self._flat())
+        pieces = self.good.split([buffer.numel() for buffer in self.statistics])
+        good = [piece.view_as(each) for piece, each in zip(pieces, self.statistics, strict=True)]
+        torch._foreach_copy_(self.statistics, good)
 
     @staticmethod
     def mark(loss: Tensor, weight: float) -> Tensor:
-        """`weight`, but NaN for a loss that is not finite: multiplied with it, its gradient is NaN.
+        """`weight`, but NaN for a loss that is not finite: its gradient times this is NaN, too.
 
         An infinite loss may have a finite gradient of its own.
         """
-        return weight + 0 * loss.detach()
+        return torch.rsub(loss.detach(), weight, alpha=0)  # weight - 0 * loss
 
     def before_update(self, loss: Tensor) -> None:
         """Between the backward pass and the optimiser's step."""
-        mine = ~loss.detach().isfinite()
+        loss = loss.detach()
+        bad = self.flags[len(self.losses)]
         # Gradients that overflow are fp16's daily bread: its scaler skips those updates, and with
         # them any that a NaN has reached. It decides update by update: `stop` takes hold where
         # trouble is read, before the next checkpoint.
-        bad = mine if self.scaled else ~self.norm().isfinite()
-        # Views of the counts on the device, which the sums below change in place. `self.seen`
-        # is the first of them on the host, where reading it waits for nothing.
-        seen, count, first, first_mine = self.counts.unbind()
-        self.seen += 1
-        seen += 1
-        count += bad
-        first += (bad & (first == 0)) * seen
-        first_mine += (mine & (first_mine == 0)) * seen
+        if self.scaled:
+            bad.copy_(~loss.isfinite())
+        else:
+            self.flag(bad)
         if self.optimizer:
             # A fused optimiser leaves weights and momentum alone where this is 1.
-            unwanted = bad if self.skip else count > 0
-            self.optimizer.found_inf = unwanted.float()  # type: ignore[attr-defined]
-        for buffer, good in zip(self.statistics, self.good, strict=True):
-            good.copy_(torch.where(bad, good, buffer))
-            buffer.copy_(good)
+            unwanted = bad if self.skip else self.stopped.logical_or_(bad)
+            self.optimizer.found_inf = unwanted  # type: ignore[attr-defined]
+        if self.statistics:
+            self._take_back(bad)
+        self.seen += 1
+        self.losses.append(loss)
+        if len(self.losses) == _HELD:
+            self._count()
+
+    def _count(self) -> None:
+        """Count the updates that are held; waits for nothing."""
+        updates = len(self.losses)
+        bad = self.flags[:updates] > 0
+        mine = ~torch.stack(self.losses).isfinite()
+        seen, count, first, first_mine = self.counts.unbind()  # views: changed in place
+        for which, number in ((bad, first), (mine, first_mine)):
+            # argmax: of several the first.
+            number += (number == 0) * which.any() * (seen + 1 + which.int().argmax())
+        seen += updates
+        count += bad.sum()
+        self._hold_anew()
 
     def trouble(self, accelerator: Accelerator) -> Trouble | None:
         """Return what happened so far, the same on every rank; waits for all of them."""
+        if self.losses:
+            self._count()
         everyone = accelerator.gather(self.counts[None]).tolist()
         count = max(count for _, count, _, _ in everyone)
         if not count:

@@ -1,6 +1,7 @@
 """fp32 is IEEE's on a GPU, and a run goes on bit for bit there."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cases import CASES, config, make_images
+from dist_adv import rng
+from dist_adv.attacks.threat import Linf
 from dist_adv.config import parse_config
 from dist_adv.distributed import start
+from dist_adv.distributed.ddp import flag_nonfinite
 from dist_adv.training.run import train_run
 
 
@@ -53,6 +57,37 @@ def test_fp32_is_ieee(gpu):
         assert max(errors(gpu)) > 5e-5
     start.start_accelerator("fp32")
     assert max(errors(gpu)) < 1e-5
+
+
+@pytest.mark.parametrize("eps", [0.0, 8 / 255, 0.3])
+def test_random_starts_and_steps_are_the_cpu_s_bit_for_bit(gpu, eps):
+    """Of unsigned integers that become floats, and gradients that are not numbers."""
+    ball, shape = Linf(eps), torch.Size((64, 3, 32, 32))
+    keys = rng.sample_keys(rng.stream_key(0, "gpu"), torch.arange(64))
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    gradient[0], gradient[1], gradient[2] = math.nan, math.inf, 0
+
+    def moved(device: torch.device) -> Tensor:
+        images, project = x.to(device), ball.around(x.to(device))
+        delta = project(ball.random(keys.to(device), shape))
+        return images + project(ball.ascend(delta, gradient.to(device), 1.25 * eps))
+
+    assert moved(gpu).cpu().equal(moved(torch.device("cpu")))
+
+
+@pytest.mark.parametrize("value", [1e30, math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_is_flagged(gpu, value):
+    """In the slot of one update, and the gradients stay as they are."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).to(gpu)
+    model(torch.rand(4, 3, 8, 8, device=gpu)).sum().backward()
+    model[0].weight.grad[1, 2, 0, 1] = value
+    before = [parameter.grad.clone() for parameter in model.parameters()]
+    flags = torch.zeros(3, device=gpu)
+    flag_nonfinite(model, flags[1])
+    assert flags.tolist() == [0, 0 if value == 1e30 else 1, 0]
+    for parameter, gradient in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=0, equal_nan=True)
 
 
 def test_an_evaluation_says_that_it_was_not_tf32(colour, tmp_path):

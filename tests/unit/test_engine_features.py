@@ -18,6 +18,7 @@ from dist_adv.data import Batch, Dataset
 from dist_adv.errors import UserError
 from dist_adv.methods import BySample, Objective, Step
 from dist_adv.methods.gradalign import GradAlign
+from dist_adv.training import meter as meter_module
 from dist_adv.training.learner import Learner
 from dist_adv.training.meter import Meter
 from dist_adv.training.schedule import lr_at
@@ -159,6 +160,30 @@ def test_scalars_are_means_over_samples(accelerator: Accelerator) -> None:
     assert meter.means == {"double": pytest.approx(2 * (3 * 1 + 1 * 4) / 4)}
     meter.take(accelerator)
     assert meter.means == {}
+
+
+@pytest.mark.parametrize("held", [1, 2, 3, 256])
+def test_the_meter_counts_steps_as_one_by_one(
+    held: int, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many are held: of other sizes, without scalars, with one that changes later."""
+    monkeypatch.setattr(meter_module, "_HELD", held)
+    meter, changing = Meter(torch.device("cpu")), torch.zeros(())
+    draw = torch.Generator().manual_seed(0)
+    expected = [0.0, 0, 0, 0.0]
+    for step, n in enumerate((4, 4, 3, 4, 4, 1, 3)):
+        logits, y = torch.randn(n, 5, generator=draw), torch.randint(5, (n,), generator=draw)
+        loss = torch.tensor(math.inf) if step == 3 else F.cross_entropy(logits, y)
+        changing.fill_(step)
+        meter.add(Step(loss, logits, {} if step == 4 else {"changing": changing}), y)
+        if step != 3:
+            right = sum(int(row.argmax()) == int(true) for row, true in zip(logits, y, strict=True))
+            new = n * loss.item(), right, n, 0 if step == 4 else n * step
+            expected = [a + b for a, b in zip(expected, new, strict=True)]
+    loss_sum, correct, samples, _ = meter.take(accelerator).tolist()
+    assert (correct, samples) == (expected[1], expected[2])
+    assert loss_sum == pytest.approx(expected[0], rel=1e-14)
+    assert meter.means == {"changing": pytest.approx(expected[3] / samples)}
 
 
 def test_frozen_layers_get_their_own_modes_back() -> None:

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_adv.config import OptimOptions
-from dist_adv.distributed.ddp import gradient_norm
+from dist_adv.distributed.ddp import flag_nonfinite
 from dist_adv.distributed.optimizers import fused_optimizer
+from dist_adv.training import nonfinite
 from dist_adv.training.nonfinite import NonFinite, Trouble
 
 OPTIM = OptimOptions(lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -61,12 +62,12 @@ class Guarded:
         self.model = network()
         self.sgd = fused_optimizer(self.model, optim)
         self.watch = NonFinite(
-            self.model, self.sgd, partial(gradient_norm, self.model), on_nan, scaled
+            self.model, self.sgd, partial(flag_nonfinite, self.model), on_nan, scaled
         )
 
     def step(self, x: Tensor, y: Tensor, kind: str = "", weight: float = 1.0) -> None:
         loss = loss_of(self.model, x, y, kind)
-        (loss * self.watch.mark(loss, weight)).backward()
+        loss.backward(self.watch.mark(loss, weight))
         self.watch.before_update(loss)
         self.sgd.step()
         self.sgd.zero_grad()
@@ -212,7 +213,7 @@ def test_infinite_loss_with_a_finite_gradient_is_told_to_the_other_ranks():
     model = network()
     x, y = batches(1)[0]
     loss = loss_of(model, x, y, "loss inf")
-    (loss * NonFinite.mark(loss, 0.5)).backward()
+    loss.backward(NonFinite.mark(loss, 0.5))
     assert all(parameter.grad.isnan().all() for parameter in model.parameters())
 
 
@@ -251,9 +252,27 @@ def test_what_several_ranks_tell(counts, told):
     assert Guarded("skip").watch.trouble(gathered) == told
 
 
-def test_overflow_under_loss_scaling_is_the_scalers():
+def test_overflow_under_loss_scaling_is_the_scalers(accelerator):
     """fp16 gradients overflow daily; only a loss that is not finite is trouble."""
-    for kind, count in (("gradient inf", 0), ("loss inf", 1)):
-        guarded = Guarded("skip", scaled=True)
-        guarded.train({2: kind}, 2)
-        assert guarded.watch.counts.tolist()[1] == count
+    for kind, told in (("gradient inf", None), ("loss inf", Trouble(1, 2, [0]))):
+        guarded = Guarded("skip", scaled=True).train({2: kind}, 2)
+        assert guarded.watch.trouble(accelerator) == told
+
+
+@pytest.mark.parametrize("on_nan", ["stop", "skip"])
+@pytest.mark.parametrize("bad", [[2], [3], [4], [3, 4], [6, 9]])
+def test_updates_are_counted_a_few_at_a_time(bad, on_nan, accelerator, monkeypatch):
+    """The last of those that are held and the first after them are updates like any other."""
+    monkeypatch.setattr(nonfinite, "_HELD", 3)
+    guarded = Guarded(on_nan).train(dict.fromkeys(bad, "loss inf"), 10)
+    assert guarded.watch.trouble(accelerator) == Trouble(len(bad), bad[0], [0])
+    last = 10 if on_nan == "skip" else bad[0] - 1
+    agree(guarded, *plain([number for number in range(1, last + 1) if number not in bad]))
+
+
+def test_large_gradients_are_finite(accelerator):
+    """Though the square of one is not."""
+    guarded = Guarded("stop")
+    guarded.model[3].weight.register_hook(lambda gradient: gradient * 1e30)
+    guarded.step(*batches(1)[0])
+    assert guarded.watch.trouble(accelerator) is None

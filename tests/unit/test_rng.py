@@ -68,6 +68,26 @@ def test_sample_keys_are_splitmix64(state):
     assert [key & MASK for key in ours.tolist()] == [expected[sample] for sample in samples]
 
 
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [1.0, 16 / 255, 0.2, 2.0])
+def test_wider_uniform_is_a_product_in_float32(width, default):
+    """Rounded once, as the numbers of [0, 1) times a float32; whatever torch's default is."""
+    ours, numbers = keys_for("wide", 50), rng.uniform(keys_for("wide", 50), (1000,))
+    torch.set_default_dtype(default)
+    try:
+        wide = rng.uniform(ours, (1000,), width)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert wide.dtype == torch.float32
+    assert wide.equal(numbers * torch.tensor(width))
+
+
+def test_what_is_kept_of_a_shape_is_not_changed():
+    """A second draw of the same shape, and one of another between them."""
+    draws = [rng.bits(keys_for("kept", 5), shape) for shape in ((3, 7), (2,), (3, 7))]
+    assert draws[0].equal(draws[2])
+
+
 def test_smallest_draw():
     """The finaliser maps 0 to 0, so this key draws 64 bits of 0: in range, and no infinity."""
     key = torch.tensor([2**64 - GOLDEN])

@@ -105,6 +105,23 @@ def test_random_start_belongs_to_the_sample(ball):
     torch.testing.assert_close(part, whole[mine], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("ball", BALLS)
+def test_around_is_project(ball):
+    """Bit for bit, for one perturbation after the other."""
+    x, project = images(), ball.around(images())
+    for seed in (1, 2):
+        delta = drawn(*x.shape, seed=seed)
+        assert project(delta).equal(ball.project(delta, x))
+
+
+def test_linf_is_cut_to_the_ball_and_then_to_the_pixels():
+    """Bit for bit as in two plain steps, in images of real pixels."""
+    x = torch.arange(256).repeat(50, 1).view(50, 1, 16, 16) / 255
+    delta = drawn(*x.shape) * EPS
+    cut = torch.max(torch.min(delta.clamp(-EPS, EPS), 1 - x), -x)
+    assert Linf(EPS).project(delta, x).equal(cut)
+
+
 def test_linf_step():
     delta, gradient = drawn(50, 3, 4, 4), drawn(50, 3, 4, 4, seed=2)
     moved = Linf(EPS).ascend(delta, gradient, 0.1) - delta
@@ -143,10 +160,14 @@ INF, NAN = math.inf, math.nan
     ],
 )
 def test_overflowed_gradient(ball, gradient, step):
-    """NaN counts as 0 and inf as very large: one bad component spoils no step."""
-    delta = torch.zeros(1, 1, 2, 2)
-    moved = ball.ascend(delta, torch.tensor(gradient).view(1, 1, 2, 2), 0.1)
-    torch.testing.assert_close(moved.flatten(), 0.1 * torch.tensor(step), rtol=1e-5, atol=1e-7)
+    """NaN counts as 0 and inf as very large: one bad component spoils no step.
+
+    Of many images, so that a CPU's vector units have a share of them.
+    """
+    delta = torch.zeros(33, 1, 2, 2)
+    moved = ball.ascend(delta, torch.tensor(gradient).view(1, 1, 2, 2).expand(delta.shape), 0.1)
+    expected = 0.1 * torch.tensor(step).expand(33, 4)
+    torch.testing.assert_close(moved.flatten(1), expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
