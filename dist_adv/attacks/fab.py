@@ -107,5 +107,5 @@ def _towards(model: nn.Module, walk: _Walk) -> tuple[Tensor, Tensor]:
     at = walk.at.detach().requires_grad_()
     with torch.enable_grad():
         both = model(at).gather(1, torch.stack([walk.targets, walk.y], 1))
-        difference = both[:, 0] - both[:, 1]
+        difference = (both[:, 0] - both[:, 1]).to(at)
     return difference.detach(), torch.autograd.grad(difference.sum(), at)[0]

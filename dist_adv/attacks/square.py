@@ -77,7 +77,7 @@ class Square:
             return now
         proposed, y = proposed[new], now.y[new]
         logits = model(proposed)
-        found_margin, right = margin(logits, y), correct(logits, y)
+        found_margin, right = margin(logits, y).to(now.margin), correct(logits, y)
         better = (found_margin > now.margin[new]) | ~right
         now.margin[new[better]] = found_margin[better]
         now.images[new[better]] = proposed[better]

@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+import attacked_by_ranks
 import dist_adv
 import fakes
 import forked
 import theirs
 from dist_adv import cli, plugins, rng
-from dist_adv.attacks.autoattack import AutoAttack
 from dist_adv.config import EvalOptions, Judged, Reference, load, parse_config
 from dist_adv.evaluation.attacks import Noise
 from dist_adv.evaluation.doubts import doubts
@@ -30,17 +30,10 @@ Run = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
+def short() -> Iterator[None]:
     """AutoAttack is itself, of fewer steps and queries."""
-    before = AutoAttack.__init__
-
-    def brief(self: AutoAttack, *arguments: Any) -> None:
-        before(self, *arguments)
-        for name, (search, targets) in self.searches.items():
-            budget = {"queries": 50} if name == "square" else {"steps": 5}
-            self.searches[name] = (replace(search, **budget), targets)
-
-    monkeypatch.setattr(AutoAttack, "__init__", brief)
+    with attacked_by_ranks.short(steps=5, queries=50):
+        yield
 
 
 @pytest.fixture(autouse=True)

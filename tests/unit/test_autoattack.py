@@ -3,8 +3,12 @@
 Random numbers are given to the authors' code from ours, which draws them for each image by itself.
 """
 
+import json
 import math
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pyautoattack.autopgd_base
@@ -15,6 +19,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+import forked
+from attacked_by_ranks import judged, short, shorten
 from colours import colours
 from dist_adv import rng
 from dist_adv.attacks.apgd import APGD, dlr_targeted, untargeted
@@ -320,22 +326,10 @@ def test_images_of_one_pixel_and_of_unequal_sides(network: nn.Module) -> None:
 # --- the ensemble --------------------------------------------------------------------------------
 
 
-def shorten(attack: AutoAttack, steps: int, queries: int) -> None:
-    for name, (search, targets) in attack.searches.items():
-        budget = {"queries": queries} if name == "square" else {"steps": steps}
-        attack.searches[name] = (replace(search, **budget), targets)
-
-
 @pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As few steps and queries as make each attack run."""
-    before = AutoAttack.__init__
-
-    def brief(self: AutoAttack, *arguments: Any) -> None:
-        before(self, *arguments)
-        shorten(self, steps=3, queries=20)
-
-    monkeypatch.setattr(AutoAttack, "__init__", brief)
+def brief() -> Iterator[None]:
+    with short(steps=3, queries=20):
+        yield
 
 
 ALL_FOUR = [*ENSEMBLE]
@@ -352,7 +346,7 @@ ALL_FOUR = [*ENSEMBLE]
         (11, "linf", "standard", ALL_FOUR, 9),
     ],
 )
-@pytest.mark.usefixtures("short")
+@pytest.mark.usefixtures("brief")
 def test_autoattack_has_the_attacks_that_there_are(
     classes: int,
     norm: str,
@@ -385,7 +379,7 @@ def test_autoattack_needs_two_classes() -> None:
         AutoAttack(nn.Flatten(), build("linf", 0.1), 1)
 
 
-@pytest.mark.usefixtures("short")
+@pytest.mark.usefixtures("brief")
 def test_a_figure_does_not_depend_on_the_batches(
     network: nn.Module, data: Dataset, accelerator: Accelerator
 ) -> None:
@@ -400,6 +394,29 @@ def test_a_figure_does_not_depend_on_the_batches(
     assert len({correct for correct, _ in figures}) == 1
     losses = [loss for _, loss in figures]
     assert max(losses) - min(losses) < 1e-6
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_figure_does_not_depend_on_the_ranks(
+    ranks: int, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    """They share out anew what is left before each attack, though a rank may have no image."""
+    program = Path(__file__).parents[1] / "support" / "attacked_by_ranks.py"
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    done = forked.run(
+        [sys.executable, *command, str(program), str(tmp_path / "found.json")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found, expected = json.loads((tmp_path / "found.json").read_text()), judged(accelerator, 500)
+    assert 0 < expected["correct"] < expected["natural"]
+    assert abs(found.pop("loss") - expected.pop("loss")) < 1e-6
+    shares = zip(*found.pop("shares"), strict=True)
+    assert all(max(each) - min(each) <= 1 for each in shares)
+    expected.pop("shares")
+    assert found == expected
 
 
 def test_each_image_ends_once(network: nn.Module, batch: Batch) -> None:
