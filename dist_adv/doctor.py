@@ -167,11 +167,13 @@ def _compiler(config: Config | None) -> Findings:
     where = shutil.which(name)
     if where:
         yield Finding("C++ compiler", where)
-    elif config and config.train.compile != "none":
-        remedy = "install g++, name another one in CXX, or set train.compile=none"
+    elif config and (config.train.compile, config.eval.compile) != ("none", "none"):
+        remedy = "install g++, name another one in CXX, or set train.compile and eval.compile=none"
         yield Finding("C++ compiler", f"no {name}", "problem", remedy)
     else:
-        yield Finding("C++ compiler", f"no {name}", advice="only train.compile needs one")
+        yield Finding(
+            "C++ compiler", f"no {name}", advice="only train.compile and eval.compile need one"
+        )
 
 
 def _packages() -> Findings:

@@ -17,6 +17,8 @@ from dist_adv.text import said
 def plain_failures(accelerator: Accelerator, key: str, batch_size: int) -> Iterator[None]:
     """Say in one line what goes wrong beneath us: memory, ranks that are gone, others' code.
 
+    key: of the batch size, in the section of what is done.
+
     Raises RankFailure where this process has no memory left, naming `key` and half of
     `batch_size`, or the line of somebody's own code that failed; LostRank where another process
     has left.
@@ -55,9 +57,10 @@ def _plain(error: Exception, rank: str, key: str, batch_size: int) -> RunFailure
                 f"which one; {GOES_ON}"
             )
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            key = f"{key.partition('.')[0]}.compile"
             return RankFailure(
-                f"train.compile: torch.compile failed on {rank} "
-                f"({reason(error)}); set train.compile=none, or install a C++ compiler"
+                f"{key}: torch.compile failed on {rank} "
+                f"({reason(error)}); set {key}=none, or install a C++ compiler"
             )
     where = "" if isinstance(error, SAID) else plugins.blamed(error)
     return RankFailure(f"{rank}: {where}{said(error)}") if where else None

@@ -4,6 +4,7 @@ Eval mode, fp32, images in [0, 1], exactly n of them at any number of ranks; the
 restarts and iterates; every figure with its attack, its interval and what looks wrong about it.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,14 @@ from dist_adv.config import EvalOptions
 from dist_adv.data import Dataset
 from dist_adv.errors import UserError
 from dist_adv.evaluation.attacks import Attack, Attacked, build_attacks
+from dist_adv.evaluation.fused import Fused
 from dist_adv.evaluation.images import Images
 from dist_adv.evaluation.results import Examples, Result
 from dist_adv.evaluation.tally import Tally
 from dist_adv.evaluation.unfinished import Unfinished
 from dist_adv.text import shown
+
+log = logging.getLogger("dist_adv")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,9 @@ def evaluate(
     model.eval()
     images = Images(dataset, options, accelerator, supervision.between)
     check_fit(model, dataset, options)
+    if options.compile != "none":
+        log.info("the first images wait for torch.compile ...")
+        model = Fused(model)
     attacks = build_attacks(model, images, threat, options)
     found: dict[str, Result] = {}
     examples, fresh = None, True
@@ -96,13 +103,9 @@ def _measure(
     attack.messages += tally.messages
     tally.messages = attack.messages
     examples, parts = None, Parts()
-    for x, y, keys in images.chunks(tally):
-        if attack.together:
-            out = attack(x, y, keys)
-        elif len(y):
-            out = Attacked.joined(parts(attack, x, y, keys))
-        else:
-            continue
+    for x, y, keys in images.chunks(tally, attack.together):
+        whole = attack.together  # where memory is too little it knows what to halve
+        out = attack(x, y, keys) if whole else Attacked.joined(parts(attack, x, y, keys))
         if examples is None and tally.done == 0:
             examples = _examples(attack, model, images, out)
         loss = F.cross_entropy(out.logits, out.y, reduction="sum")

@@ -41,15 +41,18 @@ class Images:
         self.between, self.round = between, options.batch_size * self.ranks
         self.key = rng.stream_key(options.seed, "attack")
 
-    def chunks(self, tally: Tally) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def chunks(
+        self, tally: Tally, together: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """x (n, C, H, W) in [0, 1], y (n,), keys (n,) of each chunk that `tally` does not have.
 
-        n is 0 where the others' shares of a last round are larger by one image.
+        together: a chunk in every round, of no images where the others' shares are larger by one.
         """
         for start in range(tally.done, self.n, self.round):
             self.between()
             samples = self.order[start : start + self.round][self.rank :: self.ranks]
-            yield self.load(samples)
+            if together or len(samples):
+                yield self.load(samples)
             tally.close_round(min(self.n, start + self.round))
 
     def share(self, rows: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -57,10 +60,15 @@ class Images:
 
         rows: tensors (n, ...) of this rank, n as it comes.
         """
-        return share_evenly(self.accelerator, rows)
+        return [_channels_last(each) for each in share_evenly(self.accelerator, rows)]
 
     def load(self, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self.dataset.images[samples].to(self.device).to(torch.get_default_dtype()).div_(255)
         y = self.dataset.labels[samples].to(self.device)
         keys = rng.sample_keys(self.key, samples.to(self.device))
-        return x.contiguous(memory_format=torch.channels_last), y, keys
+        return _channels_last(x), y, keys
+
+
+def _channels_last(rows: Tensor) -> Tensor:
+    """Images as networks are fastest with them; what is none is as it was."""
+    return rows.contiguous(memory_format=torch.channels_last) if rows.dim() == 4 else rows

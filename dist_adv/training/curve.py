@@ -30,7 +30,8 @@ class Curve:
         accelerator: Accelerator,
     ) -> None:
         attacks = ["natural", "fgsm", options.curve_attack]
-        self.options = options.model_copy(update={"attacks": attacks, "limit": options.curve_limit})
+        few = {"attacks": attacks, "limit": options.curve_limit, "compile": "none"}
+        self.options = options.model_copy(update=few)
         self.images, self.held_out = images, held_out
         self.threat, self.accelerator = threat, accelerator
         self.best: Best | None = None

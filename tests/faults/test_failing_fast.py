@@ -163,14 +163,15 @@ def test_no_memory_left_names_a_batch_size(config, tmp_path):
     assert OURS not in job.output()
 
 
-def test_no_compiler_is_one_line(images, tmp_path):
+@pytest.mark.parametrize("section", ["train", "eval"])
+def test_no_compiler_is_one_line(section, images, tmp_path):
     """torch looks for one in CXX and on the PATH; a cache of compiled code would do without."""
-    compiled = {"compile": "default"}
-    config = write_config(tmp_path / "c.yaml", "natural", images, train=compiled, model=SMALL)
+    compiled = {section: {"compile": "default"}}
+    config = write_config(tmp_path / "c.yaml", "natural", images, model=SMALL, **compiled)
     env = {"PATH": "/nowhere", "CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     job = Job(config, tmp_path / "run", env=env)
     assert job.wait() == 1
     (line,) = complaints(job)
-    assert line.startswith("dist-adv: train.compile: torch.compile failed on rank 0 of 1")
-    assert "set train.compile=none, or install a C++ compiler" in line
+    assert line.startswith(f"dist-adv: {section}.compile: torch.compile failed on rank 0 of 1")
+    assert f"set {section}.compile=none, or install a C++ compiler" in line
     assert OURS not in job.output()

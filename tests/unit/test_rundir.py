@@ -313,6 +313,7 @@ DECIDED: dict[str, tuple[Any, str]] = {
     "eval.loss": ("margin", "yes"),
     "eval.seed": (5, "yes"),
     "eval.batch_size": (5, "yes"),
+    "eval.compile": ("default", "yes"),
     "eval.every": (5, "yes"),
     "eval.curve_attack": ("pgd-5", "yes"),
     "eval.curve_limit": (5, "yes"),
