@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,13 @@ def theirs_apgd(net: nn.Module, ball: Threat, loss: str, targets: Tensor, steps:
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.02), ("l2", 0.6)])
 @pytest.mark.parametrize("loss", ["ce", "dlr"])
 def test_apgd_takes_the_authors_steps(
-    loss: str, norm: str, eps: float, steps: int, network: nn.Module, batch: Batch
+    loss: str,
+    norm: str,
+    eps: float,
+    steps: int,
+    network: nn.Module,
+    batch: Batch,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Halvings, returns to the best and momentum among them; of images that resist to the end."""
     ball, ours, theirs = build(norm, eps), Asked(network), Asked(network)
@@ -119,13 +126,14 @@ def test_apgd_takes_the_authors_steps(
         found = search(ours, x, y, targets, keys)
     attack = theirs_apgd(theirs, ball, loss, targets, steps)
     attack.init_hyperparam(x)
+    monkeypatch.setattr(torch, "zeros", partial(torch.zeros, dtype=x.dtype))  # of their losses
     attack.attack_single_run(x, y, x_init=ours.images[0])
     assert not found.fooled.any()
     assert len(x) > 10
     assert len(ours.images) == len(theirs.images) == steps + 1
     for mine, other in zip(ours.images, theirs.images, strict=True):
-        # Theirs compares losses in fp32, and adds 1e-12 to norms of gradients.
-        assert (mine - other).flatten(1).abs().amax(1).quantile(0.9) < 1e-3 * eps
+        # But for pixels of no gradient, whose sign is rounding's; theirs adds 1e-12 to norms.
+        assert (mine - other).abs().flatten().quantile(0.99) < 1e-5 * eps
     assert ball.size(mine - x).max() > 0.9 * eps
 
 
