@@ -2,9 +2,9 @@
 
 DIST_ADV_GPU_TESTS_ON_CPU=1 runs them on a CPU instead: a dry run, which shows that the code of the
 tests runs and nothing else. What a CPU does not have is stood in for, or left out, and says so.
-GPUs are lent by the minute: what has not begun after 135 s is skipped, the last of them the many that
-a CPU shows nearly as well. DIST_ADV_GPU_TESTS=all has no such limit, and has every method of
-`cases.py` go on bit for bit.
+GPUs are lent by the minute: what has not begun after 135 s is skipped, which are those that a CPU
+shows nearly as well. DIST_ADV_GPU_TESTS=all has no such limit, and has every method of `cases.py`
+go on bit for bit.
 """
 
 import os
