@@ -294,7 +294,7 @@ def profiled(bench: Bench, case: Case) -> Row:
     seconds = time.perf_counter() - began
     on_gpu = bench.device.type == "cuda"
     kinds = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
-    with profile(activities=kinds) as seen:
+    with profile(activities=kinds, acc_events=True) as seen:
         run()
         synchronize(bench.device)
     wanted = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
