@@ -44,10 +44,10 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The choice is not refused, as on a GPU; and torch is left as it was."""
     torch.compiler.reset()
     monkeypatch.setattr(graphs, "check_graphs", lambda *_: None)
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)  # put back afterwards
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
     monkeypatch.setattr(MarkStepBox, "mark_step_counter", 0)
-    yield
+    dynamo, functorch = torch._dynamo.config, torch._functorch.config
+    with dynamo.patch(optimize_ddp=True), functorch.patch(donated_buffer=True):
+        yield
     torch.compiler.reset()
 
 
