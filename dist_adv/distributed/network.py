@@ -50,6 +50,10 @@ def compile_network(
         # each, and lets their all-reduces overlap with the rest.
         torch._dynamo.config.optimize_ddp = False
         torch._functorch.config.donated_buffer = not keep_graph
+        # Off, torch 2.11 looks whether parameters want gradients before it takes the code of an
+        # earlier call. On, a training pass whose images want gradients (SORA's) was taken for the
+        # attack before it, and gave the weights none, without a word.
+        torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
         model.compile(dynamic=False, mode=_MODES[choice])
 
 
