@@ -19,6 +19,7 @@ from dist_adv.distributed import network, start
 from dist_adv.distributed.start import resolve_precision
 from dist_adv.errors import UserError
 from dist_adv.models import layers
+from made_up_method import Tiny
 
 TURING, AMPERE, HOPPER = (7, 5), (8, 0), (9, 0)
 
@@ -109,7 +110,7 @@ def test_training_and_attacks_have_code_of_their_own_where_images_want_gradients
         lambda model, **kwargs: compile_in_place(model, backend=counting, dynamic=False),
     )
     torch.compiler.reset()
-    model = torch.nn.Sequential(layers.conv(3, 4), torch.nn.Flatten(), torch.nn.Linear(256, 2))
+    model = Tiny(Tiny.Options(name="tiny"), channels=3, classes=2)
     network.compile_network(model, "default", keep_graph=False)
     x = torch.rand(5, 3, 8, 8)
 
