@@ -391,6 +391,7 @@ def _use(config: Config | None) -> Findings:
     """Return what `train CONFIG` would take; without one what it takes by itself."""
     import torch
 
+    from dist_adv.distributed.graphs import check_graphs
     from dist_adv.distributed.start import resolve_precision, threads_per_rank
     from dist_adv.plan.measure import SETS
 
@@ -398,6 +399,7 @@ def _use(config: Config | None) -> Findings:
     wanted = config.train.precision if config else "auto"
     try:
         precision = resolve_precision(wanted, cpu=not gpus)
+        check_graphs(config.train.compile if config else "none", cpu=not gpus)
         threads = (config and config.train.threads) or threads_per_rank()
     except UserError as error:
         yield Finding("a run here", str(error), "problem")

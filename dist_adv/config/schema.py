@@ -155,7 +155,8 @@ class TrainOptions(Options):
     `sora`. max_steps: stop at the first batch boundary at or after this many optimiser steps; the
     schedule is fitted to it. log_every: batches between two lines of metrics. compile: `default`
     fuses the network's layers with torch.compile, which takes a minute or two at the start and a
-    C++ compiler; `max` tunes longer and on GPUs replays whole passes as CUDA graphs.
+    C++ compiler; `graphs`, on GPUs, replays whole passes as CUDA graphs, too; `max` does so there,
+    and tunes longer first. Each size of batch is compiled: data.drop_last spares one.
     sync_batchnorm: BatchNorm's statistics are of the global batch instead of each rank's share (on
     GPUs). deterministic: cuDNN takes algorithms that give the same bits each time, so that a run
     on GPUs goes on bit for bit, too; false: the fastest, found out by timing them. CPUs always do.
@@ -175,7 +176,7 @@ class TrainOptions(Options):
     accumulate: PositiveInt = 1
     label_smoothing: Annotated[Real, Field(ge=0, lt=1)] = 0.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    compile: Literal["none", "default", "max"] = "none"
+    compile: Literal["none", "default", "graphs", "max"] = "none"
     sync_batchnorm: bool = False
     deterministic: bool = True
     seed: Annotated[int, Field(ge=0)] = 0

@@ -27,15 +27,20 @@ def synchronised(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
+_MODES = {"default": None, "graphs": "reduce-overhead", "max": "max-autotune"}
+
+
 def compile_network(
-    model: nn.Module, choice: Literal["none", "default", "max"], keep_graph: bool
+    model: nn.Module, choice: Literal["none", "default", "graphs", "max"], keep_graph: bool
 ) -> None:
     """Let torch.compile fuse the layers, in place: parameters keep their names.
 
     Every shape has code of its own, because code for any shape is slower: the short last batch is
-    compiled too. Frozen and trained forwards are two graphs; the frozen one's backward computes
-    no weight gradients. DDP waits for the whole backward, so that its all-reduce no longer
-    overlaps with it: the price of one graph.
+    compiled too, and recorded (`graphs`) into the memory that the other recordings have. Run as
+    it is, it would take as much again outside of that, at the end of the first epoch. Frozen and
+    trained forwards are two graphs; the frozen one's backward computes no weight gradients. DDP
+    waits for the whole backward, so that its all-reduce no longer overlaps with it: the price of
+    one graph.
 
     keep_graph: a method differentiates a forward twice. The memory of its activations is not
     reused by the first backward then, which computes weight gradients, too, and drops them.
@@ -45,7 +50,11 @@ def compile_network(
         # each, and lets their all-reduces overlap with the rest.
         torch._dynamo.config.optimize_ddp = False
         torch._functorch.config.donated_buffer = not keep_graph
-        model.compile(dynamic=False, mode="max-autotune" if choice == "max" else None)
+        # Off, torch 2.11 looks whether parameters want gradients before it takes the code of an
+        # earlier call. On, a training pass whose images want gradients (SORA's) was taken for the
+        # attack before it, and gave the weights none, without a word.
+        torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
+        model.compile(dynamic=False, mode=_MODES[choice])
 
 
 def settle(accelerator: Accelerator, net: TrainNet, data: Dataset) -> None:

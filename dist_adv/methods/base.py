@@ -65,7 +65,11 @@ class Net(Protocol):
     """The network as a method sees it."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Logits of a training forward, whose backward gives the weights their gradients."""
+        """Logits of a training forward, whose backward gives the weights their gradients.
+
+        They, and gradients, hold until the next batch: copy what is kept longer. Under
+        `train.compile: graphs` the next batch's are written where they are.
+        """
 
     def frozen(self, mode: Literal["train", "eval"] = "train") -> AbstractContextManager[nn.Module]:
         """Return the bare module for input gradients: no weight gradients, no communication.

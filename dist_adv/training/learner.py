@@ -21,7 +21,7 @@ from dist_adv import rng
 from dist_adv.attacks.threat import build as build_threat
 from dist_adv.config import Config
 from dist_adv.data import Batch, Dataset, Loader, When
-from dist_adv.distributed import engines
+from dist_adv.distributed import engines, graphs
 from dist_adv.distributed.network import compile_network, settle, snapshot, synchronised
 from dist_adv.distributed.optimizers import set_rates
 from dist_adv.errors import RunFailure, UserError
@@ -61,6 +61,8 @@ class Learner:
         train = config.train
         self.stages = Stages(config.stages, data, accelerator.num_processes)
         check_parts(config)
+        on_cpu = accelerator.device.type == "cpu"
+        graphs.check_graphs(train.compile, on_cpu)
         self.method = build_method(config.method, self._task())
         if data.extra:
             check_rows(self.method)
@@ -78,6 +80,8 @@ class Learner:
             raise UserError("train.sync_batchnorm: the network has no BatchNorm; use false")
         trained = synchronised(accelerator, network) if train.sync_batchnorm else network
         compile_network(trained, train.compile, "kept graph" in self.method.needs)
+        records = train.compile in graphs.RECORDED and not on_cpu
+        self.skipped_graphs = graphs.SkippedGraphs() if records else None
         self.net = engines.prepare(accelerator, trained, config)
         self.nonfinite = NonFinite(
             self.net.bare,
@@ -197,6 +201,7 @@ class Learner:
         # For layers that draw (dropout, stochastic depth), so that a run goes on bit for bit.
         seed = rng.stream_key("layers", batch.when.key, self.accelerator.process_index)
         torch.manual_seed(seed & (2**63 - 1))
+        graphs.begin_batch(self.config.train.compile)
         threat = self.threat.at(self._warmth(self.config.threat.warmup, batch.when))
         parts = batch.parts(self.config.train.accumulate)
         steps = [checked_steps(self.method, self.net, part, threat) for part in parts]
@@ -273,6 +278,11 @@ class Learner:
         raw = copy.deepcopy(self.copy)
         snapshot(self.accelerator, self.net, raw)
         return raw
+
+    def check_graphs(self) -> None:
+        """Warn of passes that `train.compile` was to replay as CUDA graphs, and does not."""
+        if self.skipped_graphs and (news := self.skipped_graphs.news()):
+            log.warning("train.compile: %s", news)
 
     def check_updates(self) -> None:
         """Warn of skipped updates; raise RunFailure, on every rank, where they end the run."""

@@ -135,6 +135,7 @@ class Trainer:
         save = bool(save or ends or stop or counted)
         if save or clock.batch % train.log_every == 0:
             self.learner.check_updates()
+            self.learner.check_graphs()
             latest = meter.take(self.accelerator)
             self.kept.sums += latest
             clock.seconds += latest[3].item()

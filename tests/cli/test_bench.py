@@ -86,3 +86,25 @@ def test_gpu_suite_at_toy_size(part, tmp_path_factory):
     found = json.loads((out / f"{part}.json").read_text())
     assert found["toy"] is True
     assert found["rows"]
+
+
+def test_gpu_suite_goes_on_with_the_rows_that_are_missing(tmp_path):
+    """Here one is there that nobody measured; and rows of another machine are not mixed in."""
+    script = Path(__file__).parents[2] / "benchmarks" / "gpu_suite.py"
+    command = [sys.executable, str(script), "a", "--toy", "--out", str(tmp_path)]
+    how = {"capture_output": True, "text": True, "timeout": 300}
+    assert forked.run(command, **how).returncode == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    names = [row["what"] for row in found["rows"]]
+    found["rows"][0]["rate"] = 1234.5
+    missing = found["rows"].pop()
+    (tmp_path / "a.json").write_text(json.dumps(found))
+    assert forked.run(command, **how).returncode == 0
+    again = json.loads((tmp_path / "a.json").read_text())
+    assert [row["what"] for row in again["rows"]] == names
+    assert again["rows"][0]["rate"] == 1234.5
+    assert again["rows"][-1]["what"] == missing["what"]
+    (tmp_path / "a.json").write_text(json.dumps(found | {"hardware": "another GPU"}))
+    done = forked.run(command, **how)
+    assert done.returncode == 1
+    assert "has rows of hardware another GPU, and here it is CPU" in done.stderr

@@ -159,6 +159,12 @@ def test_without_slurm_and_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "train.compile=none" in compiling.advice
 
 
+def test_graphs_are_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    found = look("a run here", DIGITS, "train.compile=graphs")
+    assert (found.level, found.found[-11:]) == ("problem", "use default")
+
+
 def test_slurm_by_stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A `sinfo` that is none: one that answers, then one that fails."""
     monkeypatch.setenv("PATH", str(tmp_path))

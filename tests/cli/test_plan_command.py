@@ -61,7 +61,7 @@ def test_step_times_of_the_gpu_suite(tmp_path, capsys):
     suite = [str(ROOT / "benchmarks" / "gpu_suite.py"), "b", "--precision", "fp32", "--toy"]
     call(*suite, "--out", str(tmp_path))
     cifar = [str(ROOT / "configs" / "cifar10" / "free.yaml"), "model.width=4"]
-    given = ["--step-times", str(tmp_path / "b-fp32.json"), "--bandwidth", "pcie3"]
+    given = ["--step-times", str(tmp_path / "b.json"), "--bandwidth", "pcie3"]
     assert cli._run(["plan", *cifar, *given]) == 0
     assert "ms at 16 images (CPU, fp32" in capsys.readouterr().out
 

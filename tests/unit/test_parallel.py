@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func, nop
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_adv.attacks import ascend, frozen
@@ -18,6 +19,7 @@ from dist_adv.distributed import network, start
 from dist_adv.distributed.start import resolve_precision
 from dist_adv.errors import UserError
 from dist_adv.models import layers
+from made_up_method import Tiny
 
 TURING, AMPERE, HOPPER = (7, 5), (8, 0), (9, 0)
 
@@ -94,6 +96,37 @@ def test_compiled_attack_computes_no_weight_gradients(monkeypatch):
     assert masks == [[True, False, False]]  # compiled once for three steps
     F.cross_entropy(model(x), y).backward()
     assert masks[1:] == [[False, True, False]]
+
+
+@pytest.mark.parametrize("first", ["attack", "training"])
+def test_training_and_attacks_have_code_of_their_own_where_images_want_gradients(
+    first, monkeypatch
+):
+    """As SORA's and Free's do. torch 2.11 took one for the other, and weights got no gradients."""
+    counting, compile_in_place = CompileCounterWithBackend("aot_eager"), torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda model, **kwargs: compile_in_place(model, backend=counting, dynamic=False),
+    )
+    torch.compiler.reset()
+    model = Tiny(Tiny.Options(name="tiny"), channels=3, classes=2)
+    network.compile_network(model, "default", keep_graph=False)
+    x = torch.rand(5, 3, 8, 8)
+
+    def attack() -> None:
+        with frozen(model):
+            leaf = x.clone().requires_grad_()
+            torch.autograd.grad(model(leaf).sum(), leaf)
+
+    def training() -> None:
+        model(x.clone().requires_grad_()).sum().backward()
+
+    order = [attack, training] if first == "attack" else [training, attack]
+    for each in (*order, *order):
+        each()
+    assert all(each.grad is not None and each.grad.any() for each in model.parameters())
+    assert counting.frame_count == 2
 
 
 def test_a_compiled_network_is_one_graph_under_ddp(monkeypatch, tmp_path):
