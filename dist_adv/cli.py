@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
-from dist_adv import __version__, streams
+from dist_adv import __version__, allocator, streams
 from dist_adv.distributed import launched, stopping
 from dist_adv.errors import DISK_TROUBLE, GOES_ON, Preempted, RankFailure, RunFailure, UserError
 
@@ -683,6 +683,7 @@ def main() -> NoReturn:
     streams.install()
     _find_home()
     _find_caches()
+    allocator.allow_large_pages()
     os.environ["MPLBACKEND"] = "agg"  # pictures are files; a notebook's is a module of its kernel
     status = _run(sys.argv[1:])
     streams.optional()

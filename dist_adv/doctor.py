@@ -167,13 +167,15 @@ def _compiler(config: Config | None) -> Findings:
     where = shutil.which(name)
     if where:
         yield Finding("C++ compiler", where)
-    elif config and (config.train.compile, config.eval.compile) != ("none", "none"):
-        remedy = "install g++, name another one in CXX, or set train.compile and eval.compile=none"
+        return
+    choices = {"train": config.train.compile, "eval": config.eval.compile} if config else {}
+    spared = [f"{section}.compile=none" for section, how in choices.items() if how != "none"]
+    if spared:
+        remedy = f"install g++, name another one in CXX, or set {' '.join(spared)}"
         yield Finding("C++ compiler", f"no {name}", "problem", remedy)
     else:
-        yield Finding(
-            "C++ compiler", f"no {name}", advice="only train.compile and eval.compile need one"
-        )
+        advice = "only train.compile and eval.compile need one"
+        yield Finding("C++ compiler", f"no {name}", advice=advice)
 
 
 def _packages() -> Findings:

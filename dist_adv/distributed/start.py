@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, str_to_bool
 
+from dist_adv.allocator import keep_freed_memory
 from dist_adv.distributed import engines, launched, stopping
 from dist_adv.distributed.failures import reason
 from dist_adv.errors import RankFailure, UserError
@@ -42,6 +43,7 @@ def start_accelerator(
     cpu = not torch.cuda.is_available() or str_to_bool(forced) == 1
     if cpu:
         torch.set_num_threads(threads or threads_per_rank())
+        keep_freed_memory()
     # Buffers: BatchNorm's statistics stay each rank's own while training and are averaged in
     # `snapshot`. Broadcasting rank 0's at every forward would cost a collective and lose them.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)

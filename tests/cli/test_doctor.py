@@ -156,7 +156,9 @@ def test_without_slurm_and_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert look("C++ compiler", DIGITS).level == "ok"
     compiling = look("C++ compiler", DIGITS, "train.compile=default")
     assert (compiling.level, compiling.found) == ("problem", "no g++")
-    assert "train.compile=none" in compiling.advice
+    assert compiling.advice.endswith("or set train.compile=none")
+    compiling = look("C++ compiler", DIGITS, "train.compile=default", "eval.compile=default")
+    assert compiling.advice.endswith("or set train.compile=none eval.compile=none")
 
 
 def test_graphs_are_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
