@@ -23,7 +23,7 @@ from dist_adv.distributed import graphs, start
 DRY_RUN = os.environ.get("DIST_ADV_GPU_TESTS_ON_CPU") == "1"
 HURRIED = not DRY_RUN and os.environ.get("DIST_ADV_GPU_TESTS") != "all"
 BEGAN, SECONDS = time.monotonic(), 135
-ORDER = ("test_numerics", "test_runs", "test_attacks", "test_compiled", "test_resume")
+ORDER = ("test_numerics", "test_runs", "test_gpu_attacks", "test_compiled", "test_gpu_resume")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
