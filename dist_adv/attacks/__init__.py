@@ -1,4 +1,4 @@
-"""Attacks: what they are called, and one implementation of projected gradient ascent."""
+"""Attacks: what they are called, projected gradient ascent, and AutoAttack with its four parts."""
 
 from dist_adv.attacks.pgd import (
     LOSS_SCALE,

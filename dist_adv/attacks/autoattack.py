@@ -30,7 +30,7 @@ ENSEMBLE = ("apgd-ce", "apgd-t", "fab-t", "square")
 _TARGETS = 9
 """Other classes that the standard ensemble targets for each image, the likeliest first."""
 
-Rows = Sequence[Tensor]
+Share = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 log = logging.getLogger("dist_adv")
 
@@ -73,16 +73,16 @@ class AutoAttack:
         threat: Threat,
         classes: int,
         attacks: Sequence[str] = ENSEMBLE,
-        share: Callable[[Rows], Rows] = lambda rows: rows,
+        share: Share = lambda rows: rows,
     ) -> None:
         if classes < 2:
             raise UserError("autoattack: needs two classes or more; this model has one")
         self.model, self.share, self.parts = model, share, Parts()
-        self.targets = min(_TARGETS, classes - 1)
+        targets = min(_TARGETS, classes - 1)
         searches: dict[str, tuple[Search, int]] = {
             "apgd-ce": (APGD(threat, untargeted), 0),
-            "apgd-t": (APGD(threat, dlr_targeted), self.targets),
-            "fab-t": (FAB(threat), self.targets),
+            "apgd-t": (APGD(threat, dlr_targeted), targets),
+            "fab-t": (FAB(threat), targets),
             "square": (Square(threat), 0),
         }
         self.left_out = []
@@ -90,11 +90,11 @@ class AutoAttack:
             self.left_out = [f"APGD-T is left out: it needs four classes, and there are {classes}"]
             attacks = [name for name in attacks if name != "apgd-t"]
         self.searches = {name: searches[name] for name in attacks}
-        whole = self.targets == _TARGETS and tuple(attacks) == ENSEMBLE
+        whole = targets == _TARGETS and tuple(attacks) == ENSEMBLE
         self.settings: dict[str, Any] = {
             "version": "standard" if whole else "custom",
             "attacks": list(attacks),
-            "target_classes": self.targets,
+            "target_classes": targets,
         }
 
     def __call__(self, x: Tensor, y: Tensor, keys: Tensor) -> list[Ended]:

@@ -15,11 +15,11 @@ log = logging.getLogger("dist_adv")
 class Parts:
     """Gives work the images in parts: halves of what was too much for the GPU's memory.
 
-    most: images at once, once that is known. Results of attacks do not depend on it.
+    most: images at once, as far as that is known. Results of attacks do not depend on it.
     """
 
-    def __init__(self) -> None:
-        self.most: int | None = None
+    def __init__(self, most: int | None = None) -> None:
+        self.most = most
 
     def __call__(self, work: Callable[..., T], *rows: Tensor) -> list[T]:
         """Return the work's results for each part of rows (n, ...), of which n is at least 1.

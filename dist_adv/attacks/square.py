@@ -6,6 +6,7 @@ It takes no gradient, so a network that hides its gradients does not escape it.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -153,9 +154,7 @@ class Square:
 
     def _pattern(self, x: Tensor, size: int, drawn: Tensor) -> Tensor:
         """Return a bump and its negative, one above the other or side by side; (n, size, size)."""
-        halves = _bump(size // 2, size), -_bump(size - size // 2, size)
-        upright = torch.cat(halves).to(x)
-        upright = upright / upright.norm()
+        upright = _upright(size, x.dtype, x.device)
         return torch.where(drawn[:, None, None] > 0.5, upright.T, upright)
 
 
@@ -197,6 +196,13 @@ def _placed(pattern: Tensor, x: Tensor, top: Tensor, left: Tensor) -> Tensor:
 def _energy(delta: Tensor) -> Tensor:
     """Return the sum of squares of each channel, (n, C, 1, 1)."""
     return delta.square().sum((2, 3), keepdim=True)
+
+
+@lru_cache(maxsize=16)
+def _upright(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a bump above its negative, (size, size), of norm 1; one for hundreds of queries."""
+    upright = torch.cat([_bump(size // 2, size), -_bump(size - size // 2, size)])
+    return (upright / upright.norm()).to(device, dtype)
 
 
 def _bump(height: int, width: int) -> Tensor:

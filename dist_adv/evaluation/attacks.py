@@ -219,8 +219,10 @@ class Ensemble(Attack):
         return Attacked(x, y, images, logits, [correct(logits, y)], [*counts.values()])
 
     def _logits(self, x: Tensor) -> Tensor:
+        if len(x) == 0:
+            return x.new_zeros(0, self.classes)
         with torch.inference_mode():
-            return self.model(x) if len(x) else x.new_zeros(0, self.classes)
+            return torch.cat(self.attack.parts(self.model, x))
 
     def settings(self, member: str) -> dict[str, Any]:
         return _settings(self, self.attack.settings)

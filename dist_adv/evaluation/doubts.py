@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from dist_adv.attacks.parts import Parts
 from dist_adv.config import EvalOptions
 from dist_adv.data import Dataset
 from dist_adv.evaluation.evaluate import check_fit
@@ -47,7 +48,7 @@ def doubts(model: nn.Module, dataset: Dataset, options: EvalOptions) -> list[str
 
 
 def _answers(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
-    return torch.cat([model(part) for part in x.split(batch_size)])
+    return torch.cat(Parts(batch_size)(model, x))
 
 
 def _mode(model: nn.Module) -> str:

@@ -63,7 +63,7 @@ _CLAIM = """{notes}# Paper Information
 - **Clean accuracy**: {clean_acc} % ({clean_n:,} test images)
 - **Robust accuracy**: {autoattack_acc} % ({robust_n:,} test images)
 - **Additional data**: false
-- **Evaluation method**: AutoAttack, {version} ({attacks})
+- **Evaluation method**: AutoAttack, {version} ({attacks}), in dist_adv's code
 - **Checkpoint and code**: (the URLs of {name}.pt and entry.py)
 
 # Model Zoo:

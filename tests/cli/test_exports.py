@@ -300,7 +300,8 @@ def test_the_claim(export: Export) -> None:
         "- **eps**: 8/255",
         "- **Clean accuracy**: 81.25 % (10,000 test images)",
         "- **Robust accuracy**: 43.75 % (10,000 test images)",
-        "- **Evaluation method**: AutoAttack, standard (apgd-ce, apgd-t, fab-t, square)",
+        "- **Evaluation method**: AutoAttack, standard (apgd-ce, apgd-t, fab-t, square), "
+        "in dist_adv's code",
     ):
         assert f"{line}\n" in claim
     assert claim.startswith("# Paper Information\n")

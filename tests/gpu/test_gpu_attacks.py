@@ -50,8 +50,6 @@ def robust_network() -> nn.Module:
 @pytest.mark.parametrize("attacks", [["natural", "fgsm", "pgd-20", "pgd-10-2"], ["autoattack"]])
 def test_as_many_survive_as_on_a_cpu(attacks, gpu, started, monkeypatch):
     """Up to a few: whoever is close to a border may fall for another order of sums."""
-    if attacks == ["autoattack"]:
-        pytest.importorskip("pyautoattack", reason="AutoAttack is not installed")
     net, data = robust_network(), load_dataset(DataOptions(name="digits"), "test")
     options, threat = EvalOptions(attacks=attacks, limit=IMAGES), Linf(EPS)
     with on_cpu(monkeypatch) as accelerator:
