@@ -124,8 +124,6 @@ def share_evenly(accelerator: Accelerator, rows: Sequence[Tensor]) -> Sequence[T
         return rows
     mine = torch.tensor([len(rows[0])], device=accelerator.device)
     counts = accelerator.gather(mine).tolist()
-    if not any(counts):
-        return rows
     shared = []
     for each in rows:
         padded = each.new_zeros(max(counts), *each.shape[1:])
