@@ -103,8 +103,7 @@ class AutoAttack:
         The model is used as it is, and should be right for all of x: put it in eval mode and fp32
         first. Returns each image of all ranks once, on one of them.
         """
-        began, n = time.perf_counter(), len(x)
-        ended = []
+        began, ended = time.perf_counter(), []
         for name in self.searches:
             x, y, keys = self.share([x, y, keys])
             if len(x):
@@ -115,8 +114,8 @@ class AutoAttack:
                 ended.append(Ended(name, *rows, found.attacked, found.zero_gradients))
                 x, y, keys = (each[~fooled] for each in (x, y, keys))
             seconds = time.perf_counter() - began
-            line = "autoattack, this batch: %d of %d images are left after %s (%.0f s)"
-            log.info(line, len(x), n, name, seconds)
+            line = "autoattack, this batch: %d images are left after %s (%.0f s)"
+            log.info(line, len(x), name, seconds)
         return [*ended, Ended("", x, y, keys, x)]
 
     def _run(self, name: str, x: Tensor, y: Tensor, keys: Tensor) -> Found:
