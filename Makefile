@@ -4,6 +4,7 @@
 # make bench   time this machine against what people use (about ten minutes; leave it alone)
 # make faults  kill sixty runs at random moments and resume them (half an hour)
 # make recipes run the recipes for ImageNet and generated images at toy size, killed and resumed
+# make docs    the site, in site/html: every warning is an error, and the examples of its pages are run
 # make check   formatting, types, imports, quick tests (90 s)
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 # also where the environment says not to: hundreds of processes import the same files.
 RUN_TESTS := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest
 
-.PHONY: setup demo check test test-slurm bench faults recipes lint rooms schema lock clean
+.PHONY: setup demo check test test-slurm bench site docs faults recipes lint rooms schema lock clean
 
 setup: $(VENV)/.installed
 
@@ -23,7 +24,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	  { echo "dist-adv needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 1; }
 	@echo "installing torch and what else is needed into $(VENV): some minutes without a word ..."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c requirements.lock -e '.[test,dev]'
+	$(BIN)/pip install --quiet -c requirements.lock -e '.[test,dev,docs]'
 	$(BIN)/pip install --quiet --no-deps torchattacks==3.5.1
 	@touch $@
 
@@ -47,7 +48,7 @@ check: lint
 # For two cores: three workers, as many a test waits for processes that it has started. The tests of
 # Slurm wait more than they work: they and `lint` run beside the others, and are shown at the end.
 test: setup
-	@$(MAKE) --no-print-directory lint > $(VENV)/lint.log 2>&1 & lint=$$!; \
+	@$(MAKE) --no-print-directory lint site > $(VENV)/lint.log 2>&1 & lint=$$!; \
 	$(MAKE) --no-print-directory test-slurm > $(VENV)/slurm.log 2>&1 & slurm=$$!; \
 	$(RUN_TESTS) -n 3 $(SHARED_OUT) --durations=10 --ignore=tests/slurm; others=$$?; \
 	wait $$lint; lint=$$?; wait $$slurm; slurm=$$?; cat $(VENV)/lint.log $(VENV)/slurm.log; \
@@ -60,6 +61,14 @@ test-slurm: setup
 # With DATA, a folder of CIFAR-10, and RUN, a robust run on it, the attack is timed on that.
 bench: setup
 	$(BIN)/dist-adv bench $(if $(RUN),--run $(RUN)) $(if $(DATA),--data $(DATA))
+
+# Dead links and public names without a page are warnings of Sphinx's. -E: docstrings are sources, too.
+site: setup
+	$(BIN)/sphinx-build -E -W -n --keep-going -q -c docs . site/html
+
+docs: site
+	$(RUN_TESTS) tests/cli/test_pages.py
+	@echo "look at site/html/index.html"
 
 # Sixty runs killed at random moments (about half an hour); the seed is printed.
 faults: setup
@@ -85,4 +94,4 @@ lock: setup
 	mv $(VENV)/new.lock requirements.lock
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info site

@@ -19,9 +19,14 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 
 class Options(BaseModel):
-    """A section of the configuration. Unknown keys are errors; nothing is coerced silently."""
+    """A section of the configuration. Unknown keys are errors; nothing is coerced silently.
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    A string below a key describes it, in the schema that editors read and on the site.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True
+    )
 
 
 def parse_number(value: object) -> object:

@@ -10,7 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Result:
-    """One attack on one model."""
+    """What one attack on one network found.
+
+    correct, n: images that are right under it, and images that were attacked; loss: the mean
+    cross-entropy; measured_in: the precision; settings: of the attack, as in results.jsonl; flags:
+    why the figure should not be trusted.
+    """
 
     attack: str
     correct: int
@@ -23,6 +28,7 @@ class Result:
 
     @property
     def accuracy(self) -> float:
+        """The share of images that are right, in [0, 1]."""
         return self.correct / self.n
 
     def record(self) -> dict[str, Any]:

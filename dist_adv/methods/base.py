@@ -40,6 +40,8 @@ class MethodOptions(Options):
 
     name: str
     guard: Guard = "none"
+    """What is done about catastrophic overfitting, which is looked for after each epoch: `stop` ends
+    the run with the weights from before it."""
     guard_rule: Literal["gap", "wong"] = "gap"
     """When an epoch has collapsed: PGD-5 accuracy on fixed training images parted from FGSM
     accuracy; or fell by more than 0.2 from batch to batch, as Wong et al. 2020 have it."""

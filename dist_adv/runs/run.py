@@ -36,7 +36,11 @@ class Examples:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run folder. `label` names it uniquely within the report."""
+    """One run folder, as it was read.
+
+    label: its name, unique among those that were read together; config, env: what config.yaml and
+    env.json hold; evaluations: by attack, each with `accuracy`, `interval`, `n` and `flags`.
+    """
 
     folder: Path
     label: str
