@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from kubeflow_trainer_api import models
 
 import forked
-from kubeflow_trainer_api import models
 from launch import free_port, status
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ def short(tmp_path: Path) -> Path:
 
 
 def train_on_two_machines(commands: list[tuple[list[str], dict[str, str]]], run_dir: Path) -> None:
-    """Run what is started on each machine, with its variables; it must end as a run of two ranks."""
+    """Run what each machine starts, with its variables; it must end as a run of two ranks."""
     jobs = [
         forked.Popen(
             command,
@@ -79,7 +79,7 @@ def test_kubernetes_starts_again_what_was_evicted() -> None:
     (container,) = pod["containers"]
     seconds = {each["name"]: each["value"] for each in container["env"]}["PET_SHUTDOWN_TIMEOUT"]
     assert pod["terminationGracePeriodSeconds"] > int(seconds)
-    assert pod["restartPolicy"] == "Never"  # a pod that ends fails the job, and JobSet makes it anew
+    assert pod["restartPolicy"] == "Never"  # a pod that ends fails the job; JobSet makes all anew
     assert job["backoffLimit"] == 0
     (evicted,) = job["podFailurePolicy"]["rules"]
     assert (evicted["action"], evicted["onPodConditions"][0]["type"]) == (
@@ -110,8 +110,8 @@ def test_kubernetes_trains_on_two_machines(short: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_skypilot_trains_on_two_machines(short: Path, tmp_path: Path) -> None:
-    """`run`, by bash, with SkyPilot's variables; the environment's Python, which `setup` would make,
-    is a stand-in that says what it was asked to run, and then that is run."""
+    """`run`, by bash, with SkyPilot's variables. The Python of the environment, which `setup` would
+    make, is a stand-in that says what it was asked to run; then that is run."""
     python = tmp_path / "dist-adv" / "bin" / "python"
     assert f"~/{python.relative_to(tmp_path)}" in TASK["setup"]
     python.parent.mkdir(parents=True)

@@ -1,7 +1,7 @@
 """Batch scripts of `launch/slurm/` with CONTAINER: what each of them runs, and what is refused.
 
-Run as scripts, with the variables of a job and stand-ins for Apptainer and Slurm. `tests/slurm` runs
-one on a cluster, killed and requeued.
+Run as scripts, with the variables of a job and stand-ins for Apptainer and Slurm. `tests/slurm`
+runs one on a cluster, killed and requeued.
 """
 
 import os

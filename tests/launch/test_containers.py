@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 FILES = ROOT / "launch" / "containers"
 DOCKERFILE, APPTAINER = FILES / "Dockerfile", FILES / "dist-adv.def"
 
-# A stand-in for the image's Python: it has torch of a build of its own, and pip says what it was told.
+# A stand-in for the image's Python: its torch is of a build of its own, and pip says what it is told.
 PYTHON = """#!/bin/sh
 case "$*" in
   "-m venv"*) mkdir -p "$5/bin" && cp "$0" "$5/bin/python" ;;

@@ -28,8 +28,8 @@ CPUS_PER_RANK=1
 OPTIONS=()
 environment() {{ PATH={Path(sys.executable).parent}:$PATH; }}
 """
-# A stand-in for Apptainer, without an image: it says what it was asked, and as Apptainer does outside
-# of a terminal it stays and hands signals on to the command, which Slurm signals as well.
+# A stand-in for Apptainer, without an image: it says what it was asked, and as Apptainer does
+# outside of a terminal it stays and hands signals on to the command, which Slurm signals as well.
 APPTAINER = """\
 #!/bin/bash
 echo "$@" >>apptainer.log
