@@ -5,6 +5,7 @@
 # make faults  kill sixty runs at random moments and resume them (half an hour)
 # make recipes run the recipes for ImageNet and generated images at toy size, killed and resumed
 # make docs    the site, in site/html: every warning is an error, and the examples of its pages are run
+# make wheel   what `pip install` takes, in dist/, checked
 # make check   formatting, types, imports, quick tests (90 s)
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 # also where the environment says not to: hundreds of processes import the same files.
 RUN_TESTS := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest
 
-.PHONY: setup demo check test test-slurm bench site docs faults recipes lint rooms schema lock clean
+.PHONY: setup demo check test test-slurm bench site docs faults recipes lint wheel rooms schema lock clean
 
 setup: $(VENV)/.installed
 
@@ -37,7 +38,20 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/rooms.py --check || { echo 'docs/design.md shows other rooms: make rooms'; exit 1; }
+	$(BIN)/zizmor --quiet --offline .github/workflows
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	$(BIN)/python docs/methods.py --check || { echo 'README.md shows other methods: make rooms'; exit 1; }
+
+# A wheel and a source distribution in dist/; a test compares the wheel with the checkout. An old build/
+# would bring back files that are gone. The tools are a release's alone, and not in the lock.
+wheel: setup
+	rm -rf build dist
+	$(BIN)/uvx validate-pyproject==0.27 pyproject.toml
+	$(BIN)/uv build --quiet
+	$(BIN)/uvx twine==7.0.0 check --strict dist/*
+	$(BIN)/uvx check-wheel-contents==0.6.3 dist/*.whl
+	DIST_ADV_WHEEL=$$(ls dist/*.whl) $(BIN)/pytest tests/launch/test_wheel.py
 
 # Which tests must be one worker's is said in tests/conftest.py, and what comes first.
 SHARED_OUT := --dist loadgroup --no-loadscope-reorder

@@ -27,6 +27,14 @@ def shipped(folder: str) -> Path:
     raise UserError(f"{package}: the folder {folder}/ is missing; install dist-adv again")
 
 
+def own_or_shipped(path: Path) -> Path:
+    """Return `path`, or where it is one of configs/ and not here, the one that dist_adv has."""
+    if path.parts[:1] != ("configs",) or path.exists():
+        return path
+    found = shipped("configs").parent / path
+    return found if found.exists() else path
+
+
 def need(module: str, asked: str, install: str) -> None:
     """Raise UserError where `asked`, a key or a command, needs a module that is not installed.
 

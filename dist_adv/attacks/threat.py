@@ -80,7 +80,7 @@ def _ends(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Linf:
-    """`max |delta_i| <= eps`; the steepest step is eps * sign(gradient) (Goodfellow et al. 2015)."""
+    """`max |delta_i| <= eps`; the steepest step is eps * sign(gradient) (Goodfellow 2015)."""
 
     eps: float
     share: float = 1.0

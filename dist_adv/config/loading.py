@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from dist_adv import by_epoch
+from dist_adv import by_epoch, packages
 from dist_adv.config.explain import explain
 from dist_adv.config.schema import Config, Judged
 from dist_adv.config.yaml_text import parse_yaml
@@ -21,7 +21,8 @@ def read_mapping(path: Path, needs: str, wanted: str = "") -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file{wanted}; see configs/") from None
+        known = packages.shipped("configs")
+        raise UserError(f"{path}: no such configuration file{wanted}; see {known}/") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"{path}: cannot be read ({reason})") from None

@@ -40,7 +40,7 @@ class MethodOptions(Options):
 
     name: str
     guard: Guard = "none"
-    """What is done about catastrophic overfitting, which is looked for after each epoch: `stop` ends
+    """What is done about catastrophic overfitting, for which each epoch is looked at: `stop` ends
     the run with the weights from before it."""
     guard_rule: Literal["gap", "wong"] = "gap"
     """When an epoch has collapsed: PGD-5 accuracy on fixed training images parted from FGSM

@@ -9,12 +9,15 @@ die() {
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 site=${DIST_ADV_SITE:-$here/site.sh}
 [ -f "$site" ] || die "$site: no such site file; copy $here/site.sh, or unset DIST_ADV_SITE"
+CONTAINER= # site files of earlier versions do not name it
 # shellcheck source=site.sh
 source "$site"
 for key in ACCOUNT PARTITION TIME GPUS_PER_NODE RANKS_PER_NODE CPUS_PER_RANK OPTIONS environment; do
   declare -p "$key" &>/dev/null || declare -F "$key" >/dev/null ||
     die "$site: $key is missing; see $here/site.sh"
 done
+[ -z "$CONTAINER" ] || [ -e "$CONTAINER" ] || die "$site: CONTAINER: $CONTAINER: no such image;" \
+  "build it (see $(dirname "$here")/containers/dist-adv.def), or leave it empty"
 
 # From here on: for batch scripts.
 
@@ -28,12 +31,34 @@ prepare() {
       "sbatch --gpus-per-node=N, or set GPUS_PER_NODE=0 in $site"
   fi
   environment
+  contain
   local threads=$((SLURM_CPUS_ON_NODE / NPROC))
   export NPROC OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
   # One task of an array: its job id may stand for the whole array.
   job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
   job=${job:-$SLURM_JOB_ID}
   say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST, $NPROC process(es) a node"
+}
+
+# Sets `inside`, what comes before a command that runs in the image: nothing where there is none.
+# Python and all packages are the image's own, variables those of the job. Of the node it sees what
+# Apptainer shows by itself (the home folder, /tmp), the job's folder, these scripts, the images, and
+# what environment() lists in APPTAINER_BIND.
+contain() {
+  inside=()
+  [ -n "$CONTAINER" ] || return 0
+  command -v apptainer >/dev/null || die "$site: CONTAINER: no apptainer on $(hostname);" \
+    "load its module in environment()"
+  inside=(apptainer exec)
+  if [ "$GPUS_PER_NODE" != 0 ]; then inside+=(--nv); fi
+  inside+=(-B "$PWD" -B "${here%/*}")
+  if [[ ${DIST_ADV_DATA:-} == /* ]]; then
+    mkdir -p "$DIST_ADV_DATA" || exit
+    inside+=(-B "$DIST_ADV_DATA")
+  fi
+  inside+=("$CONTAINER")
+  # Neither an interpreter of the node's nor packages in the home folder, for another Python.
+  export PYTHON=python PYTHONNOUSERSITE=1
 }
 
 say() {
@@ -51,6 +76,8 @@ run_dir_of() {
     esac
     shift
   done
+  # What comes with dist-adv is found from any folder.
+  if [[ $config == configs/* && ! -f $config ]]; then config=$here/../../$config; fi
   [ -f "$config" ] || die "${config:-no configuration}: name one, such as configs/cifar10/fast.yaml"
   local name
   name=$(basename "$(dirname "$(realpath "$config")")")-$(basename "${config%.*}")

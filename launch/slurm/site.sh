@@ -8,6 +8,7 @@ TIME=1-00:00:00    # after which a job is sent back to the queue, and goes on fr
 GPUS_PER_NODE=1    # 0: no GPUs; gradients travel over gloo then
 RANKS_PER_NODE=2   # processes a node where GPUS_PER_NODE is 0; with GPUs it is one for each
 CPUS_PER_RANK=4
+CONTAINER=         # an Apptainer image (.sif) that jobs run in; empty: in the environment below
 OPTIONS=()         # more of sbatch, such as (--qos=long --mem=64G --constraint=a100)
 
 # Called in the job, in the folder that it was submitted from, before anything else.

@@ -34,6 +34,7 @@ def refused(cluster: Cluster, at: Path, *says: str, **env: str) -> None:
         ("TIME=10:00", "TIME=soon", ("time", "site.sh")),
         ("GPUS_PER_NODE=0", "GPUS_PER_NODE=8", ("node configuration is not available", "site.sh")),
         ("OPTIONS=()", "OPTIONS=(--bananas)", ("--bananas", "site.sh")),
+        ("OPTIONS=()", "OPTIONS=()\nCONTAINER=no.sif", ("site.sh: CONTAINER: no.sif: no such",)),
         ("CPUS_PER_RANK=1\n", "", ("site.sh: CPUS_PER_RANK is missing",)),
         ("environment()", "set_up()", ("site.sh: environment is missing",)),
     ],

@@ -6,7 +6,7 @@ import pytest
 
 from dist_adv.runs import checkpoint
 from launch import SMALL, Job, status, weights_hash, write_config
-from slurm_cluster import poll, reaches
+from slurm_cluster import APPTAINER, SITE, poll, reaches
 
 pytestmark = pytest.mark.slow
 
@@ -31,10 +31,14 @@ def truth(config: Path) -> str:
 
 def test_usr1_requeue_and_a_lost_node(cluster, config, truth, tmp_path):
     """One run on two nodes, which trains as two processes here: the notice before a time limit, an
-    operator's requeue, a node that dies with all that runs on it."""
+    operator's requeue, a node that dies with all that runs on it.
+
+    From the second start on it runs in a container, a stand-in: the site's file names one by then.
+    """
     run_dir = tmp_path / "runs" / f"{config.parent.name}-free"
     job = cluster.submit("multinode.sbatch", str(config), at=tmp_path, RANKS="1")
     reaches(run_dir, 8 * EPOCH)
+    in_a_container(tmp_path)
     cluster.ask("scancel", "--batch", "--signal=USR1", job)
     cluster.wait_for(job, "RUNNING", starts=2)
     first = status(run_dir)
@@ -57,6 +61,19 @@ def test_usr1_requeue_and_a_lost_node(cluster, config, truth, tmp_path):
     assert status(run_dir)["state"] == "done"
     assert weights_hash(run_dir) == truth
     assert not (run_dir / "STOP").exists()
+    contained = (tmp_path / "apptainer.log").read_text().splitlines()
+    assert len(contained) == 2 * 3  # nodes, starts
+    assert all(f" -B {tmp_path} " in line and " image.sif bash " in line for line in contained)
+
+
+def in_a_container(at: Path) -> None:
+    """Give the site an image, and its nodes an Apptainer."""
+    (at / "bin").mkdir()
+    (at / "bin" / "apptainer").write_text(APPTAINER)
+    (at / "bin" / "apptainer").chmod(0o755)
+    (at / "image.sif").touch()
+    site = SITE.replace("{ PATH=", f"{{ PATH={at}/bin:")
+    (at / "site.sh").write_text(f"{site}CONTAINER=image.sif\n")
 
 
 def test_scancel_and_a_job_of_a_higher_priority(cluster, config, truth, tmp_path):

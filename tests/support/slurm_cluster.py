@@ -28,6 +28,18 @@ CPUS_PER_RANK=1
 OPTIONS=()
 environment() {{ PATH={Path(sys.executable).parent}:$PATH; }}
 """
+# A stand-in for Apptainer, without an image: it says what it was asked, and as Apptainer does
+# outside of a terminal it stays and hands signals on to the command, which Slurm signals as well.
+APPTAINER = """\
+#!/bin/bash
+echo "$@" >>apptainer.log
+while [ "$1" != image.sif ]; do shift; done
+shift
+"$@" &
+for name in TERM USR1 HUP; do trap "kill -s $name $!" "$name"; done
+while kill -0 $! 2>/dev/null; do wait $!; done
+wait $!
+"""
 
 
 class Cluster:
