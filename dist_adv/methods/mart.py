@@ -18,6 +18,7 @@ from dist_adv.options import PositiveInt, Real, StepSize
 _START = 1e-3  # standard deviation of the noise from which the attack starts
 # Published: so that a probability of 1 or 0 has a logarithm, and whoever is sure still counts.
 _TINY, _SURE = 1e-12, 1.0000001
+_LEAST = torch.finfo(torch.float32).tiny
 
 
 class MARTOptions(MethodOptions):
@@ -49,7 +50,8 @@ class MART(Method[MARTOptions]):
             delta = ascend(model, x, y, delta, threat, options.steps, options.alpha)
 
         def objective() -> Step:
-            p, adversarial = net(x).softmax(1), net(x + delta)
+            # 0 log 0 is 0, but its gradient is NaN: of logits 104 apart fp32 makes a probability 0.
+            p, adversarial = net(x).softmax(1).clamp_min(_LEAST), net(x + delta)
             q = adversarial.softmax(1)
             boosted = self.task.loss(adversarial, y) + _margin(q, y).mean()
             apart = (_kl(p, q) * (_SURE - p.gather(1, y[:, None]).squeeze(1))).mean()

@@ -18,6 +18,7 @@ from dist_adv.data import Batch
 from dist_adv.methods.base import Method, MethodOptions, Net, Objective, Step
 from dist_adv.options import PositiveInt, Real, StepSize
 
+_TINY = torch.finfo(torch.float32).tiny
 _START = 1e-3  # standard deviation of the noise from which the attack starts
 
 
@@ -57,7 +58,8 @@ class TRADES(Method[TRADESOptions]):
         def objective() -> Step:
             logits, adversarial = net(x), net(x + delta)
             natural = self.task.loss(logits, y)
-            robust = _kl(logits.softmax(1), adversarial).mean()
+            # 0 log 0 is 0, but its gradient is NaN: of logits 104 apart fp32 makes a probability 0.
+            robust = _kl(logits.softmax(1).clamp_min(_TINY), adversarial).mean()
             loss = natural + options.beta * robust
             scalars = {"natural_loss": natural.detach(), "kl": robust.detach()}
             return Step(loss, adversarial, scalars)

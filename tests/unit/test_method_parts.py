@@ -356,3 +356,17 @@ def test_a_report_says_of_an_attack_that_it_is_in_eval_mode(name):
         for more in ({}, {"attack_mode": "eval"})
     )
     assert other == f"{usual}, attack in eval mode"
+
+
+@pytest.mark.parametrize("name", own_methods())
+def test_a_network_that_is_sure_has_gradients(name: str) -> None:
+    """Logits 120 apart: fp32 has no probability so small as that of the other class."""
+    it = method(name, **({"smoothing": 0.3} if name == "liet" else {}))  # of two classes
+    net = Net(Network())
+    net.averaged = net.model
+    with torch.no_grad():
+        net.model.w *= 60 / net.model(torch.full((1, *SHAPE), 0.5))[0, 1]
+    for number in range(2):  # of gat and nuat every other batch is attacked in another way
+        learn(it, net, batch(0, number))
+    assert net.model.w.grad is not None
+    assert net.model.w.grad.isfinite().all()
