@@ -111,6 +111,6 @@ def _templates() -> Environment:
 
 def _escape_markdown(text: str) -> str:
     """Let names such as `a|b` stand for themselves in Markdown."""
-    for character in "\\`*|<[$&~":
+    for character in "\\`*|<[]$&~":
         text = text.replace(character, f"\\{character}")
     return text
