@@ -31,9 +31,9 @@ def _autoattack(runs: Sequence[Run]) -> list[str]:
     if not any(AUTOATTACK in run.evaluations for run in runs):
         return []
     return [
-        "AutoAttack is four attacks in turn, one of them without gradients; an image counts as "
-        "kept where all four fail, which makes its figure the one that publications compare. It "
-        "usually lies a few points below that of PGD-50. Where it lies far below, the gradient of "
+        "AutoAttack tries four attacks, one of them without gradients, and counts an image as "
+        "kept where all of them fail; its figure is the one that publications compare. It usually "
+        "lies a few points below that of PGD-50. Where it lies far below, the gradient of "
         "the loss has misled PGD, whose figure then says little about how robust the model is."
     ]
 

@@ -53,7 +53,7 @@ function compareWords(a, b) {
 }
 
 function makeFiltered(table, rows) {
-  const kind = table.tHead.rows[0].cells[0].textContent.trim() === "Run" ? "runs" : "rows";
+  const kind = table.dataset.of; // runs, or plainly rows
   const controls = document.createElement("p");
   controls.className = "filter";
   const label = document.createElement("label");

@@ -68,12 +68,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a heading and a note for its reader."""
+    """A table with a heading and a note for its reader. `of` is what its rows are, for a count."""
 
     title: str
     note: str
     columns: Sequence[Column]
     rows: Sequence[Sequence[Cell]]
+    of: str = "rows"
 
 
 def interval(evaluation: Evaluation) -> str:
@@ -196,6 +197,7 @@ def results(runs: Sequence[Run]) -> Table:
         + (f" Alike in all runs: {', '.join(alike)}." if alike else ""),
         list(columns),
         list(zip(*columns.values(), strict=True)),
+        of="runs",
     )
 
 
@@ -369,6 +371,7 @@ def _environments(runs: Sequence[Run]) -> Table:
             Column("Started"),
         ],
         rows,
+        of="runs",
     )
 
 

@@ -14,7 +14,7 @@ from made_up_runs import add_examples, epoch, evaluation, make_run
 pytestmark = pytest.mark.slow
 
 MARKUP = "<img src=x onerror=document.title='ran'>"
-LONG = "a-run-with-a-name-" * 8
+LONG = "a_run_with_a_name_" * 8  # nowhere to break
 FLAG = "FGSM leaves 61.0% and pgd-10 0.4%: the sign of catastrophic overfitting"
 SECONDS = {"natural": 45.0, "pgd": 7000.0, "free-4": 130.0}  # 45 s, 1.9 h, 2.2 min
 

@@ -453,7 +453,7 @@ def test_what_autoattack_has_judged_comes_first_with_its_gap(tmp_path: Path) -> 
     }
     assert [row[0] for row in rows] == ["b", "c", "few", "held", "lucky", "a", "z"]
     assert "Runs that AutoAttack has judged come first." in report.markdown
-    assert "AutoAttack is four attacks in turn" in report.markdown
+    assert "AutoAttack tries four attacks" in report.markdown
     assert (
         "AutoAttack lies from \N{MINUS SIGN}0.1 points (lucky) to 30.0 points (c) below PGD-50-10 "
         "on the same images."
