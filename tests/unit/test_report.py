@@ -199,6 +199,7 @@ def test_page_shows_what_the_markdown_shows(report: Report) -> None:
     assert "<small>unfinished</small>" in report.html
     assert report.html.count("This evaluation carries a warning") == 1
     assert '<td class="number" data-value="120.0">2.0 min</td>' in report.html  # what it sorts by
+    assert report.html.count('<table data-of="runs">') == 2  # the others' rows are none
     assert '<td class="number" data-value="1437">1,437</td>' in report.html
     for row in markdown_table(report, "Attack settings")[2:]:
         assert f"<td>{row[0]}</td>" in report.html.replace("\n", "")
