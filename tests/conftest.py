@@ -16,12 +16,12 @@ from cases import make_images
 
 TESTS = Path(__file__).parent
 # Folders whose tests start processes, the longest first; files of others are quick.
-LONG = ("parity", "resume", "distributed", "faults", "cli", "launch", "track", "slurm")
+LONG = ("parity", "resume", "distributed", "faults", "cli", "launch", "track", "slurm", "browser")
 SLOW = ("parity", "resume")
 KINDS = {
     **dict.fromkeys(("cli", "faults", "launch", "track"), "process"),
     **dict.fromkeys(("distributed",), "ranks"),
-    **{"slurm": "slurm", "gpu": "gpu"},
+    **{"slurm": "slurm", "gpu": "gpu", "browser": "browser"},
 }
 
 Once = Callable[[str, Callable[[Path], object]], Path]

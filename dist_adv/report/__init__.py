@@ -1,6 +1,7 @@
 """Turn run folders into a report: one HTML page, the same in Markdown, a CSV file and PNG files."""
 
 import base64
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from dist_adv.report.networks import compare, comparison_tables
 from dist_adv.report.primer import explanation, methods
 from dist_adv.report.published import load_published
 from dist_adv.report.seeds import seed_tables
-from dist_adv.report.tables import reference, results
+from dist_adv.report.tables import Cell, Column, reference, results
 from dist_adv.report.text import headline, notices
 from dist_adv.runs.run import read_runs
 
@@ -106,11 +107,23 @@ def _templates() -> Environment:
     )
     environment.filters["base64"] = lambda path: base64.b64encode(path.read_bytes()).decode()
     environment.filters["markdown"] = _escape_markdown
+    environment.filters["sorted_by"] = _sorted_by
     return environment
 
 
 def _escape_markdown(text: str) -> str:
     """Let names such as `a|b` stand for themselves in Markdown."""
-    for character in "\\`*|<[$&~":
+    for character in "\\`*|<[]$&~":
         text = text.replace(character, f"\\{character}")
     return text
+
+
+def _sorted_by(cell: Cell, column: Column) -> float | str | None:
+    """Return the number by which the page sorts a cell, as a script reads it: 1,437 is 1437.
+
+    As a rule its text begins with it. None where there is no number, or none in the column.
+    """
+    if cell.value is not None or not column.numeric:
+        return cell.value
+    match = re.match(r"-?[\d,]*\.?\d+(e[+-]?\d+)?", cell.text)
+    return match[0].replace(",", "") if match else None

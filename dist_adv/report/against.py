@@ -253,6 +253,7 @@ def _figure_cell(pair: Pair, attack: str) -> Cell:
                 _versus(percent(figure.ours.accuracy), figure.published),
                 detail=f"{_signed(figure.difference)},{_SPACE}{side} {interval(figure.ours)}",
                 flagged=bool(figure.ours.flags),
+                value=figure.ours.accuracy,
             )
     published = pair.row and pair.row.percent.get(attack)
     return Cell("-" if published is None else _versus("-", published))
@@ -264,8 +265,12 @@ def _signed(points: float) -> str:
 
 def _time_cell(pair: Pair) -> Cell:
     run, row = pair.run, pair.row
-    ours = duration(run.seconds) if run and run.seconds else "-"
-    return Cell(ours, detail=f"vs {row.minutes} min" if row and row.minutes else "")
+    seconds = (run and run.seconds) or None
+    return Cell(
+        duration(seconds) if seconds else "-",
+        detail=f"vs {row.minutes} min" if row and row.minutes else "",
+        value=seconds,
+    )
 
 
 def _versus(ours: str, published: object) -> str:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 
 from dist_adv.files import Record
+from dist_adv.report.gap import AUTOATTACK
 from dist_adv.report.tables import Cell, Column, Table, method_title, threat_name
 from dist_adv.runs.run import Run
 from dist_adv.text import shown
@@ -21,7 +22,19 @@ def explanation(runs: Sequence[Run]) -> list[str]:
         "steps along the loss's gradient, FGSM in one: the more steps, the stronger the attack. "
         "The accuracy that a model keeps under an attack is its robust accuracy. Adversarial "
         "training pays for it with passes through the network, and the methods differ in how many.",
+        *_autoattack(runs),
         *_data_sets(runs),
+    ]
+
+
+def _autoattack(runs: Sequence[Run]) -> list[str]:
+    if not any(AUTOATTACK in run.evaluations for run in runs):
+        return []
+    return [
+        "AutoAttack tries four attacks, one of them without gradients, and counts an image as "
+        "kept where all of them fail; its figure is the one that publications compare. It usually "
+        "lies a few points below that of PGD-50. Where it lies far below, the gradient of "
+        "the loss has misled PGD, whose figure then says little about how robust the model is."
     ]
 
 

@@ -77,7 +77,8 @@ def _spread(values: Sequence[float], runs: int, write: Callable[[float], str]) -
     detail = [] if len(values) < 2 else [f"\N{PLUS-MINUS SIGN} {write(statistics.stdev(values))}"]
     if len(values) < runs:
         detail.append(f"n = {len(values)}")
-    return Cell(write(statistics.fmean(values)), detail=", ".join(detail))
+    mean = statistics.fmean(values)
+    return Cell(write(mean), detail=", ".join(detail), value=mean)
 
 
 def _percent(fraction: float) -> str:

@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from dist_adv.report.gap import AUTOATTACK, gap, rival_of_autoattack
 from dist_adv.runs.reading import Evaluation
 from dist_adv.runs.run import Run
 from dist_adv.text import duration, percent, pixels
@@ -39,7 +40,7 @@ _ATTACK_TITLES = {
     "natural": "Natural",
     "noise": "Noise",
     "square": "Square",
-    "autoattack": "AutoAttack",
+    AUTOATTACK: "AutoAttack",
 }
 
 
@@ -53,22 +54,27 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell: its text, a smaller addition, and two marks."""
+    """A cell: its text, a smaller addition, and two marks.
+
+    value: what the cell is sorted by, where its text is a number in changing units.
+    """
 
     text: str
     detail: str = ""
     best: bool = False
     flagged: bool = False
+    value: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a heading and a note for its reader."""
+    """A table with a heading and a note for its reader. `of` is what its rows are, for a count."""
 
     title: str
     note: str
     columns: Sequence[Column]
     rows: Sequence[Sequence[Cell]]
+    of: str = "rows"
 
 
 def interval(evaluation: Evaluation) -> str:
@@ -84,10 +90,10 @@ def attack_name(attack: str) -> str:
 
 
 def attack_order(attack: str) -> tuple[int, tuple[int, ...], str]:
-    """Sort key: natural, FGSM, PGD by steps and restarts, then everything else."""
-    families = ("natural", "fgsm", "pgd")
+    """Sort key: natural, FGSM, PGD by steps and restarts, everything else, AutoAttack."""
+    families = ("natural", "fgsm", "pgd", "", AUTOATTACK)
     family = attack.split("-")[0]
-    rank = families.index(family) if family in families else len(families)
+    rank = families.index(family if family in families else "")
     return rank, tuple(map(int, re.findall(r"\d+", attack))), attack
 
 
@@ -156,7 +162,8 @@ def reference(runs: Sequence[Run]) -> list[Table]:
 
 
 def results(runs: Sequence[Run]) -> Table:
-    """Return a row a run: its accuracies, and what they cost."""
+    """Return a row a run: its accuracies, and what they cost; first what AutoAttack has judged."""
+    runs = sorted(runs, key=lambda run: AUTOATTACK not in run.evaluations)
     attacks = sorted({attack for run in runs for attack in run.evaluations}, key=attack_order)
     columns = {
         Column("Run"): [
@@ -169,14 +176,11 @@ def results(runs: Sequence[Run]) -> Table:
             ]
             for attack in attacks
         },
+        **_gaps(runs),
         Column("Epochs", numeric=True): [Cell(epochs(run)) for run in runs],
         Column("Optimiser steps", numeric=True): [Cell(f"{run.steps:,}") for run in runs],
-        Column("Training time", numeric=True): [
-            Cell(_or_dash(run.seconds, duration)) for run in runs
-        ],
-        Column("Mean epoch time", numeric=True): [
-            Cell(_or_dash(run.epoch_seconds, duration)) for run in runs
-        ],
+        Column("Training time", numeric=True): [time_cell(run.seconds) for run in runs],
+        Column("Mean epoch time", numeric=True): [time_cell(run.epoch_seconds) for run in runs],
     }
     alike = []
     for column, cells in _settings_of_runs(runs).items():
@@ -189,10 +193,47 @@ def results(runs: Sequence[Run]) -> Table:
         "Accuracy on test images in percent, with its 95 % Wilson interval; the best under each "
         "attack is bold. An epoch shows every training image once; Free takes m optimiser steps on "
         "each minibatch of it. Times are of training alone, without the evaluation of curves."
+        + _judged(runs)
         + (f" Alike in all runs: {', '.join(alike)}." if alike else ""),
         list(columns),
         list(zip(*columns.values(), strict=True)),
+        of="runs",
     )
+
+
+def _gaps(runs: Sequence[Run]) -> dict[Column, list[Cell]]:
+    attack = rival_of_autoattack(runs)
+    if attack is None:
+        return {}
+    points = [gap(run, attack) for run in runs]
+    return {
+        Column(f"Gap to {attack_name(attack)}", numeric=True): [
+            Cell("-") if each is None else Cell(in_points(each), value=each) for each in points
+        ]
+    }
+
+
+def _judged(runs: Sequence[Run]) -> str:
+    """Return what AutoAttack changes about the table, in sentences."""
+    judged = [run for run in runs if AUTOATTACK in run.evaluations]
+    said = " Runs that AutoAttack has judged come first." if 0 < len(judged) < len(runs) else ""
+    attack = rival_of_autoattack(runs)
+    if attack:
+        said += (
+            f" Gap to {attack_name(attack)}: the points by which AutoAttack leaves less of the "
+            "same images; none where they were not the same."
+        )
+    return said
+
+
+def in_points(points: float) -> str:
+    """Return a difference of accuracies in percentage points; never as -0.0."""
+    return f"{round(points, 1) + 0.0:.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def time_cell(seconds: float | None) -> Cell:
+    """Return a time in the unit in which it is easiest to grasp, sorted by its seconds."""
+    return Cell(_or_dash(seconds, duration), value=seconds)
 
 
 def _settings_of_runs(runs: Sequence[Run]) -> dict[Column, list[Cell]]:
@@ -284,7 +325,7 @@ def _setting(key: str, value: Any) -> Cell:
     if value is None:
         return Cell("-")
     if key in ("eps", "step_size"):
-        return Cell(pixels(value))
+        return Cell(pixels(value), value=value)
     return Cell(f"{value:,}" if key == "n" else str(value))
 
 
@@ -330,6 +371,7 @@ def _environments(runs: Sequence[Run]) -> Table:
             Column("Started"),
         ],
         rows,
+        of="runs",
     )
 
 

@@ -3,8 +3,17 @@
 import json
 from collections.abc import Sequence
 
+from dist_adv.report.gap import gap, rival_of_autoattack
 from dist_adv.report.primer import data_set
-from dist_adv.report.tables import SETTINGS, attack_name, epochs, interval, method_name, threat_name
+from dist_adv.report.tables import (
+    SETTINGS,
+    attack_name,
+    epochs,
+    in_points,
+    interval,
+    method_name,
+    threat_name,
+)
 from dist_adv.runs.run import Run, best_of_each_method, strongest_attack
 from dist_adv.text import duration, percentage
 
@@ -16,7 +25,11 @@ def headline(runs: Sequence[Run]) -> list[str]:
     if attack is None:
         return [*sentences, "None of these runs has been evaluated under an attack yet."]
     if not sentences:
-        sentences = [_robustness(runs, attack), *_free_against_fast(runs, attack)]
+        sentences = [
+            _robustness(runs, attack),
+            *_free_against_fast(runs, attack),
+            *_gap_to_autoattack(runs),
+        ]
     timed = sorted((run.seconds, run.label) for run in runs if run.finished and run.seconds)
     if len(timed) == 1:
         sentences.append(f"Training took {duration(timed[0][0])}.")
@@ -74,6 +87,19 @@ def _free_against_fast(runs: Sequence[Run], attack: str) -> list[str]:
         part = f"{run.label} keeps {percentage(evaluation.accuracy)} ({interval(evaluation)})"
         parts.append(part + (f" after {duration(run.seconds)} of training" if run.seconds else ""))
     return [f"Free against Fast under {attack_name(attack)}: {_join(parts)}."]
+
+
+def _gap_to_autoattack(runs: Sequence[Run]) -> list[str]:
+    attack = rival_of_autoattack(runs)
+    if attack is None:
+        return []
+    found = ((gap(run, attack), run.label) for run in runs)
+    gaps = sorted((points, label) for points, label in found if points is not None)
+    (least, smallest), (most, largest) = gaps[0], gaps[-1]
+    size = f"{in_points(least)} points ({smallest})"
+    if len(gaps) > 1:
+        size = f"from {size} to {in_points(most)} points ({largest})"
+    return [f"AutoAttack lies {size} below {attack_name(attack)} on the same images."]
 
 
 def notices(runs: Sequence[Run]) -> list[str]:

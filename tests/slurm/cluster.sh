@@ -1,6 +1,6 @@
 #!/bin/bash
 # A throw-away Slurm cluster of two nodes on this machine, without systemd: munged, slurmctld and
-# two slurmd. Needs root and Debian's slurm-wlm, which it installs where it is missing.
+# two slurmd. Needs root and Debian's slurm-wlm, which is installed where it is missing.
 #
 #   tests/slurm/cluster.sh up DIR PORT     slurmctld at PORT, the nodes at the two ports after it
 #   export SLURM_CONF=DIR/slurm.conf       then sbatch, squeue and scontrol are this cluster's
@@ -17,16 +17,6 @@ export PATH=$PATH:/usr/sbin:/sbin # where the daemons are, and which not everybo
 cannot() {
   echo "$*" >&2
   exit 77
-}
-
-install() {
-  if type slurmctld slurmd munged &>/dev/null; then return; fi
-  command -v apt-get >/dev/null || cannot "Slurm is not installed, and there is no apt-get"
-  export DEBIAN_FRONTEND=noninteractive
-  local packages=(slurm-wlm munge) # the index may be old or absent
-  apt-get install -qq --no-install-recommends "${packages[@]}" &>"$dir/apt.log" ||
-    { apt-get update -qq && apt-get install -qq --no-install-recommends "${packages[@]}"; } \
-      &>>"$dir/apt.log" || cannot "slurm-wlm cannot be installed: $(tail -n 1 "$dir/apt.log")"
 }
 
 # proctrack/cgroup is what clusters have: a signal reaches there what it reaches here. linuxproc is
@@ -97,7 +87,7 @@ up() {
   unshare --mount true 2>/dev/null || cannot "a cluster needs mount namespaces (CAP_SYS_ADMIN)"
   mkdir -p "$dir"/{state,log,munge}
   chmod 755 "$dir"
-  install
+  "$(dirname "$0")/../support/debian_packages.sh" "slurmctld slurmd munged" slurm-wlm munge
   configure "$1"
   (umask 077 && head -c 128 /dev/urandom >"$dir/munge/key")
   munged --force --key-file="$dir/munge/key" --socket="$dir/munge/socket" \

@@ -38,7 +38,9 @@ def evaluation(attack: str, accuracy: float, n: int = 1000, **settings: Any) -> 
         "dataset": "digits",
         "split": "test",
     }
-    if attack != "natural":
+    if attack == "autoattack":
+        record |= {"norm": "linf", "eps": 8 / 255, "seed": 0, "precision": "fp32"}
+    elif attack != "natural":
         _, steps, *restarts = (*attack.split("-"), "1")
         record |= {
             "steps": int(steps),

@@ -198,6 +198,9 @@ def test_page_shows_what_the_markdown_shows(report: Report) -> None:
     assert "<strong>43.0</strong><small>40.0\N{EN DASH}46.1</small>" in report.html
     assert "<small>unfinished</small>" in report.html
     assert report.html.count("This evaluation carries a warning") == 1
+    assert '<td class="number" data-value="120.0">2.0 min</td>' in report.html  # what it sorts by
+    assert report.html.count('<table data-of="runs">') == 2  # the others' rows are none
+    assert '<td class="number" data-value="1437">1,437</td>' in report.html
     for row in markdown_table(report, "Attack settings")[2:]:
         assert f"<td>{row[0]}</td>" in report.html.replace("\n", "")
 
@@ -260,7 +263,7 @@ def test_page_needs_nothing_from_outside(report: Report) -> None:
     sources = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]{0,30})""", report.html)
     assert sources
     assert all(source.startswith(("data:image/png;base64,", "#")) for source in sources)
-    assert not re.search(r"<script|<link|@import|url\(", report.html)
+    assert not re.search(r"<script[^>]|<link|@import|url\(|fetch|import\(", report.html)
 
 
 def test_torn_last_line_is_ignored(tmp_path: Path) -> None:
@@ -423,6 +426,68 @@ def test_what_does_not_compare_is_said(tmp_path: Path) -> None:
     assert notices(runs[:1]) == []
 
 
+def judged(folder: Path, pgd: float, autoattack: float | None, **settings: object) -> Path:
+    """A run under PGD-50 from ten starts and, with these settings, AutoAttack."""
+    lines = [evaluation("natural", 0.9), evaluation("pgd-50-10", pgd)]
+    if autoattack is not None:
+        lines.append(evaluation("autoattack", autoattack, **settings))
+    return make_run(folder, results=lines)
+
+
+def test_what_autoattack_has_judged_comes_first_with_its_gap(tmp_path: Path) -> None:
+    """In the order given otherwise; figures of other images have no gap."""
+    runs = [
+        judged(tmp_path / "a", 0.55, None),
+        judged(tmp_path / "b", 0.50, 0.474),
+        judged(tmp_path / "c", 0.60, 0.30),
+        judged(tmp_path / "few", 0.50, 0.47, n=500),
+        judged(tmp_path / "held", 0.50, 0.47, split="held-out"),
+        judged(tmp_path / "lucky", 0.40, 0.401),
+        judged(tmp_path / "z", 0.65, None),
+    ]
+    report = report_on(runs, tmp_path / "out")
+    header, _, *rows = markdown_table(report, "Results")
+    assert header[:6] == ["Run", "Method", "Natural", "PGD-50-10", "AutoAttack", "Gap to PGD-50-10"]
+    assert {row[0]: row[5] for row in rows} == {
+        **{"b": "2.6", "c": "30.0", "few": "-", "held": "-", "lucky": "\N{MINUS SIGN}0.1"},
+        **{"a": "-", "z": "-"},
+    }
+    assert [row[0] for row in rows] == ["b", "c", "few", "held", "lucky", "a", "z"]
+    assert "Runs that AutoAttack has judged come first." in report.markdown
+    assert "AutoAttack tries four attacks" in report.markdown
+    assert (
+        "AutoAttack lies from \N{MINUS SIGN}0.1 points (lucky) to 30.0 points (c) below PGD-50-10 "
+        "on the same images."
+    ) in report.markdown.splitlines()[2]
+
+
+def test_one_run_that_autoattack_has_judged(tmp_path: Path) -> None:
+    report = report_on([judged(tmp_path / "a", 0.5, 0.47)], tmp_path / "out")
+    assert "AutoAttack lies 3.0 points (a) below PGD-50-10 on the same" in report.markdown
+    assert "come first" not in report.markdown
+
+
+def test_no_gap_without_figures_of_the_same_images(tmp_path: Path) -> None:
+    for name, settings in (("never", {}), ("few", {"n": 500})):
+        run = judged(tmp_path / name, 0.5, 0.47 if settings else None, **settings)
+        report = report_on([run], tmp_path / "out" / name)
+        header, *_ = markdown_table(report, "Results")
+        assert not any("Gap" in title for title in header)
+        assert "AutoAttack lies" not in report.markdown
+
+
+def test_the_gap_is_to_the_pgd_50_that_most_runs_share(tmp_path: Path) -> None:
+    """Of as many runs that of the most restarts; never to one of fewer steps."""
+    strong = [evaluation(name, 0.5) for name in ("pgd-50", "pgd-50-10", "pgd-10-20")]
+    runs = [
+        make_run(tmp_path / name, results=[evaluation("autoattack", 0.45), *lines])
+        for name, lines in (("a", strong), ("b", strong[:1]))
+    ]
+    for some, title in ((runs, "PGD-50"), (runs[:1], "PGD-50-10")):
+        header, *_ = markdown_table(report_on(some, tmp_path / title), "Results")
+        assert [name for name in header if "Gap" in name] == [f"Gap to {title}"]
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(8 / 255, "8/255"), (0.0313725, "8/255"), (0.3, "0.3"), (0.012345, "0.0123"), (1.0, "1")],
@@ -440,7 +505,7 @@ def test_duration(seconds: float, text: str) -> None:
 
 
 def test_attacks_are_in_a_readable_order() -> None:
-    names = ["autoattack", "pgd-50-10", "pgd-100", "pgd-50", "fgsm", "pgd-10", "natural"]
+    names = ["autoattack", "square", "pgd-50-10", "pgd-100", "pgd-50", "fgsm", "pgd-10", "natural"]
     assert sorted(names, key=attack_order) == [
         "natural",
         "fgsm",
@@ -448,6 +513,7 @@ def test_attacks_are_in_a_readable_order() -> None:
         "pgd-50",
         "pgd-50-10",
         "pgd-100",
+        "square",
         "autoattack",
     ]
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,17 @@ def test_none_is_blank(digits_report):
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"), dtype=float)
         assert pixels.std() > 10, name
+
+
+def test_each_has_a_text_of_its_own(digits_report):
+    """For those who do not see it: more than its title, and on the page as in Markdown."""
+    folder = digits_report.files["trade-off"].parents[1]
+    page, markdown = ((folder / f"report.{kind}").read_text() for kind in ("html", "md"))
+    texts = re.findall(r'<img [^>]*alt="([^"]*)"', page)
+    assert len(set(texts)) == len(digits_report.files)
+    assert all(len(text.split()) > 8 for text in texts)
+    linked = re.findall(r"!\[(.*)\]\(figures/", markdown)
+    assert [re.sub(r"\\(.)", r"\1", text) for text in linked] == [unescape(t) for t in texts]
 
 
 def test_axes_are_labelled_and_hold_data(digits_report):

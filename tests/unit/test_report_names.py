@@ -147,7 +147,7 @@ def test_names_with_marks_of_other_languages(tmp_path: Path, drawn: set[str]) ->
     assert f" {name}" in drawn  # a legend leaves out what begins with an underscore
     assert any(said.startswith("$x^2$\n") for said in drawn)
     markdown = (tmp_path / "out/report.md").read_text()
-    assert r"_\$a_1\$ \<b>\[x](y)\&amp;\*c\*" in markdown
+    assert r"_\$a_1\$ \<b>\[x\](y)\&amp;\*c\*" in markdown
     assert r"($x^2$" not in markdown
 
 

@@ -47,8 +47,8 @@ def draw(runs: Sequence[Run], comparison: Comparison | None, folder: Path) -> li
             networks.draw(album, lettering.comparison(comparison))
             chapters.append(Chapter("Their networks side by side", album.take()))
         for run, each in zip(runs, drawn, strict=True):
-            training.curves(album, each)
-            examples.draw(album, each.run)
+            training.curves(album, each, run.label)
+            examples.draw(album, each.run, run.label)
             state = "" if run.finished else ", unfinished"
             title = f"{run.label} ({method_name(run)}){state}"
             chapters.append(Chapter(title, album.take(), folded=len(runs) > _UNFOLDED))

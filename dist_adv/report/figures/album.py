@@ -19,12 +19,15 @@ _DPI = 200
 class Illustration:
     """A PNG file with its title and explanation; `width` is in the page's pixels.
 
-    `look` is what a reader in a hurry should see in it; it goes on after the title and a colon.
+    `alt` is for those who do not see it: what is drawn, and what comes out; no two figures of a
+    report share it. `look` is what a reader in a hurry should see in it; it goes on after the
+    title and a colon.
     """
 
     path: Path
     width: int
     title: str
+    alt: str
     caption: str
     look: str = ""
 
@@ -53,13 +56,15 @@ class Album:
         self._count = 0
         self._illustrations: list[Illustration] = []
 
-    def add(self, figure: Figure, name: str, title: str, caption: str, look: str = "") -> None:
+    def add(
+        self, figure: Figure, name: str, title: str, alt: str, caption: str, look: str = ""
+    ) -> None:
         self._count += 1
         slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:100]
         path = self._folder / f"{self._count:03d}-{slug}.png"
         _save(figure, path)
         width = round(100 * figure.get_figwidth())
-        self._illustrations.append(Illustration(path, width, title, caption, look))
+        self._illustrations.append(Illustration(path, width, title, alt, caption, look))
 
     def take(self) -> list[Illustration]:
         """Return the illustrations added since the last call."""

@@ -57,6 +57,10 @@ def draw(album: Album, drawn: Sequence[Drawn]) -> None:
         figure,
         "cost",
         "Robustness against what training cost",
+        f"A point for each of {len(shown)} runs, cost of training to the right and accuracy under "
+        f"{attack_name(attack)} upwards. The line of what is not surpassed for less goes from "
+        f"{cheapest} at {best[0][1]:.1f}\N{NO-BREAK SPACE}% to {dearest} at "
+        f"{best[-1][1]:.1f}\N{NO-BREAK SPACE}%.",
         "Each point is a run: the further up, the more test images it still classifies under "
         f"{attack_name(attack)}, and the further right, the more passes through the network its "
         "training took. The unit is an epoch of natural training, three passes an image, so that "

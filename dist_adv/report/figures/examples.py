@@ -12,7 +12,8 @@ _RIGHT, _WRONG = "#00704F", "#B84300"
 _MAX_EXAMPLES = 8
 
 
-def draw(album: Album, run: Run) -> None:
+def draw(album: Album, run: Run, who: str) -> None:
+    """Draw the example images of a run, which is called `who` where it is not drawn."""
     examples = run.examples
     if examples is None:
         return
@@ -35,10 +36,16 @@ def draw(album: Album, run: Run) -> None:
             if predictions is not None:
                 _caption(axes, examples, int(examples.label[i]), int(predictions[i]))
     attack = attack_name(examples.attack)
+    kept = [
+        int((predictions[:count] == examples.label[:count]).sum())
+        for predictions in (examples.clean_prediction, examples.adversarial_prediction)
+    ]
     album.add(
         figure,
         f"examples-{run.label}",
         f"Examples under {attack}",
+        f"{count} test images, the perturbations that {attack} finds, and their sums: {who} "
+        f"classifies {kept[0]} of the images rightly, and {kept[1]} of the sums.",
         f"Test images, the perturbations that {attack} finds within {threat_name(run)}, and their "
         "sums. Grey means no change, as where the model errs on the image as it is; the "
         f"perturbation is amplified {gain} times to be seen at all. Under each image stand its "

@@ -22,6 +22,8 @@ def draw(album: Album, comparison: Comparison) -> None:
         surfaces(comparison),
         "loss-surfaces",
         "The loss around a test image",
+        f"A test image, and the loss around it as a surface under each of {_titles(comparison)}: "
+        f"around all example images it moves by {_ranges(comparison)}.",
         f"The cross-entropy loss on {grid_of(comparison)}. Height and colour have one scale for "
         "all. The dot is the image, the one with the median range under the first network. Where "
         "the surface is steep, a change that nobody sees changes the answer; where it is bent, a "
@@ -33,6 +35,9 @@ def draw(album: Album, comparison: Comparison) -> None:
         large_attacks(comparison),
         "large-perturbations",
         "What a large attack makes of test images",
+        "A row of test images, and below it what the attack on each of "
+        f"{_titles(comparison)} makes of them: the other networks see the class in "
+        f"{_convinced(comparison)}.",
         "The top row says which class each image is driven to, the others what the attacked "
         f"network takes the result for, after {attack_of(comparison)}. A network that has to be "
         "shown shapes and colours of the class judges by what people see, too; one that is content "
@@ -41,6 +46,10 @@ def draw(album: Album, comparison: Comparison) -> None:
         "in the images made by attacking one network the others see the class, too, as often as "
         f"this: {_convinced(comparison)}.",
     )
+
+
+def _titles(comparison: Comparison) -> str:
+    return ", ".join(f"{method_title(run)} ({run.label})" for run in comparison.runs)
 
 
 def _ranges(comparison: Comparison) -> str:

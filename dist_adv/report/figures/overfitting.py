@@ -70,11 +70,14 @@ def draw(album: Album, drawn: Sequence[Drawn]) -> None:
         loc="outside upper center",
         ncols=3,
     )
+    look = _look([each for each in shown if runs[each] is not None], attack)
     left_out = [each.run.label for each in runs if each not in shown]
     album.add(
         figure,
         "catastrophic-overfitting",
         "Catastrophic overfitting",
+        f"Line charts by epoch, one for each of {', '.join(each.run.label for each in shown)}: "
+        f"accuracy on training images, under FGSM and under {attack}; {look}",
         "Training on a single attack step can go wrong from one epoch to the next: the model "
         "learns to mislead that step, so accuracy on its own training images rises and FGSM, one "
         f"step too, still leaves some, while {attack} leaves nothing. The line and the shade mark "
@@ -84,7 +87,7 @@ def draw(album: Album, drawn: Sequence[Drawn]) -> None:
         "that is lower), and by more than 20 points; a run that recovered has no mark."
         + sample
         + (f" Not shown: {', '.join(left_out)}." if left_out else ""),
-        _look([each for each in shown if runs[each] is not None], attack),
+        look,
     )
 
 

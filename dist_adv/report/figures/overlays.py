@@ -9,6 +9,7 @@ from dist_adv.report.figures.album import Album, time_unit
 from dist_adv.report.figures.colours import COLOURS, Drawn
 from dist_adv.report.figures.training import curve_attack, curve_split, marker_spacing
 from dist_adv.runs.run import best_of_each_method
+from dist_adv.text import percentage
 
 _MOST_CURVES = len(COLOURS)
 
@@ -27,11 +28,16 @@ def draw(album: Album, drawn: Sequence[Drawn]) -> None:
         if len(shown) < len(curved)
         else ""
     )
+    charts = (
+        f"Two line charts, natural accuracy and accuracy under {attack}, of {len(curved)} "
+        f"{'runs' if len(curved) > 1 else 'run'} against"
+    )
     divisor, unit = time_unit(max(run.epochs[-1]["seconds"] for run in runs))
     album.add(
         _figure(curved, shown, "seconds", divisor, f"training time ({unit})"),
         "accuracy-over-time",
         "Accuracy over training time",
+        f"{charts} training time. {_ends(curved, attack)}",
         f"Accuracy on natural {split} images (left) and on the same images under {attack} (right), "
         "against the wall time of training alone; the evaluation of the curves is not counted. "
         "This is the comparison that decides what to use under a time budget, and it holds between "
@@ -43,12 +49,27 @@ def draw(album: Album, drawn: Sequence[Drawn]) -> None:
         _figure(curved, shown, "epoch", 1, "epochs"),
         "accuracy-over-epochs",
         "Accuracy over epochs",
+        f"{charts} epochs. {_ends(curved, attack)}",
         "The same curves by epochs. Epochs are not equal work: Free updates the "
         "model several times on each minibatch, and PGD training spends several gradients on each "
         "update. If the right-hand curve drops to nothing while the left one holds or rises, that "
         "is catastrophic overfitting: the model has learned to mislead the weak attack it trains "
         f"on and has no robustness left.{selected}",
     )
+
+
+def _ends(drawn: Sequence[Drawn], attack: str) -> str:
+    """Return between which runs the curves under attack end."""
+    ends = sorted(
+        (curve[-1]["pgd_accuracy"], each.run.label)
+        for each in drawn
+        if (curve := each.run.curve("pgd_accuracy"))
+    )
+    if not ends:
+        return "No accuracy under attack was recorded."
+    (low, lowest), (high, highest) = ends[0], ends[-1]
+    said = f"Under {attack} {highest} ends at {percentage(high)}"
+    return said + (f", the highest, and {lowest} at {percentage(low)}." if len(ends) > 1 else ".")
 
 
 def _figure(

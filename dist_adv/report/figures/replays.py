@@ -93,6 +93,8 @@ def _draw(album: Album, series: Sequence[_Series]) -> None:
         figure,
         "replays",
         "Accuracy and training time against Free's m",
+        f"Line charts against m, accuracy above and training time below, of {_names(runs)}: "
+        f"{_look(series[0], attacks[-1])}",
         "Runs that differ only in m and in "
         "how long they trained. With equal epochs, a larger m means more optimiser steps and "
         "more time; with equal optimiser steps it means that each image is seen in fewer epochs, "
@@ -101,6 +103,10 @@ def _draw(album: Album, series: Sequence[_Series]) -> None:
         "the points are moved apart a little sideways.",
         _look(series[0], attacks[-1]),
     )
+
+
+def _names(runs: Sequence[Run]) -> str:
+    return ", ".join(dict.fromkeys(run.label for run in runs))
 
 
 def _plot(axes: Axes, x: np.ndarray, runs: Sequence[Run], attack: str, place: int) -> None:

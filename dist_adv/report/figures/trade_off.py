@@ -13,7 +13,7 @@ from dist_adv.report.figures.colours import GREY, Drawn
 from dist_adv.report.figures.points import interval_bar, write_names
 from dist_adv.report.tables import attack_name
 from dist_adv.runs.run import strongest_attack
-from dist_adv.text import duration
+from dist_adv.text import duration, percentage
 
 _CROWD = 5
 
@@ -52,6 +52,8 @@ def draw(album: Album, drawn: Sequence[Drawn]) -> None:
         figure,
         "trade-off",
         "Natural accuracy against robustness",
+        f"Natural accuracy to the right and accuracy under {attack_name(attack)} upwards, a point "
+        f"for each run: {_ends(shown, attack)}.",
         "Each point is a run: the further right, the more natural test images it classifies, and "
         f"the further up, the more of them it still classifies under {attack_name(attack)}, the "
         "strongest attack that the runs share. "
@@ -76,6 +78,22 @@ def _crowd(drawn: Sequence[Drawn], attack: str) -> list[Drawn]:
 def _position(drawn: Drawn, attack: str) -> tuple[float, float]:
     natural, robust = (100 * drawn.run.evaluations[name].accuracy for name in ("natural", attack))
     return natural, robust
+
+
+def _ends(drawn: Sequence[Drawn], attack: str) -> str:
+    """Return where the runs lie that the attack leaves most and least of."""
+    rated = sorted(drawn, key=lambda each: each.run.evaluations[attack].accuracy)
+    if len(rated) == 1:
+        return _place(rated[0], attack)
+    highest, lowest = (_place(each, attack) for each in (rated[-1], rated[0]))
+    return f"the highest of {len(rated)} is {highest}, the lowest {lowest}"
+
+
+def _place(drawn: Drawn, attack: str) -> str:
+    natural, robust = (
+        percentage(drawn.run.evaluations[name].accuracy) for name in ("natural", attack)
+    )
+    return f"{drawn.run.label} ({natural} natural, {robust} under {attack_name(attack)})"
 
 
 def _names(drawn: Sequence[Drawn], attack: str) -> list[tuple[str, tuple[float, float]]]:

@@ -11,6 +11,7 @@ from dist_adv.report.figures.album import Album
 from dist_adv.report.figures.colours import GREY, Drawn
 from dist_adv.report.tables import attack_name
 from dist_adv.runs.run import Record, Run
+from dist_adv.text import percentage
 
 
 def curve_attack(runs: Sequence[Run]) -> tuple[str, str]:
@@ -40,7 +41,8 @@ def marker_spacing(records: Sequence[Record]) -> int:
     return max(1, len(records) // 15)
 
 
-def curves(album: Album, drawn: Drawn) -> None:
+def curves(album: Album, drawn: Drawn, who: str) -> None:
+    """Draw loss, accuracy and error of a run, which is called `who` where it is not drawn."""
     run = drawn.run
     if not run.epochs:
         return
@@ -94,11 +96,22 @@ def curves(album: Album, drawn: Drawn) -> None:
         figure,
         f"curves-{run.label}",
         "Loss, accuracy and error during training",
+        f"Three line charts of {who} by epoch: loss, accuracy and error on training images, on "
+        f"natural {split} images and under {attack}{_ends(run, attack)}.",
         f"The training curve is measured on what this method trains on, {inputs}, while the "
         "weights are still moving. The test curves use the weights at the end of an epoch, on "
         f"natural images and under {attack}; the distance between these two is what the attack "
         f"costs. Error is 100 % minus accuracy.{sample}",
     )
+
+
+def _ends(run: Run, attack: str) -> str:
+    ends = [
+        f"{percentage(curve[-1][key])} {what}"
+        for key, what in (("test_accuracy", "natural"), ("pgd_accuracy", f"under {attack}"))
+        if (curve := run.curve(key))
+    ]
+    return f"; the accuracy ends at {' and '.join(ends)}" if ends else ""
 
 
 def _scale_loss(axes: Axes) -> None:
