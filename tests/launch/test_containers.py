@@ -18,11 +18,11 @@ ROOT = Path(__file__).parents[2]
 FILES = ROOT / "launch" / "containers"
 DOCKERFILE, APPTAINER = FILES / "Dockerfile", FILES / "dist-adv.def"
 
-# A stand-in for the image's Python: its torch is of a build of its own, and pip says what it is told.
+# A stand-in for the image's Python: torch is of a build of its own, and pip says what it is told.
 PYTHON = """#!/bin/sh
 case "$*" in
   "-m venv"*) mkdir -p "$5/bin" && cp "$0" "$5/bin/python" ;;
-  "-c import torch, torchvision"*) printf 'torch==2.14.1+cu126\\ntorchvision==0.29.1+cu126\\n' ;;
+  "-c from importlib.metadata"*) printf 'torch==2.14.1+cu126\\ntorchvision==0.29.1+cu126\\n' ;;
   "-m pip"*) echo "$@" ;;
   *) exit 1 ;;
 esac
