@@ -10,10 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import yaml
-
-import dist_adv
-
 ROOT = Path(__file__).parents[2]
 FILES = ROOT / "launch" / "containers"
 DOCKERFILE, APPTAINER = FILES / "Dockerfile", FILES / "dist-adv.def"
@@ -74,9 +70,3 @@ def test_the_image_keeps_its_torch(tmp_path: Path) -> None:
     kinds = {re.match(r"[a-z]+", line)[0] for line in left_out if not line.startswith("#")}
     assert kinds == {"torch", "torchvision", "triton", "nvidia", "cuda"}
     assert sum(line.startswith("torch") for line in lines) == 2
-
-
-def test_citation() -> None:
-    """Of this version."""
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert citation["version"] == dist_adv.__version__
