@@ -8,8 +8,9 @@ set -eu
 cd "$(dirname "$0")/../.."
 python -m venv --without-pip --system-site-packages "$1"
 constraints=$1/constraints.txt
-python -c 'import torch, torchvision
-print(f"torch=={torch.__version__}\ntorchvision=={torchvision.__version__}")' >"$constraints"
+# As pip knows them: torch.__version__ may name a CUDA that the version of the package does not.
+python -c 'from importlib.metadata import version
+for name in ("torch", "torchvision"): print(f"{name}=={version(name)}")' >"$constraints"
 grep -vE '^(torch|torchvision|triton|nvidia-[a-z0-9-]+|cuda-[a-z]+)==' requirements.lock \
   >>"$constraints"
 "$1/bin/python" -m pip install --no-cache-dir --constraint "$constraints" '.[hf,tensorboard,timm]'

@@ -77,7 +77,9 @@ run_dir_of() {
     shift
   done
   # What comes with dist-adv is found from any folder.
-  if [[ $config == configs/* && ! -f $config ]]; then config=$here/../../$config; fi
+  if [[ $config == configs/* && ! -f $config && -f $here/../../$config ]]; then
+    config=$here/../../$config
+  fi
   [ -f "$config" ] || die "${config:-no configuration}: name one, such as configs/cifar10/fast.yaml"
   local name
   name=$(basename "$(dirname "$(realpath "$config")")")-$(basename "${config%.*}")

@@ -10,19 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import yaml
-
-import dist_adv
-
 ROOT = Path(__file__).parents[2]
 FILES = ROOT / "launch" / "containers"
 DOCKERFILE, APPTAINER = FILES / "Dockerfile", FILES / "dist-adv.def"
 
-# A stand-in for the image's Python: its torch is a build of its own, and pip says what it is told.
+# A stand-in for the image's Python: torch is of a build of its own, and pip says what it is told.
 PYTHON = """#!/bin/sh
 case "$*" in
   "-m venv"*) mkdir -p "$5/bin" && cp "$0" "$5/bin/python" ;;
-  "-c import torch, torchvision"*) printf 'torch==2.14.1+cu126\\ntorchvision==0.29.1+cu126\\n' ;;
+  "-c from importlib.metadata"*) printf 'torch==2.14.1+cu126\\ntorchvision==0.29.1+cu126\\n' ;;
   "-m pip"*) echo "$@" ;;
   *) exit 1 ;;
 esac
@@ -74,9 +70,3 @@ def test_the_image_keeps_its_torch(tmp_path: Path) -> None:
     kinds = {re.match(r"[a-z]+", line)[0] for line in left_out if not line.startswith("#")}
     assert kinds == {"torch", "torchvision", "triton", "nvidia", "cuda"}
     assert sum(line.startswith("torch") for line in lines) == 2
-
-
-def test_citation() -> None:
-    """Of this version."""
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert citation["version"] == dist_adv.__version__
