@@ -43,6 +43,7 @@ def train_on_two_machines(commands: list[tuple[list[str], dict[str, str]]], run_
     jobs = [
         forked.Popen(
             command,
+            cwd=run_dir.parent,  # no checkout: what is installed runs
             env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
