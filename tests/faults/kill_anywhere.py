@@ -55,12 +55,17 @@ class Harness:
         self.seconds: dict[tuple[str, int], float] = {}
         self.count = 0
 
+    def config(self, case: str) -> Path:
+        path = self.folder / f"{case}.yaml"
+        if not path.exists():
+            sections = {"train": TRAIN, "method": {"guard": "warn"}}
+            if "model" not in CASES[case].sections:
+                sections["model"] = SMALL
+            write_config(path, case, self.images, **sections)
+        return path
+
     def job(self, case: str, ranks: int, run_dir: Path) -> Job:
-        config = self.folder / f"{case}.yaml"
-        if not config.exists():
-            method = {"guard": "warn"}
-            write_config(config, case, self.images, train=TRAIN, method=method, model=SMALL)
-        return Job(config, run_dir, ranks)
+        return Job(self.config(case), run_dir, ranks)
 
     def uninterrupted(self, case: str, ranks: int) -> str:
         if (case, ranks) not in self.hashes:
