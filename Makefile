@@ -108,4 +108,4 @@ lock: setup
 	mv $(VENV)/new.lock requirements.lock
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info site
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info build dist site

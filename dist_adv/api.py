@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dist_adv import data as datasets
-from dist_adv import methods, models, packages, plugins
+from dist_adv import methods, models, plugins
 from dist_adv.attacks.threat import Threat
 from dist_adv.config import Config, EvalOptions, load_config, parse_config
 from dist_adv.data import DataOptions
@@ -134,7 +134,7 @@ def evaluate(
 
 def _tree(config: Config | Mapping[str, Any] | str | Path) -> dict[str, Any]:
     if isinstance(config, str | Path):
-        config = load_config(packages.own_or_shipped(Path(config)))
+        config = load_config(config)
     return config.model_dump() if isinstance(config, Config) else dict(config)
 
 

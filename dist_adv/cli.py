@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
-from dist_adv import __version__, allocator, packages, streams
+from dist_adv import __version__, allocator, streams
 from dist_adv.distributed import launched, stopping
 from dist_adv.errors import DISK_TROUBLE, GOES_ON, Preempted, RankFailure, RunFailure, UserError
 
@@ -35,15 +35,7 @@ class _Expanded(click.Path):
         return super().convert(path, param, ctx)
 
 
-class _Shipped(_Expanded):
-    """A configuration; one of `configs/`, which come with dist-adv, is found from any folder."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return packages.own_or_shipped(super().convert(value, param, ctx))
-
-
 _PATH = _Expanded(path_type=Path)
-_CONFIG = _Shipped(path_type=Path)
 _OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 _RUN_DIR = click.option("--run-dir", type=_PATH, help="[default: runs/FOLDER-NAME of the config]")
 
@@ -87,7 +79,7 @@ def demo(out: Path) -> None:
 
 
 @cli.command()
-@click.argument("config", type=_CONFIG)
+@click.argument("config", type=_PATH)
 @_OVERRIDES
 @_RUN_DIR
 @click.option(
@@ -265,7 +257,7 @@ def _runs(named: tuple[Path, ...]) -> list[Path]:
 
 
 @cli.command()
-@click.argument("file", metavar="SWEEP", type=_CONFIG)
+@click.argument("file", metavar="SWEEP", type=_PATH)
 @_OVERRIDES
 @click.option("--out", type=_PATH, help="[default: runs/NAME of the sweep file]")
 @click.option("--only", metavar="RUN", help="One run in this process, by name or number from 0.")
@@ -604,7 +596,7 @@ def dashboard(project: str, entity: str | None, out: Path) -> None:
 
 
 @cli.command()
-@click.argument("config", required=False, type=_CONFIG)
+@click.argument("config", required=False, type=_PATH)
 @_OVERRIDES
 @_RUN_DIR
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
@@ -629,7 +621,7 @@ def doctor(
 
 
 @cli.command()
-@click.argument("config", type=_CONFIG)
+@click.argument("config", type=_PATH)
 @_OVERRIDES
 @click.option("--gpus", default="1,2,4,8", show_default=True, help="How many, with commas between.")
 @click.option(

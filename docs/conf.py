@@ -4,7 +4,6 @@ Sphinx reads from the repository's root, so that the links between Markdown file
 and where the repository is browsed.
 """
 
-import inspect
 import re
 import sys
 from pathlib import Path
@@ -80,7 +79,7 @@ def warn_of_undocumented_names(app: Sphinx, env: BuildEnvironment) -> None:
     shown = env.get_domain("py").objects
     for name in dist_adv.__all__:
         thing = getattr(dist_adv, name)
-        described = name == "Objective" or inspect.getdoc(thing)
+        described = name == "Objective" or thing.__doc__  # getdoc would take a parent's
         if name != "__version__" and (f"dist_adv.{name}" not in shown or not described):
             logging.getLogger(__name__).warning("dist_adv.%s is not documented", name)
 

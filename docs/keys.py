@@ -72,7 +72,7 @@ def table(section: Schema) -> list[str]:
 def in_common(alternatives: list[Schema]) -> Schema:
     """Return a key's schema of all kinds: of what differs, defaults go and a description stays."""
     found = max(alternatives, key=lambda each: len(each.get("description", "")))
-    if any(each["default"] != found["default"] for each in alternatives):
+    if any(each.get("default") != found.get("default") for each in alternatives):
         return {key: value for key, value in found.items() if key != "default"}
     return found
 

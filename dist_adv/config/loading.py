@@ -89,7 +89,8 @@ def _overrides(assignments: Sequence[str]) -> dict[str, Any]:
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a file and what it extends, apply `key.path=value` overrides, check everything.
 
-    path: None where the overrides say all that differs from the defaults.
+    path: one of `configs/` that is not here is the one that comes with dist_adv; None where the
+    overrides say all that differs from the defaults.
 
     Raises UserError naming the file and the key, with the nearest known name where there is one.
     """
@@ -98,7 +99,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
 def load(path: str | Path | None, overrides: Sequence[str], kind: type[Kind]) -> Kind:
     """Load a configuration of either kind as `load_config` does."""
-    tree = _read_file(Path(path), kind.NEEDS) if path else {}
+    tree = _read_file(packages.own_or_shipped(Path(path)), kind.NEEDS) if path else {}
     return parse(_merge(tree, _overrides(overrides)), str(path or "overrides"), kind)
 
 

@@ -23,7 +23,7 @@ from pydantic_core import ErrorDetails
 from rich.box import SIMPLE
 from rich.table import Table
 
-from dist_adv import files
+from dist_adv import files, packages
 from dist_adv.config import Config, load_config, training_differences
 from dist_adv.config.loading import read_mapping
 from dist_adv.config.yaml_text import to_yaml
@@ -93,6 +93,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
 
     Raises UserError naming the file, the run and the key.
     """
+    path = packages.own_or_shipped(path)
     file = _read(path)
     named = [*_grid(file.grid), *file.runs]
     if not named:

@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 
 import dist_adv
+from dist_adv.config import load_config
+from dist_adv.errors import UserError
+from dist_adv.sweeps.sweep import load_sweep
 
 ROOT = Path(__file__).parents[2]
 # Folders of a checkout that are installed, and where.
@@ -92,16 +95,14 @@ def test_configurations_that_come_with_it_are_found_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unless there is one of that name."""
-    from dist_adv.cli import _CONFIG
-
-    def found(name: str) -> Path:
-        return _CONFIG.convert(name, None, None)
-
     monkeypatch.chdir(tmp_path)
     name = "configs/digits/fast.yaml"
-    assert found(name).read_bytes() == (ROOT / name).read_bytes()
+    assert load_config(name) == load_config(ROOT / name)
+    sweep = Path("configs/sweeps/digits.yaml")
+    assert load_sweep(sweep).runs == load_sweep(ROOT / sweep).runs
     for absent in ("configs/digits/fats.yaml", "digits/fast.yaml", "other/configs/base.yaml"):
-        assert found(absent) == Path(absent)
+        with pytest.raises(UserError, match=rf"^{absent}: no such configuration file"):
+            load_config(absent)
     (tmp_path / "configs" / "digits").mkdir(parents=True)
     (tmp_path / name).write_text("method: {name: natural}")
-    assert found(name) == Path(name)
+    assert load_config(name).method.name == "natural"

@@ -1,4 +1,4 @@
-"""The site is not built with a dead link, nor with a public name that no page documents."""
+"""The site is not built with a dead link, nor with a public name without a page or a docstring."""
 
 import shutil
 import subprocess
@@ -14,9 +14,11 @@ def test_a_dead_link_and_names_without_a_page_fail_the_build(tmp_path: Path) -> 
     """One page in place of all, which take half a minute (`make site`)."""
     (tmp_path / "docs").mkdir()
     shutil.copytree(DOCS / "_templates", tmp_path / "docs" / "_templates")
-    for name in ("conf.py", "keys.py"):
-        shutil.copy(DOCS / name, tmp_path / "docs")
-    page = "# A page\n\n[gone](gone.md)\n\n```{eval-rst}\n.. autofunction:: dist_adv.train\n```\n"
+    shutil.copy(DOCS / "keys.py", tmp_path / "docs")
+    conf = (DOCS / "conf.py").read_text()
+    (tmp_path / "docs" / "conf.py").write_text(f"{conf}\ndist_adv.ModelOptions.__doc__ = None\n")
+    page = "# A page\n\n[gone](gone.md)\n\n```{eval-rst}\n.. autofunction:: dist_adv.train\n"
+    page += ".. autoclass:: dist_adv.ModelOptions\n```\n"
     (tmp_path / "docs" / "index.md").write_text(page)
     sphinx = [sys.executable, "-m", "sphinx", "-W", "-n", "--keep-going", "-q", "-c", "docs"]
     built = subprocess.run(
