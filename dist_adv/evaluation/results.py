@@ -12,9 +12,10 @@ from torch import Tensor
 class Result:
     """What one attack on one network found.
 
-    correct, n: images that are right under it, and images that were attacked; loss: the mean
-    cross-entropy; measured_in: the precision; settings: of the attack, as in results.jsonl; flags:
-    why the figure should not be trusted.
+    correct, n: images that are right under it, of how many; loss: the mean cross-entropy;
+    seconds: of the attack that it was measured in, `measured_in`, which may be a longer one
+    (PGD-10 is measured on the way to PGD-50); settings: as in results.jsonl; flags: why the figure
+    should not be trusted.
     """
 
     attack: str
