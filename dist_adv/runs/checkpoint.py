@@ -76,16 +76,22 @@ def save(
 
 
 class Writer:
-    """Saves in the background, one at a time. What goes wrong is raised by a later call."""
+    """Saves in the background, one at a time. What goes wrong is raised by a later call.
+
+    Each in a thread of its own that ends with it: OpenMP gives a thread that computes workers of
+    its own, and while they live it counts more threads than cores and lets none wait busily. On
+    two cores a training step then took 1.35 times as long, up to the end of the run.
+    """
 
     def __init__(self) -> None:
-        self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[Path] | None = None
 
     def save(self, *arguments: Any) -> None:
         """`save` of this module, of tensors that nobody changes any more."""
         self.wait()
-        self.pending = self.thread.submit(save, *arguments)
+        thread = ThreadPoolExecutor(1, "checkpoint")
+        self.pending = thread.submit(save, *arguments)
+        thread.shutdown(wait=False)  # ends once the checkpoint is complete
 
     def check(self) -> None:
         """Raise what went wrong, without waiting."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 import resource
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from dist_adv.errors import RunFailure, UserError
-from dist_adv.runs.checkpoint import Checkpoint, load, load_newest, save
+from dist_adv.runs.checkpoint import Checkpoint, Writer, load, load_newest, save
 
 FILES = ["model.safetensors", "optimizer.safetensors", "method.safetensors"]
 FILES += ["state.json", "manifest.json"]
@@ -93,6 +94,18 @@ def test_newest_are_kept(keep, tmp_path):
     path, newest = load_newest(tmp_path, pytest.fail)
     assert path.name == "step-000020000"
     assert newest.state["clock"]["step"] == 20_000
+
+
+def test_no_thread_lives_on_after_writing(tmp_path):
+    """OpenMP would count its workers with those of training, and let none wait busily."""
+    writer = Writer()
+    writer.save(tmp_path, 7, made_up(7), 2)
+    writer.wait()
+    for thread in threading.enumerate():
+        if thread.name.startswith("checkpoint"):
+            thread.join(30)
+            assert not thread.is_alive()
+    assert same(load(tmp_path / "step-000000007"), made_up(7))
 
 
 def test_no_checkpoint_is_no_error(tmp_path):
