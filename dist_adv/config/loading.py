@@ -11,6 +11,7 @@ from dist_adv import by_epoch, packages
 from dist_adv.config.explain import explain
 from dist_adv.config.schema import Config, Judged
 from dist_adv.config.yaml_text import parse_yaml
+from dist_adv.data.datasets import keys_for_another
 from dist_adv.errors import UserError
 
 Kind = TypeVar("Kind", Config, Judged)
@@ -52,13 +53,16 @@ def _read_file(path: Path, needs: str, seen: tuple[Path, ...] = ()) -> dict[str,
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     """`top` over `base`, section by section.
 
-    A section with another `name` (another method, model or data set) replaces the whole section:
-    the keys of a Free method mean nothing to a Fast one. So does whatever takes the place of values
-    by epoch.
+    A section with another `name` (another method or model) replaces the whole section: the keys of
+    a Free method mean nothing to a Fast one. So does whatever takes the place of values by epoch.
+    Another data set leaves how its images are used as it is: a recipe for CIFAR-10 is the same
+    recipe for a folder.
     """
     merged = dict(base)
     for key, value in top.items():
         old = merged.get(key)
+        if key == "data" and isinstance(old, dict) and isinstance(value, dict) and "name" in value:
+            old = keys_for_another(old, str(value["name"])) | {"name": value["name"]}
         same_kind = (
             isinstance(old, dict)
             and isinstance(value, dict)

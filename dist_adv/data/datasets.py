@@ -7,12 +7,12 @@ the environment variable DIST_ADV_DATA, else `data`. `hf` comes through Hugging 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -154,6 +154,20 @@ def find_options(name: str) -> type[DataOptions]:
         return _OWN[name]
     found = plugins.find(name, GROUP, _OWN)
     return plugins.options_of(name, found, DataOptions)
+
+
+def keys_for_another(keys: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return those keys of a section `data` that hold for the images of the data set `name`, too.
+
+    All of the same set; of another, how images are used, not which they are (`root`, `extra`,
+    options of one set), nor how they are resized where it has one size.
+    """
+    if keys.get("name") == name:
+        return dict(keys)
+    left = {"name", "root", "extra"}
+    if name in NAMES and name not in FOLDERS:
+        left |= {"size", "shorter", "crop_scale", "randaugment"}
+    return {key: keys[key] for key in keys if key in DataOptions.model_fields.keys() - left}
 
 
 DataChoice = Annotated[

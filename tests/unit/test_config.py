@@ -143,6 +143,36 @@ def test_section_of_another_name_is_replaced(write):
     }
 
 
+def test_recipe_is_the_same_on_other_images(write):
+    """Only which images they are changes, and the size where a set has one of its own."""
+    recipe = write("""
+method: {name: fast, alpha: 10/255}
+data:
+  name: imagefolder
+  root: birds
+  size: {0: 24, 1: 32}
+  shorter: 36
+  crop_padding: 0
+  mixup: 0.2
+  validation: 100
+  extra: {path: made-up.npz, fraction: 0.3}
+""")
+    said = load_config(recipe).data
+    packed = load_config(recipe, ["data.name=packed", "data.root=dogs"])
+    assert packed.data == said.model_copy(update={"name": "packed", "root": "dogs", "extra": None})
+    assert packed.stages[0].data.size == 24
+    digits = load_config(recipe, ["data.name=digits"]).data
+    assert (digits.root, digits.size, digits.shorter, digits.extra) == (None, None, None, None)
+    assert (digits.crop_padding, digits.mixup, digits.validation) == (0, 0.2, 100)
+    assert load_config(recipe, ["data.name=imagefolder"]).data == said
+    hf = load_config(recipe, ["data.name=hf", "data.path=dogs"])
+    back = write(hf.dump(), "hf.yaml")
+    assert (
+        load_config(back, ["data.name=cifar10"]).data
+        == load_config(recipe, ["data.name=cifar10"]).data
+    )
+
+
 def test_overrides_go_over_files_and_the_last_one_counts(write):
     write("method: {name: fast, alpha: 0.1}\ntrain: {epochs: 1, seed: 5}", "base.yaml")
     path = write("extends: base.yaml\ntrain: {epochs: 2}")
