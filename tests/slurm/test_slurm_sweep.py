@@ -61,7 +61,10 @@ def test_an_array_of_four_runs_and_its_report(cluster, tmp_path):
 
     stopped = tmp_path / "runs" / "stopped"
     reaches(stopped, 2 * EPOCH)
-    cluster.ask("scancel", "--batch", "--signal=USR1", f"{job}_0")
+    # By its own number: where an array's is refused for the moment, scancel tries again for as long
+    # as ten seconds, and kills the task that has just come back.
+    task = cluster.job(f"{job}_0", "JobId")
+    cluster.ask("scancel", "--batch", "--signal=USR1", task)
     cluster.wait_for(f"{job}_0", "RUNNING", starts=2)
     assert status(stopped)["state"] in ("preempted", "running")
 
