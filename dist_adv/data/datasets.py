@@ -159,12 +159,13 @@ def find_options(name: str) -> type[DataOptions]:
 def keys_for_another(keys: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return those keys of a section `data` that hold for the images of the data set `name`, too.
 
-    All of the same set; of another, how images are used, not which they are (`root`, `extra`,
-    options of one set), nor how they are resized where it has one size.
+    All of the same set; of another, how images are used, not where they are (`root`, options of one
+    set), nor how they are resized where it has one size. Generated images stay: where they do not
+    fit, loading them says so.
     """
-    if keys.get("name") == name:
+    if keys.get("name", DataOptions.model_fields["name"].default) == name:
         return dict(keys)
-    left = {"name", "root", "extra"}
+    left = {"name", "root"}
     if name in NAMES and name not in FOLDERS:
         left |= {"size", "shorter", "crop_scale", "randaugment"}
     return {key: keys[key] for key in keys if key in DataOptions.model_fields.keys() - left}

@@ -159,12 +159,15 @@ data:
 """)
     said = load_config(recipe).data
     packed = load_config(recipe, ["data.name=packed", "data.root=dogs"])
-    assert packed.data == said.model_copy(update={"name": "packed", "root": "dogs", "extra": None})
+    assert packed.data == said.model_copy(update={"name": "packed", "root": "dogs"})
     assert packed.stages[0].data.size == 24
     digits = load_config(recipe, ["data.name=digits"]).data
-    assert (digits.root, digits.size, digits.shorter, digits.extra) == (None, None, None, None)
+    assert (digits.root, digits.size, digits.shorter) == (None, None, None)
     assert (digits.crop_padding, digits.mixup, digits.validation) == (0, 0.2, 100)
+    assert digits.extra == said.extra
     assert load_config(recipe, ["data.name=imagefolder"]).data == said
+    usual = write("method: {name: natural}\ndata: {root: here}", "usual.yaml")
+    assert load_config(usual, ["data.name=cifar10"]).data.root == "here"
     hf = load_config(recipe, ["data.name=hf", "data.path=dogs"])
     back = write(hf.dump(), "hf.yaml")
     assert (
