@@ -3,7 +3,9 @@
 Nothing here has a state. A number depends on what it is for, never on which rank asks or on what
 was drawn before, so a run gives the same numbers at any world size and after any resume. The
 generator is SplitMix64 (Steele, Lea, Flood 2014): one 64-bit finaliser over a Weyl sequence. It
-is exact integer arithmetic, hence bit for bit the same on CPU and GPU.
+is exact integer arithmetic, hence bit for bit the same on CPU and GPU. Only `normal` goes on from
+there by a function, the inverse error function in float64, whose last place may differ between
+devices: as float32 its numbers are the same but for a rare last place.
 """
 
 import hashlib
