@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--whole", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler()])
     config = load_config(options.run_dir / "config.yaml", options.overrides)
     device = start.start_accelerator("fp32", config.train.threads).device
