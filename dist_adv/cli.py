@@ -124,8 +124,8 @@ def _run_dir(config: Path) -> Path:
 @click.option("--out", type=_PATH, help="With --model: where to.  [default: judged/NAME]")
 @click.option(
     "--attacks",
-    help="Comma-separated: natural, noise, fgsm, pgd-STEPS, pgd-STEPS-RESTARTS, square, "
-    "autoattack.  [default: the run's own]",
+    help="Comma-separated: natural, noise, fgsm, pgd-STEPS, pgd-STEPS-RESTARTS, "
+    "autoattack, of its attacks apgd-ce, apgd-t, fab-t, square.  [default: the run's own]",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only so many random test images.")
 @click.option(

@@ -57,14 +57,14 @@ class Ended:
 class AutoAttack:
     """The standard ensemble: APGD-CE, targeted APGD-DLR, targeted FAB and Square, in that order.
 
-    attacks: of these, those to run; Square alone takes no gradient. classes: how many logits there
+    attacks: of these, those to run; Square takes no gradient. classes: how many logits there
     are. share: gives this rank its part of the images (x, y, keys) that are left before each
     attack; every rank calls it as often.
 
     With fewer than ten classes it has as many targets as there are other classes, and with two or
     three no targeted APGD, whose loss needs the fourth largest logit: `left_out` says so.
 
-    Raises UserError for a model of a single class.
+    Raises UserError for a model of a single class, and where nothing but that one is to be run.
     """
 
     def __init__(
@@ -76,7 +76,9 @@ class AutoAttack:
         share: Share = lambda rows: rows,
     ) -> None:
         if classes < 2:
-            raise UserError("autoattack: needs two classes or more; this model has one")
+            raise UserError(
+                "autoattack: it and its parts need two classes or more; this model has one"
+            )
         self.model, self.share, self.parts = model, share, Parts()
         targets = min(_TARGETS, classes - 1)
         searches: dict[str, tuple[Search, int]] = {
@@ -86,6 +88,8 @@ class AutoAttack:
             "square": (Square(threat), 0),
         }
         self.left_out = []
+        if classes < 4 and tuple(attacks) == ("apgd-t",):
+            raise UserError(f"apgd-t: needs four classes or more; this model has {classes}")
         if classes < 4 and "apgd-t" in attacks:
             self.left_out = [f"APGD-T is left out: it needs four classes, and there are {classes}"]
             attacks = [name for name in attacks if name != "apgd-t"]
@@ -114,7 +118,7 @@ class AutoAttack:
                 ended.append(Ended(name, *rows, found.attacked, found.zero_gradients))
                 x, y, keys = (each[~fooled] for each in (x, y, keys))
             seconds = time.perf_counter() - began
-            line = "autoattack, this batch: %d images are left after %s (%.0f s)"
+            line = "this batch: %d images are left after %s (%.0f s)"
             log.info(line, len(x), name, seconds)
         return [*ended, Ended("", x, y, keys, x)]
 

@@ -1,14 +1,17 @@
-"""Names of attacks: natural, noise, fgsm, pgd-K, pgd-K-R, square, autoattack, and others' own."""
+"""Names of attacks: natural, fgsm, pgd-K, pgd-K-R, autoattack, its four alone, and others' own."""
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from dist_adv import plugins
 from dist_adv.options import Options
 from dist_adv.text import nearest
 
 GROUP = "dist_adv.attacks"
+_SIMPLE = ("natural", "noise", "fgsm")
+_ENSEMBLE = ("autoattack", "apgd-ce", "apgd-t", "fab-t", "square")
+"""AutoAttack, and what it consists of, each alone."""
 
 
 class AttackOptions(Options):
@@ -17,10 +20,13 @@ class AttackOptions(Options):
 
 @dataclass(frozen=True)
 class AttackSpec:
-    """A parsed name. `steps` counts for FGSM and PGD alone."""
+    """A parsed name. `steps` counts for FGSM and PGD alone.
+
+    kind: natural, noise, fgsm, pgd, apgd-ce, apgd-t, fab-t, square, autoattack or other.
+    """
 
     name: str
-    kind: Literal["natural", "noise", "fgsm", "pgd", "square", "autoattack", "other"]
+    kind: str
     steps: int
     restarts: int
 
@@ -30,26 +36,14 @@ def parse_attack(name: str) -> AttackSpec:
 
     Raises ValueError for anything else, saying what was meant.
     """
-    if name in ("natural", "noise", "square", "autoattack"):
-        return AttackSpec(name, name, 0, 1)  # type: ignore[arg-type]
-    if name == "fgsm":
-        return AttackSpec(name, "fgsm", 1, 1)
+    if name in _SIMPLE or name in _ENSEMBLE:
+        return AttackSpec(name, name, int(name == "fgsm"), 1)
     if ":" in name or name in plugins.installed(GROUP):
         attack_kind(name)
         return AttackSpec(name, "other", 0, 1)
     match = re.fullmatch(r"pgd-([0-9]{1,6})(?:-([0-9]{1,6}))?", name)
     if match is None:
-        known = [
-            "natural",
-            "noise",
-            "fgsm",
-            "pgd-10",
-            "pgd-50",
-            "pgd-50-10",
-            "square",
-            "autoattack",
-        ]
-        hint = nearest(name, known)
+        hint = nearest(name, [*_SIMPLE, "pgd-10", "pgd-50", "pgd-50-10", *_ENSEMBLE])
         raise ValueError(f"{name!r} is no attack (pgd-STEPS or pgd-STEPS-RESTARTS){hint}")
     steps, restarts = int(match[1]), int(match[2] or 1)
     if steps == 0 or restarts == 0:

@@ -183,9 +183,9 @@ class Noise(Attack):
 
 
 class Ensemble(Attack):
-    """AutoAttack, or its Square alone. The ranks share out anew what each attack has left.
+    """AutoAttack, or one of its four alone. The ranks share out anew what each attack has left.
 
-    Raises UserError for a network of a single class.
+    Raises UserError for a network of a single class, and of too few for APGD-T alone.
     """
 
     counted = (*_GRADIENTS, *ENSEMBLE)
@@ -314,7 +314,7 @@ def build_attacks(
 ) -> list[Attack]:
     """Return as few attacks as give every figure of `options`, in the order in which they run.
 
-    Raises UserError where AutoAttack is wanted of a network of a single class.
+    Raises UserError where AutoAttack is wanted of a network of too few classes.
     """
     wanted = [parse_attack(name) for name in dict.fromkeys(options.attacks)]
     attacks: list[Attack] = []
@@ -326,7 +326,7 @@ def build_attacks(
     attacks += [
         Gradient(model, images, threat, options, members) for members in _shared_runs(wanted)
     ]
-    ensembles = [name for name in ("square", "autoattack") if name in kinds]
+    ensembles = [name for name in (*ENSEMBLE, "autoattack") if name in kinds]
     attacks += [Ensemble(model, images, threat, name) for name in ensembles]
     others = [spec.name for spec in wanted if spec.kind == "other"]
     attacks += [Other(model, images, threat, options, name) for name in others]

@@ -39,6 +39,9 @@ _METHOD_TITLES = {"natural": "Natural", "pgd": "PGD", "free": "Free", "fast": "F
 _ATTACK_TITLES = {
     "natural": "Natural",
     "noise": "Noise",
+    "apgd-ce": "APGD-CE",
+    "apgd-t": "APGD-T",
+    "fab-t": "FAB-T",
     "square": "Square",
     AUTOATTACK: "AutoAttack",
 }

@@ -294,6 +294,12 @@ def test_square_alone_is_autoattacks() -> None:
     assert found["pgd-10"]["correct"] <= found["square"]["correct"] <= found["natural"]["correct"]
 
 
+def test_targeted_apgd_of_three_classes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", "theirs:Red", "--out", "out", *DATA]
+    said = refused(capsys, *model, "--attacks", "apgd-t", "--limit", "20")
+    assert "apgd-t: needs four classes or more; this model has 3" in said
+
+
 QUICK = ["natural", "noise", "fgsm", "pgd-10", "pgd-20", "pgd-50-10", "given:transfer"]
 
 

@@ -38,7 +38,7 @@ def evaluation(attack: str, accuracy: float, n: int = 1000, **settings: Any) -> 
         "dataset": "digits",
         "split": "test",
     }
-    if attack == "autoattack":
+    if attack in ("autoattack", "apgd-t"):
         record |= {"norm": "linf", "eps": 8 / 255, "seed": 0, "precision": "fp32"}
     elif attack != "natural":
         _, steps, *restarts = (*attack.split("-"), "1")

@@ -383,8 +383,31 @@ def test_autoattack_has_the_attacks_that_there_are(
 
 
 def test_autoattack_needs_two_classes() -> None:
-    with pytest.raises(UserError, match="autoattack: needs two classes or more"):
+    with pytest.raises(UserError, match="autoattack: it and its parts need two classes"):
         AutoAttack(nn.Flatten(), build("linf", 0.1), 1)
+
+
+def test_targeted_apgd_alone_needs_four_classes() -> None:
+    with pytest.raises(UserError, match="apgd-t: needs four classes or more; this model has 3"):
+        AutoAttack(nn.Flatten(), build("linf", 0.1), 3, ["apgd-t"])
+
+
+@pytest.mark.usefixtures("brief")
+def test_each_of_the_four_is_an_attack_by_itself(
+    network: nn.Module, data: Dataset, accelerator: Accelerator
+) -> None:
+    """On all images that are right, with the random numbers that it has in the ensemble."""
+    ball, net = build("linf", 0.02), Asked(network)
+    options = EvalOptions(attacks=["natural", *ENSEMBLE])
+    (_, *results), _ = evaluate(net, data, ball, options, accelerator)
+    x, y = data.images.float() / 255, data.labels
+    right = net(x).argmax(1) == y
+    keys = rng.sample_keys(rng.stream_key(0, "attack"), torch.arange(len(y)))
+    for name, result in zip(ENSEMBLE, results, strict=True):
+        *_, left = AutoAttack(net, ball, 10, [name])(x[right], y[right], keys[right])
+        assert (result.attack, result.correct) == (name, len(left.x))
+        assert result.settings["attacks"] == [name]
+    assert len({result.correct for result in results}) > 1
 
 
 @pytest.mark.usefixtures("brief")

@@ -467,6 +467,15 @@ def test_one_run_that_autoattack_has_judged(tmp_path: Path) -> None:
     assert "come first" not in report.markdown
 
 
+def test_what_apgd_t_is_stands_beside_its_figures(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", results=[evaluation("natural", 0.9), evaluation("apgd-t", 0.4)])
+    report = report_on([run], tmp_path / "out")
+    header, *_ = markdown_table(report, "Results")
+    assert header[:4] == ["Run", "Method", "Natural", "APGD-T"]
+    assert "APGD-T is the strongest of AutoAttack's four by itself" in report.markdown
+    assert "AutoAttack tries four attacks" not in report.markdown
+
+
 def test_no_gap_without_figures_of_the_same_images(tmp_path: Path) -> None:
     for name, settings in (("never", {}), ("few", {"n": 500})):
         run = judged(tmp_path / name, 0.5, 0.47 if settings else None, **settings)
