@@ -16,6 +16,8 @@ from PIL import Image
 from dist_adv.config import parse_config
 from dist_adv.report import write_report
 from dist_adv.report.figures import album
+from dist_adv.report.figures.colours import COLOURS, give_looks
+from dist_adv.runs.run import read_runs
 from dist_adv.training.run import train_run
 from made_up_runs import add_examples, epoch, evaluation, make_run
 
@@ -327,3 +329,16 @@ def test_examples_say_what_is_shown(tmp_path):
     clean, change, adversarial = np.array(images).reshape(3, 3, 32, 32, 3)
     np.testing.assert_allclose(change, 0.5 + int(factor) * (adversarial - clean), atol=1e-5)
     assert change.std() > 0.3  # from nearly black to nearly white
+
+
+@pytest.mark.parametrize("natural", [False, True])
+def test_looks_of_many_methods(natural: bool, tmp_path: Path) -> None:
+    """Seven have a colour each, and of more no two runs look the same."""
+    names = ["consistency", "consistency", "fast", "n-fgsm", "nuat", "pgd", "trades", "mart"]
+    names += ["gat", "sora", "natural"] if natural else []
+    runs = [make_run(tmp_path / str(at), {"name": name}) for at, name in enumerate(names)]
+    drawn = give_looks(read_runs(runs))
+    colours = {each.run.config["method"]["name"]: each.colour for each in drawn}
+    assert len(set(colours.values())) == len(COLOURS)
+    assert (colours["fast"], colours["pgd"]) == (COLOURS[1], COLOURS[3])
+    assert len({(each.colour, each.marker) for each in drawn}) == len(drawn)

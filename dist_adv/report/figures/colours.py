@@ -27,7 +27,6 @@ STYLE: Any = {  # matplotlib versions differ in how they type the keys
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _METHOD_COLOURS = {"natural": "#000000", "pgd": "#CC79A7", "free": "#0072B2", "fast": "#D55E00"}
-_OTHER_METHODS = ("#009E73", "#E69F00", "#56B4E9")
 GREY = "#767676"
 
 
@@ -41,17 +40,21 @@ class Drawn:
 
 
 def give_looks(runs: Sequence[Run]) -> list[Drawn]:
-    """Return a colour for each of a few runs; of many, one for each method, with markers."""
+    """Return a colour for each of a few runs; of many, one for each method, with markers.
+
+    Methods share a colour from the eighth on, but not its markers.
+    """
     if len(runs) <= len(COLOURS):
         return [Drawn(*looks) for looks in zip(runs, COLOURS, MARKERS, strict=False)]
+    methods = [run.config["method"]["name"] for run in runs]
+    colours = {method: _METHOD_COLOURS[method] for method in methods if method in _METHOD_COLOURS}
+    others = itertools.cycle([each for each in COLOURS if each not in colours.values()])
     drawn = []
     seen: Counter[str] = Counter()
-    colours, others = dict(_METHOD_COLOURS), itertools.cycle(_OTHER_METHODS)
-    for run in runs:
-        method = run.config["method"]["name"]
+    for run, method in zip(runs, methods, strict=True):
         if method not in colours:
             colours[method] = next(others)
         colour = colours[method]
-        drawn.append(Drawn(run, colour, MARKERS[seen[method] % len(MARKERS)]))
-        seen[method] += 1
+        drawn.append(Drawn(run, colour, MARKERS[seen[colour] % len(MARKERS)]))
+        seen[colour] += 1
     return drawn
