@@ -125,7 +125,7 @@ def _run_dir(config: Path) -> Path:
 @click.option(
     "--attacks",
     help="Comma-separated: natural, noise, fgsm, pgd-STEPS, pgd-STEPS-RESTARTS, "
-    "autoattack, of its attacks apgd-ce, apgd-t, fab-t, square.  [default: the run's own]",
+    "autoattack, and its four alone: apgd-ce, apgd-t, fab-t, square.  [default: the run's own]",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only so many random test images.")
 @click.option(
