@@ -22,11 +22,11 @@ from dist_adv.attacks.fab import FAB
 from dist_adv.attacks.parts import Parts
 from dist_adv.attacks.pgd import frozen
 from dist_adv.attacks.search import Found, Search
+from dist_adv.attacks.spec import ENSEMBLE
 from dist_adv.attacks.square import Square
 from dist_adv.attacks.threat import Threat
 from dist_adv.errors import UserError
 
-ENSEMBLE = ("apgd-ce", "apgd-t", "fab-t", "square")
 _TARGETS = 9
 """Other classes that the standard ensemble targets for each image, the likeliest first."""
 

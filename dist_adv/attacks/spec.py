@@ -10,8 +10,8 @@ from dist_adv.text import nearest
 
 GROUP = "dist_adv.attacks"
 _SIMPLE = ("natural", "noise", "fgsm")
-_ENSEMBLE = ("autoattack", "apgd-ce", "apgd-t", "fab-t", "square")
-"""AutoAttack, and what it consists of, each alone."""
+ENSEMBLE = ("apgd-ce", "apgd-t", "fab-t", "square")
+"""What AutoAttack consists of, in its order; each is an attack by itself, too."""
 
 
 class AttackOptions(Options):
@@ -36,14 +36,14 @@ def parse_attack(name: str) -> AttackSpec:
 
     Raises ValueError for anything else, saying what was meant.
     """
-    if name in _SIMPLE or name in _ENSEMBLE:
+    if name in (*_SIMPLE, "autoattack", *ENSEMBLE):
         return AttackSpec(name, name, int(name == "fgsm"), 1)
     if ":" in name or name in plugins.installed(GROUP):
         attack_kind(name)
         return AttackSpec(name, "other", 0, 1)
     match = re.fullmatch(r"pgd-([0-9]{1,6})(?:-([0-9]{1,6}))?", name)
     if match is None:
-        hint = nearest(name, [*_SIMPLE, "pgd-10", "pgd-50", "pgd-50-10", *_ENSEMBLE])
+        hint = nearest(name, [*_SIMPLE, "pgd-10", "pgd-50", "pgd-50-10", "autoattack", *ENSEMBLE])
         raise ValueError(f"{name!r} is no attack (pgd-STEPS or pgd-STEPS-RESTARTS){hint}")
     steps, restarts = int(match[1]), int(match[2] or 1)
     if steps == 0 or restarts == 0:

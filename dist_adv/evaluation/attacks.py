@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dist_adv import plugins, rng
 from dist_adv.attacks import PGD, AttackSpec, attack_kind, correct, frozen, parse_attack
-from dist_adv.attacks.autoattack import ENSEMBLE, AutoAttack
+from dist_adv.attacks.autoattack import AutoAttack
+from dist_adv.attacks.spec import ENSEMBLE
 from dist_adv.attacks.threat import Threat
 from dist_adv.config import EvalOptions
 from dist_adv.errors import UserError

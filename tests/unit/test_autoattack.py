@@ -25,10 +25,11 @@ from attacked_by_ranks import judged, short, shorten
 from colours import colours
 from dist_adv import rng
 from dist_adv.attacks.apgd import APGD, dlr_targeted, untargeted
-from dist_adv.attacks.autoattack import ENSEMBLE, AutoAttack
+from dist_adv.attacks.autoattack import AutoAttack
 from dist_adv.attacks.fab import FAB
 from dist_adv.attacks.parts import Parts
 from dist_adv.attacks.pgd import frozen
+from dist_adv.attacks.spec import ENSEMBLE
 from dist_adv.attacks.square import Square, _signs
 from dist_adv.attacks.threat import Threat, build
 from dist_adv.config import EvalOptions
