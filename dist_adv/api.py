@@ -69,7 +69,7 @@ def train(
         tree["model"] = {"name": name}
     if data is not None:
         name = plugins.give("images", datasets.GROUP, _Pair(*data))
-        common = DataOptions.model_fields.keys() - {"name", "root", "size"}
+        common = DataOptions.model_fields.keys() - {"name", "root", *datasets.RESIZING}
         section = {key: value for key, value in tree.get("data", {}).items() if key in common}
         tree["data"] = section | {"name": name}
     if method is not None:
@@ -173,7 +173,7 @@ class _Pair:
 def _tensors(given: Images) -> tuple[Tensor, Tensor]:
     if isinstance(given, tuple):
         images, labels = given
-        return torch.as_tensor(images), torch.as_tensor(labels)
+        return torch.as_tensor(images).cpu(), torch.as_tensor(labels).cpu()
     pairs = [given[i] for i in range(len(given))]  # type: ignore[arg-type]
     return torch.stack([_image(image) for image, _ in pairs]), torch.tensor(
         [int(label) for _, label in pairs]

@@ -2,6 +2,7 @@
 
 from dist_adv.data.datasets import (
     GROUP,
+    RESIZING,
     DataOptions,
     Dataset,
     data_root,
@@ -14,6 +15,7 @@ from dist_adv.data.loader import Batch, Loader, When
 
 __all__ = [
     "GROUP",
+    "RESIZING",
     "Batch",
     "DataOptions",
     "Dataset",

@@ -49,7 +49,7 @@ class ExtraOptions(Options):
 
 
 class DataOptions(Options):
-    """Which images. `augment` means the data set's usual random crop and, but for digits, flip."""
+    """Which images. `augment`: the set's usual random crop, and flip where that means the same."""
 
     name: str = "cifar10"
     root: str | None = None
@@ -156,6 +156,10 @@ def find_options(name: str) -> type[DataOptions]:
     return plugins.options_of(name, found, DataOptions)
 
 
+RESIZING = frozenset({"size", "shorter", "crop_scale", "randaugment"})
+"""Keys of pictures, whose sizes differ."""
+
+
 def keys_for_another(keys: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return those keys of a section `data` that hold for the images of the data set `name`, too.
 
@@ -167,7 +171,7 @@ def keys_for_another(keys: Mapping[str, Any], name: str) -> dict[str, Any]:
         return dict(keys)
     left = {"name", "root"}
     if name in NAMES and name not in FOLDERS:
-        left |= {"size", "shorter", "crop_scale", "randaugment"}
+        left |= RESIZING
     return {key: keys[key] for key in keys if key in DataOptions.model_fields.keys() - left}
 
 
@@ -467,7 +471,8 @@ def _somebodys(options: DataOptions, split: str) -> Dataset:
         raise
     except Exception as error:
         raise UserError(f"data.name: {name} cannot be loaded: {plugins.told(error)}") from error
-    return of_tensors(name, images, labels, list(classes), flip=getattr(kind, "flip", False))
+    names = [str(each) for each in classes]
+    return of_tensors(name, images, labels, names, flip=getattr(kind, "flip", False))
 
 
 def of_tensors(

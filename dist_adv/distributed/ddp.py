@@ -57,7 +57,8 @@ class TrainNet:
         return self.prepared(x)
 
     def frozen(self, mode: Literal["train", "eval"] = "train") -> AbstractContextManager[nn.Module]:
-        return frozen(self.bare, mode)
+        # In training it is as its own train() left it: somebody's may keep BatchNorm in eval mode.
+        return frozen(self.bare, None if mode == "train" else mode)
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         return sum_over_ranks(self.accelerator, value.detach())

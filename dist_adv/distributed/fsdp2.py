@@ -51,7 +51,8 @@ class ShardedNet(TrainNet):
 
     def _hand_over_gradients(self, *_: Any) -> None:
         for parameter, own in zip(self.parameters, self.parts, strict=True):
-            own.grad, parameter.grad = parameter.grad.to_local(), None
+            own.grad = None if parameter.grad is None else parameter.grad.to_local()
+            parameter.grad = None
 
     def flag_nonfinite(self, flag: Tensor) -> None:
         flag.copy_(~self.gradient_norm().isfinite())
@@ -79,7 +80,8 @@ class ShardedNet(TrainNet):
     def clip_gradients(self, limit: float) -> None:
         shorter = (limit / (self.gradient_norm() + 1e-6)).clamp(max=1)
         for parameter in self.parameters:
-            parameter.grad.to_local().mul_(shorter)
+            if parameter.grad is not None:  # somebody's network may have weights that stay
+                parameter.grad.to_local().mul_(shorter)
 
     def _whole_state(self, key: str) -> list[Tensor]:
         return [

@@ -11,6 +11,7 @@ from dist_adv.data import Dataset
 from dist_adv.distributed.collectives import mean_statistics
 from dist_adv.distributed.ddp import TrainNet
 from dist_adv.errors import UserError
+from dist_adv.text import few
 
 
 def synchronised(accelerator: Accelerator, model: nn.Module) -> nn.Module:
@@ -63,6 +64,8 @@ def settle(accelerator: Accelerator, net: TrainNet, data: Dataset) -> None:
     DDP regroups its buckets after the first backward pass, and with three ranks or more the
     order of summation depends on them: a resumed run would take its first step in another order
     than the uninterrupted run and differ from it in the last bits.
+
+    Raises UserError for weights that no output depends on: DDP would wait for their gradients.
     """
     if not isinstance(net.prepared, DistributedDataParallel):
         return
@@ -71,6 +74,17 @@ def settle(accelerator: Accelerator, net: TrainNet, data: Dataset) -> None:
     with torch.compiler.set_stance("force_eager"):  # two images are not worth compiling for
         for _ in range(2):  # the second forward is when it happens
             net(blank.to(memory_format=torch.channels_last)).sum().backward()
+            idle = [
+                name
+                for name, parameter in net.bare.named_parameters()
+                if parameter.requires_grad and parameter.grad is None
+            ]
+            if idle:
+                raise UserError(
+                    f"model.name: on several ranks every weight needs a gradient, and nothing that "
+                    f"the network answers depends on {few(idle)}; leave them out, or set "
+                    f"requires_grad=False on them"
+                )
     for parameter in net.bare.parameters():
         parameter.grad = None
     for name, buffer in net.bare.named_buffers():

@@ -165,7 +165,8 @@ class _Universal(Start):
         told = net.sum_over_ranks(torch.cat([sums.flatten(), sizes, norm[None]]))
         sums, sizes, norm = told.split([sums.numel(), len(signs), 1])
         means = sums.view_as(signs) / (_to_rows(sizes.clamp_min(1), signs) * norm)
-        present = _to_rows(sizes > 0, signs)
+        # Without any gradient, and with one that is too large to add up, there is nothing to learn.
+        present = _to_rows(sizes > 0, signs) & (norm > 0) & norm.isfinite()
         momentum.copy_(torch.where(present, means + _DECAY * momentum, momentum))
         signs.add_(present * momentum.sign()).clamp_(-1, 1)
 

@@ -81,11 +81,14 @@ class _Examples(Start):
         self.options = options
         shape = (task.classes, *task.shape)
         self.signs = Everywhere(torch.zeros(shape, device=task.device))
+        self.made_for: int | None = None
 
     def begin(self, net: Net, batch: Batch, threat: Threat) -> Tensor:
         x, when = batch.x, batch.when
-        if when.batch % self.options.refresh == 0:
+        # Once a batch, also of one in parts, of which ranks may have more and fewer.
+        if when.batch % self.options.refresh == 0 and when.key != self.made_for:
             self.signs.value.copy_(self._expected(net, when))
+            self.made_for = when.key
         low, high = self.options.hidden
         key = rng.substream(torch.tensor([when.key], device=x.device), "example")
         of_batch = rng.uniform(key, (2,))[0].to(x)

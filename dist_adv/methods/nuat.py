@@ -61,7 +61,8 @@ class NuAT(Guided[NuATOptions]):
         """Return (M^T M)^(-1/2) of the global batch, 0 where M^T M is singular."""
         wide = moved.double()
         gram = net.sum_over_ranks(wide.T @ wide)
-        values, vectors = torch.linalg.eigh(gram)
+        # LAPACK raises for NaN. The loss, of the same logits, is NaN then, which ends or skips it.
+        values, vectors = torch.linalg.eigh(torch.where(gram.isfinite().all(), gram, 0))
         there = values > 1e-12 * values[-1]
         roots = torch.where(there, values, 1).rsqrt() * there
         return (vectors * roots @ vectors.T).to(moved.dtype)

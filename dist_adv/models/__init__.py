@@ -240,7 +240,7 @@ def build_model(
         if isinstance(options, _LIBRARIES) and options.pretrained and pretrained:
             settings = options.model_dump(exclude={"name"}) | {"args": described["args"]}
             net = _OWN[options.name][1](len(mean), len(classes), **settings)
-            mean, std = libraries.normalisation(options, net)
+            mean, std = libraries.normalisation(options, net, len(mean))
         architecture: dict[str, Any]
         architecture = {"model": described, "mean": mean, "std": std, "classes": classes}
         if isinstance(options, _LIBRARIES):
@@ -255,11 +255,17 @@ def has_batchnorm(network: nn.Module) -> bool:
 
 
 def check_answers(
-    model: nn.Module, subject: str, shape: Sequence[int], classes: int, more: bool = False
+    model: nn.Module,
+    subject: str,
+    shape: Sequence[int],
+    classes: int,
+    more: bool = False,
+    training: bool = False,
 ) -> None:
     """Raise UserError where a network of somebody's own fails on two images, or answers amiss.
 
-    Leaves it in eval mode.
+    Leaves it in the mode that it was asked in: eval mode, or `training`, which moves BatchNorm's
+    statistics.
 
     Args:
         subject: what the message begins with.
@@ -268,28 +274,32 @@ def check_answers(
     """
     device = next(iter([*model.parameters(), *model.buffers()]), torch.zeros(0)).device
     images = torch.full((2, *shape), 0.5, device=device)
+    mode = " in train mode" if training else ""
     try:
         with torch.no_grad():
-            logits = model.eval()(images)
+            logits = model.train(training)(images)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
         raise UserError(
-            f"{subject} fails on images of shape {tuple(images.shape)}: {plugins.told(error)}"
+            f"{subject} fails{mode} on images of shape {tuple(images.shape)}: {plugins.told(error)}"
         ) from error
     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if found != (2, classes) and not (
         more and isinstance(logits, Tensor) and logits.dim() == 2 and logits.shape[1] > classes
     ):
         raise UserError(
-            f"{subject} returns {found} for 2 images of {classes} classes; return logits of shape "
-            f"(n, classes)"
+            f"{subject} returns {found}{mode} for 2 images of {classes} classes; return logits of "
+            f"shape (n, classes)"
         )
 
 
 def save_model(path: Path, architecture: dict[str, Any], state: dict[str, Tensor]) -> None:
     """Weights, and the architecture as metadata, in one safetensors file, whole or not at all."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    # Copies: two names of one layer's weights share memory, which the format has no word for.
+    tensors = {
+        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()
+    }
     # Not save_file, whose files only their owner may read.
     files.replace(path, save(tensors, {"architecture": json.dumps(architecture)}))
 

@@ -136,12 +136,19 @@ def describe(options: TimmOptions | TorchvisionOptions, size: Sequence[int]) -> 
 
 
 def normalisation(
-    options: TimmOptions | TorchvisionOptions, net: nn.Module
+    options: TimmOptions | TorchvisionOptions, net: nn.Module, channels: int
 ) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation a channel that published weights were trained with."""
+    """Return mean and standard deviation a channel that published weights were trained with.
+
+    Where timm fits the weights of the first layer to another number of channels than theirs, it is
+    the mean of theirs for each.
+    """
     if isinstance(options, TimmOptions):
         known: Any = net.pretrained_cfg
-        return list(known["mean"]), list(known["std"])
+        mean, std = list(known["mean"]), list(known["std"])
+        if len(mean) != channels:
+            mean, std = ([sum(each) / len(each)] * channels for each in (mean, std))
+        return mean, std
     from torchvision import models
 
     transforms = models.get_model_weights(options.arch).DEFAULT.transforms()

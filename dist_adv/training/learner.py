@@ -74,6 +74,8 @@ class Learner:
         subject = f"model.name: {config.model.name}"
         for shape in self._shapes():
             check_answers(self.copy, subject, shape, len(data.classes))
+            another = copy.deepcopy(self.copy)
+            check_answers(another, subject, shape, len(data.classes), training=True)
             check_strides(accelerator, self.copy, shape)
         check_statistics(min(stage.smallest_share for stage in self.stages.all), network)
         if train.sync_batchnorm and not has_batchnorm(network):

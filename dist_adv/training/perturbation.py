@@ -15,15 +15,18 @@ class WeightPerturbation:
     """min over w of max over v of L(w + v), ||v_l|| <= gamma ||w_l|| for each layer's weights.
 
     A probe gives the gradient g of the global batch's loss, v_l = gamma ||w_l|| g_l / ||g_l||; the
-    step is taken at w from the gradient at w + v. Norms and biases, of one dimension, stay.
-    BatchNorm's statistics do not move in the probe. Where the probe is not finite, v is 0. The
-    published code steps at w + v and subtracts v then, so that weight decay sees w + v; here the
-    weights come back exactly before the step, also where it is not taken.
+    step is taken at w from the gradient at w + v. Norms and biases, of one dimension, stay, as do
+    weights that are not trained. BatchNorm's statistics do not move in the probe. Where the probe
+    is not finite, v is 0. The published code steps at w + v and subtracts v then, so that weight
+    decay sees w + v; here the weights come back exactly before the step, also where it is not
+    taken.
     """
 
     def __init__(self, accelerator: Accelerator, net: TrainNet, gamma: float) -> None:
         self.accelerator, self.net, self.gamma = accelerator, net, gamma
-        self.weights: list[Tensor] = [each for each in net.bare.parameters() if each.dim() > 1]
+        self.weights: list[Tensor] = [
+            each for each in net.bare.parameters() if each.dim() > 1 and each.requires_grad
+        ]
 
     @contextmanager
     def worst_weights_nearby(self, parts: Sequence[tuple[Objective, float]]) -> Iterator[None]:

@@ -37,21 +37,20 @@ def lr_at(
     done = step / total
     if schedule == "cyclic":
         return peak * (1 - _from_peak(done, rise))
-    if step + 1 < warmup:
-        return peak * (step + 1) / warmup
+    rate = peak
     if schedule == "multistep":
         # 0.7 of 39,100 steps is a little less than 27,370 in floating point.
-        return peak * 0.1 ** sum(step >= math.floor(share * total + 1e-6) for share in milestones)
-    if schedule == "cosine":
-        share = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (total - warmup)))
-        return peak * (floor + (1 - floor) * share)
-    if schedule == "linear":
+        rate *= 0.1 ** sum(step >= math.floor(share * total + 1e-6) for share in milestones)
+    elif schedule == "cosine":
+        share = max(0, step - warmup) / max(1, total - warmup)
+        rate *= floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
+    elif schedule == "linear":
         assert points
         at = sorted(points)
-        return peak * float(np.interp(epoch, at, [points[each] for each in at]))
-    if schedule not in SCHEDULES:
-        return peak * plugins.find(schedule, SCHEDULE_GROUP, {})(done)
-    return peak
+        rate *= float(np.interp(epoch, at, [points[each] for each in at]))
+    elif schedule not in SCHEDULES:
+        rate *= plugins.find(schedule, SCHEDULE_GROUP, {})(done)
+    return rate * (step + 1) / warmup if step + 1 < warmup else rate
 
 
 def momentum_at(base: float, cycle: bool, step: int, total: int, rise: float = 0.5) -> float:

@@ -119,6 +119,51 @@ def test_a_network_starts_from_its_weights_and_has_the_trained_ones(tmp_path: Pa
     assert run.config["data"]["name"] == "given:images"
 
 
+class Tuned(nn.Module):
+    """For fine-tuning: BatchNorm stays in eval mode, the first layer as it is; two are one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.first.requires_grad_(False)
+        block = nn.Conv2d(6, 6, 3, padding=1)
+        self.blocks, self.last = nn.ModuleList([block, block]), nn.Linear(6, 3)
+
+    def train(self, mode: bool = True) -> "Tuned":
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x))
+        for block in self.blocks:
+            x = block(x).relu()
+        return self.last(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("method", ["natural", "fast", "pgd", "free", "nuat", "consistency"])
+@pytest.mark.parametrize("awp", [None, {}])
+def test_a_network_is_trained_as_it_says(method: str, awp: Any, tmp_path: Path) -> None:
+    theirs, data = Tuned(), images(20)
+    before = copy.deepcopy(theirs.state_dict())
+    tree = TREE | {"method": {"name": method}, "awp": awp}
+    dist_adv.train(tree, tmp_path, model=theirs, data=(data, data))
+    after = theirs.state_dict()
+    assert {name for name in before if after[name].equal(before[name])} == {
+        *("first.weight", "first.bias"),
+        *("norm.running_mean", "norm.running_var", "norm.num_batches_tracked"),
+    }
+    assert after["blocks.0.weight"].equal(after["blocks.1.weight"])
+
+
+def test_images_that_are_given_need_no_framing(tmp_path: Path) -> None:
+    """A configuration of pictures, which has them cropped and resized."""
+    framing = {"size": 32, "shorter": 36, "crop_scale": [0.5, 1], "randaugment": {"ops": 1}}
+    tree = TREE | {"data": {"name": "imagefolder", "root": "none", **framing}}
+    run = dist_adv.train(tree, tmp_path, model=network(), data=(images(), images()))
+    assert run.config["data"]["size"] is None
+
+
 def test_the_same_call_finds_the_run_done(tmp_path: Path) -> None:
     data = images()
     first, second = network(), network()

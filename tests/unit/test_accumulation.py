@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from cases import CASES, config
 from dist_adv.config import parse_config
 from dist_adv.data import Loader, load_dataset
+from dist_adv.distributed.ddp import TrainNet
 from dist_adv.errors import UserError
 from dist_adv.plan.measure import Images, cost, works_of
 from dist_adv.plan.model import Cluster, Link, StepTime, predict
@@ -54,6 +55,14 @@ def test_parts_of_a_batch_are_its_update(case, images, accelerator):
     parts, of_parts = learnt(case, 3, images, accelerator)
     assert max((whole[name] - parts[name]).abs().max().item() for name in whole) < 1e-10
     assert of_parts == pytest.approx(of_whole, rel=1e-9)
+
+
+def test_examples_of_a_batch_in_parts_are_made_once(images, accelerator, monkeypatch):
+    """Ranks may have more and fewer parts; where they add up something, all do it as often."""
+    asked = []
+    monkeypatch.setattr(TrainNet, "sum_over_ranks", lambda net, value: asked.append(1) or value)
+    learnt("liet", 3, images, accelerator)
+    assert len(asked) == 2  # of four batches: once in three
 
 
 def test_parts_share_what_a_batch_has(images):

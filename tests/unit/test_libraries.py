@@ -151,6 +151,18 @@ def test_published_weights_come_with_their_normalisation(tmp_path):
         build(options)
 
 
+def test_published_weights_of_colours_take_grey_images(tmp_path):
+    """timm adds up the first layer's; the normalisation is the mean of theirs."""
+    source = timm.create_model("resnet10t", num_classes=7)
+    source.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3), "std": (0.2, 0.2, 0.5)}
+    save_for_hf(source, tmp_path / "there", safe_serialization=True)
+    options = TimmOptions(arch=f"local-dir:{tmp_path / 'there'}", pretrained=True)
+    model = build_model(options, [0.5], [0.25], ["a", "b"], 0, (32, 32))
+    assert model.architecture["mean"] == pytest.approx([0.2])
+    assert model.architecture["std"] == pytest.approx([0.3])
+    assert model(torch.rand(2, 1, 32, 32)).shape == (2, 2)
+
+
 def test_a_head_of_other_classes_is_put_on_torchvisions(monkeypatch):
     """A stand-in for the download."""
     from torchvision import models

@@ -95,6 +95,18 @@ def test_methods_of_signs_are_refused_for_l2(name: str) -> None:
         parse_config(tree, "test")
 
 
+@pytest.mark.parametrize("spoilt", [0.0, math.nan, 3e38])
+def test_perturbations_a_class_outlive_a_batch_without_a_gradient(spoilt: float) -> None:
+    """Also one that is too large to be added up: what was there stays, and goes on."""
+    it, net = method("consistency"), Net(Network())
+    learn(it, net, batch())
+    before = [each.value.clone() for each in it.carried().values()]
+    it.start.learn(net, batch(0, 1), torch.nan_to_num(torch.full((4, *SHAPE), spoilt)))
+    assert all(map(torch.equal, (each.value for each in it.carried().values()), before))
+    learn(it, net, batch(0, 2))
+    assert not it.start.momentum.value.equal(before[1])
+
+
 def test_a_perturbation_a_class_follows_its_momentum() -> None:
     """The gradient of a class's loss has one sign a pixel here, and so has its momentum."""
     it = method("consistency")
@@ -276,6 +288,13 @@ def test_the_nuclear_norm_is_that_of_singular_values() -> None:
 def _nuat(classes: int) -> NuAT:
     task = Task(F.cross_entropy, 6, SHAPE, classes, torch.device("cpu"))
     return NuAT(NuAT.Options(), task)
+
+
+def test_logits_that_are_not_finite_are_the_loss_s_to_tell() -> None:
+    """LAPACK raises for a matrix with NaN; the run's own message names step and rank."""
+    clean, adversarial = torch.randn(2, 8, 10)
+    clean[3, 4] = math.nan
+    assert _nuat(10).distance(Net(Network()), clean, adversarial).isnan().any()
 
 
 def test_gat_is_stronger_after_epoch_86_of_100() -> None:

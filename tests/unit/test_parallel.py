@@ -3,6 +3,7 @@
 The GPUs are stand-ins: there is none where the tests run.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_adv.attacks import ascend, frozen
 from dist_adv.attacks.threat import Linf
+from dist_adv.config import OptimOptions
 from dist_adv.distributed import network, start
+from dist_adv.distributed.ddp import TrainNet
 from dist_adv.distributed.start import resolve_precision
 from dist_adv.errors import UserError
 from dist_adv.models import layers
@@ -154,6 +157,28 @@ def test_a_compiled_network_is_one_graph_under_ddp(monkeypatch, tmp_path):
     finally:
         torch.distributed.destroy_process_group()
     assert len(graphs) == 1
+
+
+def test_weights_without_a_gradient_are_named(tmp_path):
+    """DDP would wait for them, and say so in a hundred words at the second batch."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    model.idle = torch.nn.ParameterList([torch.zeros(1), torch.zeros(1)])
+    model.forward = lambda x: model[1](model[0](x))
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1
+    )
+    try:
+        net = TrainNet(SimpleNamespace(prepare=lambda *both: both), model, OptimOptions())
+        net.prepared = DistributedDataParallel(model)
+        here = SimpleNamespace(device=torch.device("cpu"))
+        data = SimpleNamespace(images=torch.zeros(1, 1, 2, 2))
+        with pytest.raises(UserError, match=r"every weight needs .* idle\.1; leave them out"):
+            network.settle(here, net, data)
+        model.idle.requires_grad_(False)
+        net.prepared = DistributedDataParallel(model)
+        network.settle(here, net, data)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

@@ -214,6 +214,10 @@ def test_a_broken_package_stops_nobody_else(write: Write, monkeypatch: pytest.Mo
             "return self.absent(x)",
             r"fails on images of shape \(2, 1, 8, 8\): .*mine0.py, line 10: .*absent",
         ),
+        (
+            "return (x, x) if self.training else x.new_zeros(2, 10)",
+            r"returns tuple in train mode for 2 images of 10 classes",
+        ),
     ],
 )
 def test_a_network_that_does_not_fit(
@@ -247,6 +251,12 @@ def test_data_that_are_none(load: str, said: str, write: Write) -> None:
     options = config(data={"name": f"{write(DATA.format(load=load))}:Data"}).data
     with pytest.raises(UserError, match=said):
         load_dataset(options, "train")
+
+
+def test_names_of_classes_may_be_numbers(write: Write) -> None:
+    load = "return torch.zeros(2, 1, 4, 4), [0, 1], range(2)"
+    options = config(data={"name": f"{write(DATA.format(load=load))}:Data"}).data
+    assert load_dataset(options, "train").classes == ["0", "1"]
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,22 @@ def test_rates_are_torch_s(schedule, total):
     assert ours == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("warmup", [10, 9.5, 30])
+def test_a_cosine_may_have_no_updates_left_after_its_warm_up(warmup):
+    ours = [lr_at("cosine", PEAK, step, 10, warmup=warmup) for step in range(10)]
+    assert ours == pytest.approx([PEAK * min(1, (step + 1) / warmup) for step in range(10)])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "math:exp"])
+def test_a_warm_up_rises_to_what_the_rate_is_without(schedule):
+    """Here to a rate that falls, and to one that grows: no jump where the warm-up ends."""
+    options = {"points": {0: 1, 10: 0}}
+    for step in range(100):
+        without = lr_at(schedule, PEAK, step, 100, epoch=step / 10, **options)
+        rate = lr_at(schedule, PEAK, step, 100, epoch=step / 10, warmup=20, **options)
+        assert rate == pytest.approx(without * min(1, (step + 1) / 20))
+
+
 @pytest.mark.parametrize("floor", [0.02, 0.5])
 def test_a_cosine_may_end_above_zero(floor):
     """As torch's with eta_min; the configuration has it for no other schedule."""
