@@ -28,12 +28,14 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
         raise RunFailure(f"{path}: could not be written ({error.strerror})") from error
 
 
-def replace(path: Path, content: bytes) -> None:
+def replace(path: Path, content: bytes, writer: str = "") -> None:
     """Replace a file by the whole new one, or leave the old one where the process is killed.
+
+    writer: tells apart those that may write this file at once.
 
     Raises RunFailure where the disk refuses, having left nothing.
     """
-    partial = path.with_name(f".partial-{path.name}")
+    partial = path.with_name(f".partial-{path.name}{writer}")
     try:
         with partial.open("wb") as file:
             file.write(content)
@@ -99,11 +101,21 @@ def output_file(path: Path, option: str, own: Callable[[bytes], bool]) -> Path:
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cut the half line that a killed process may have left, or the next one would join it."""
+    """Cut the half line that a killed process may have left, or the next one would join it.
+
+    A whole one, as editors leave it, gets its line end.
+    """
     with suppress(FileNotFoundError):
-        torn = next(backwards(path), b"")
-        if not torn.endswith(b"\n"):
-            os.truncate(path, path.stat().st_size - len(torn))
+        last = next(backwards(path), b"\n")
+        if last.endswith(b"\n"):
+            return
+        try:
+            json.loads(last)
+        except (ValueError, RecursionError):
+            os.truncate(path, path.stat().st_size - len(last))
+        else:
+            with path.open("ab") as file:
+                file.write(b"\n")
 
 
 def backwards(path: Path) -> Iterator[bytes]:

@@ -241,7 +241,8 @@ class Ensemble(Attack):
 class Other(Attack):
     """Somebody's own attack: `kind(options, threat)`, called with (model, x, y, keys).
 
-    It returns images. What left the ball is projected into it, which a flag says.
+    It returns images. What left the ball is projected into it, and where one is not finite the
+    image stays as it was, both of which flags say.
 
     Raises UserError where it cannot be made, fails, or returns something else.
     """
@@ -264,6 +265,10 @@ class Other(Attack):
             found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise UserError(f"eval.attacks: {self.name} returns {found}, not images {x.shape}")
         delta = images.detach().to(x) - x
+        finite = delta.isfinite().flatten(1).all(1).view(-1, 1, 1, 1)
+        if not finite.all():
+            self.messages.append("some of its images were not finite; they count as they were")
+        delta = torch.where(finite, delta, 0)
         inside = self.threat.project(delta, x)
         if (delta - inside).abs().max() > 1e-5:
             self.messages.append("its images left the ball or [0, 1] and were projected")
@@ -282,7 +287,7 @@ class Other(Attack):
             raise UserError(f"eval.attacks: {self.name} fails: {plugins.told(error)}") from error
 
     def settings(self, member: str) -> dict[str, Any]:
-        return _settings(self, self.options.model_dump())
+        return _settings(self, {"options": self.options.model_dump()})
 
     def flags(self, counts: Mapping[str, float]) -> list[str]:
         return sorted(set(gather_object(self.messages)))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
+from dist_adv.attacks import parse_attack
 from dist_adv.attacks.parts import Parts
 from dist_adv.attacks.threat import Threat
 from dist_adv.config import EvalOptions
@@ -147,7 +148,9 @@ def _examples(attack: Attack, model: nn.Module, images: Images, out: Attacked) -
 
 
 def check_fit(model: nn.Module, dataset: Dataset, options: EvalOptions) -> None:
-    """Raise UserError where a model does not fit a data set that it was not trained on."""
+    """Raise UserError where a model, or the loss, does not fit a data set."""
+    if options.loss == "dlr" and len(dataset.classes) < 3:
+        raise UserError("eval.loss: dlr needs three classes or more; use margin")
     architecture = getattr(model, "architecture", None)
     if architecture is None:
         return
@@ -169,15 +172,13 @@ def check_fit(model: nn.Module, dataset: Dataset, options: EvalOptions) -> None:
             f"data: images of {dataset.name} have {dataset.images.shape[1]} channels and the "
             f"model takes {channels}; use the data that it was trained on"
         )
-    if options.loss == "dlr" and classes < 3:
-        raise UserError("eval.loss: dlr needs three classes or more; use margin")
 
 
 def _flag_contradictions(results: Sequence[Result]) -> None:
     """Mark figures that cannot both be taken at face value."""
     by_name = {result.attack: result for result in results}
     fgsm = by_name.get("fgsm")
-    pgds = [result for result in results if result.attack.startswith("pgd")]
+    pgds = [result for result in results if parse_attack(result.attack).kind == "pgd"]
     for weaker in pgds:
         # A sound model loses a quarter of its FGSM accuracy to PGD, a collapsed one all of it.
         if fgsm and weaker.accuracy < fgsm.accuracy / 2 and fgsm.accuracy - weaker.accuracy > 0.2:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,7 +53,8 @@ class Unfinished:
         """Write the sums so far. Raises RunFailure where the disk refuses."""
         self.entries[attack] = entry
         if self.main:
-            files.replace(self.path, _FILE.dump_json(self.entries))
+            # Somebody may have started the same evaluation twice.
+            files.replace(self.path, _FILE.dump_json(self.entries), f"-{os.getpid()}")
 
     def finished(self) -> None:
         """Remove the file: the figures are written down elsewhere."""

@@ -44,6 +44,10 @@ class Finished:
             load_config(self.folder.config)  # which imports it
         return load_model(self.folder.path)
 
+    def config(self) -> Mapping[str, Any]:
+        """Return what config.yaml holds."""
+        return reading.read_config(self.folder.path)
+
     def image(self) -> tuple[int, int, int]:
         """Return (C, H, W) of its images. Raises UserError where no evaluation has left any."""
         examples = read_examples(self.folder.examples)

@@ -62,7 +62,7 @@ _CLAIM = """{notes}# Paper Information
 - **eps**: {eps}
 - **Clean accuracy**: {clean_acc} % ({clean_n:,} test images)
 - **Robust accuracy**: {autoattack_acc} % ({robust_n:,} test images)
-- **Additional data**: false
+- **Additional data**: {more_data}
 - **Evaluation method**: AutoAttack, {version} ({attacks}), in dist_adv's code
 - **Checkpoint and code**: (the URLs of {name}.pt and entry.py)
 
@@ -100,6 +100,7 @@ def write(run: Finished, asked: Asked, folder: Path) -> str:
         "robust_n": robust.n,
         "version": robust.record.get("version"),
         "attacks": ", ".join(robust.record.get("attacks", ())),
+        "more_data": str(about["additional_data"]).lower(),
         "notes": "".join(f"{line}\n" for line in _notes(run, natural, robust)),
     }
     (folder / "claim.md").write_text(_CLAIM.format(**claim), encoding="utf-8")
@@ -190,7 +191,7 @@ def _about(run: Finished, natural: Evaluation, robust: Evaluation) -> dict[str, 
         "link": "",
         "name": "",
         "authors": "",
-        "additional_data": False,
+        "additional_data": bool(run.config()["data"].get("extra")),
         "number_forward_passes": 1,
         "dataset": dataset,
         "venue": "",
@@ -219,6 +220,10 @@ def _notes(run: Finished, natural: Evaluation, robust: Evaluation) -> list[str]:
     norm, eps = _NORMS[threat["norm"]], pixels(threat["eps"])
     if eps != _RANKED[norm]:
         lines.append(f"RobustBench ranks {norm} at eps {_RANKED[norm]}, not {eps}.")
+    if start := run.config()["train"].get("start"):
+        lines.append(
+            f"It started from {start}: additional data, where those weights have seen any."
+        )
     if robust.record.get("version") != "standard":
         lines.append("This was not AutoAttack's standard version.")
     return ["**Not a claim yet:**", *(f"- {line}" for line in lines), ""] if lines else []

@@ -134,7 +134,11 @@ def settings(figure: Record) -> dict[str, Any]:
     """Return the keys of `eval` that a figure was measured with; none of natural accuracy."""
     keys = {"loss": "loss_fn", "step_size": "step_size", "seed": "seed"}
     found = {key: figure[name] for key, name in keys.items() if name in figure}
-    return found if figure["attack"] != "fgsm" else {**found, "step_size": None}
+    if figure["attack"] == "fgsm":
+        found["step_size"] = None
+    if options := figure.get("options"):
+        found["attack_options"] = {figure["attack"]: options}
+    return found
 
 
 def alike(figures: Sequence[Record]) -> Iterator[list[Record]]:
@@ -300,10 +304,23 @@ def _read(file: Path) -> Claim:
 
 
 def _with(subject: Subject, overrides: Sequence[str]) -> Config | Judged:
-    """Return the folder's configuration, with its images where they lie here."""
-    if isinstance(subject.config, Judged):
-        return load(subject.folder.judged, overrides, Judged)
-    return load_config(subject.folder.config, overrides)
+    """Return the folder's configuration, with its images where they lie here.
+
+    Raises UserError for what a claim would pass over.
+    """
+    judged = isinstance(subject.config, Judged)
+    config = (
+        load(subject.folder.judged, overrides, Judged)
+        if judged
+        else load_config(subject.folder.config, overrides)
+    )
+    for line in differences(subject.config, config):
+        if not line.startswith(("data.", "eval.batch_size:")):
+            raise UserError(
+                f"{line} is none of a claim's, whose figures were measured as they were; leave it "
+                f"out, or set something of data, or eval.batch_size"
+            )
+    return config
 
 
 def _sample(

@@ -25,8 +25,9 @@ def evaluate_run(run_dir: Path, asked: Asked) -> None:
         raise UserError(
             f"{run}: is no run folder (it has no config.yaml); name one, or a network with --model"
         )
+    own = load_config(run.config)
     config = load_config(run.config, asked.overrides)
-    _check_overrides(load_config(run.config), config)
+    _check_overrides(own, config)
     config = asked.over(config)
     accelerator = start_accelerator("fp32", config.train.threads)
     start_logging(accelerator.is_main_process)
@@ -34,7 +35,7 @@ def evaluate_run(run_dir: Path, asked: Asked) -> None:
     arguments = {**asked.arguments(), "weights": files.sha256(run.weights)}
     with plain_failures(accelerator, "eval.batch_size", config.eval.batch_size):
         check_started_alike(config, accelerator, arguments)
-        measure(Measurement(run, config, accelerator), final_weights(run), asked)
+        measure(Measurement(run, config, accelerator, own=own), final_weights(run), asked)
 
 
 def _check_overrides(own: Config, config: Config) -> None:

@@ -96,7 +96,8 @@ def judge(folder: RunFolder, model: Reference | None, asked: Asked) -> None:
         check_same_start(accelerator, identity)
         on_main(accelerator, partial(_take, folder, own, accelerator, identity, data))
         subject = Subject(lambda: network, identity, {"weights": weights})
-        measure(Measurement(folder, config, accelerator), subject, asked, data)
+        home = load(folder.judged, [], Judged)
+        measure(Measurement(folder, config, accelerator, own=home), subject, asked, data)
 
 
 def _own(folder: RunFolder, model: Reference | None, overrides: Sequence[str]) -> Judged:

@@ -85,13 +85,17 @@ class Asked:
 
 @dataclass(frozen=True)
 class Measurement:
-    """`config.eval`'s attacks on a network, in a folder. between: as of `Supervision`."""
+    """`config.eval`'s attacks on a network, in a folder.
+
+    own: the folder's configuration, where `config` is another. between: as of `Supervision`.
+    """
 
     folder: RunFolder
     config: Config | Judged
     accelerator: Accelerator
     tracker: Tracker | None = None
     between: Callable[[], None] = lambda: None
+    own: Config | Judged | None = None
 
     def take(self, subject: Subject, data: Dataset | None = None) -> None:
         """Measure, and record what comes out. Every rank calls this.
@@ -125,11 +129,18 @@ class Measurement:
                 "split": "test",
                 "fingerprint": in_words(data.fingerprint),
             }
-            write_results(self.folder, results, examples, {**subject.about, **where})
+            pictures = examples if self._at_home() else None
+            write_results(self.folder, results, pictures, {**subject.about, **where})
             unfinished.finished()
             if self.tracker:
                 self.tracker.results()
             results_table(results, said=doubtful)
+
+    def _at_home(self) -> bool:
+        """Whether it is of the folder's own images and ball, of which its pictures are."""
+        own, now = self.own or self.config, self.config
+        alike = [(each.data.name, each.threat.norm, each.threat.eps) for each in (own, now)]
+        return alike[0] == alike[1]
 
     def identity(self, subject: Subject, data: Dataset) -> dict[str, Any]:
         """Return everything that the figures depend on, but for the number of ranks."""
@@ -141,6 +152,8 @@ class Measurement:
             "eval": {key: getattr(config.eval, key) for key in ("step_size", "loss", "seed")},
             "attacks": config.eval.attacks,
             "limit": config.eval.limit,
+            "attack_options": config.eval.attack_options,
+            "sources": config.sources(),
         }
 
 

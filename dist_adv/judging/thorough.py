@@ -7,6 +7,7 @@ the ball is so large that every image can become any other.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from dist_adv.evaluation.results import Result, wilson
 from dist_adv.evaluation.tally import Tally
 from dist_adv.evaluation.unfinished import Unfinished
 from dist_adv.judging.measurement import Asked, Measurement, Subject, load_test_images
-from dist_adv.judging.network import load_everywhere
+from dist_adv.judging.network import digest_of, load_everywhere
 from dist_adv.terminal import bar
 from dist_adv.text import pixels
 
@@ -45,8 +46,6 @@ _BENT = 0.2
 # Too few classes for an attack of an ensemble; and what AutoAttack says of one image of 200, where
 # figures are compared by their intervals here.
 _PASSED_OVER = (" is left out", "Square, which takes no gradient")
-_WIDEST = {"linf": 0.5, "l2": 7.9}
-"""Radii within which no network can be right: in the first every image can become grey."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class Examined:
         if wide and wide[-1].accuracy > 0.05:
             yield (
                 f"{wide[-1].accuracy:.1%} are right within eps {wide[-1].settings['eps']:.2g}, in "
-                f"which an image can become any other: the gradients do not lead there"
+                f"which every image can become grey: the gradients do not lead there"
             )
 
     def _bent(self) -> Iterator[str]:
@@ -163,8 +162,9 @@ def examine(
     config, accelerator = measurement.config, measurement.accelerator
     main = accelerator.is_main_process
     model = subject.load().to(accelerator.device)
-    given = None
+    given, other = None, ""
     if second is not None:
+        other = digest_of(second)
         kind = _transfer(second.to(accelerator.device))
         given = plugins.give("transfer", GROUP, kind)
     figures: dict[str, Result] = {}
@@ -175,7 +175,8 @@ def examine(
     ):
         display = EvaluationDisplay(progress)
         doubtful = doubts(model, data, config.eval)
-        for part in _parts(config.threat, config.eval.seed, len(data.classes), given):
+        widest = _widest(config.threat.norm, math.prod(data.images.shape[1:]))
+        for part in _parts(config.threat, config.eval.seed, len(data.classes), given, widest):
             options = _options(config.eval, part)
             threat = build_threat(config.threat.norm, part.eps or config.threat.eps)
             about = measurement.identity(subject, data) | {
@@ -184,6 +185,7 @@ def examine(
                 "limit": options.limit,
                 "eval": {key: getattr(options, key) for key in ("step_size", "loss", "seed")},
                 "threat": [threat.norm, threat.eps],
+                "second": other if part.attacks == [given] else "",
             }
             unfinished = Unfinished(measurement.folder.path, about, accelerator)
             kept.append(unfinished)
@@ -202,7 +204,17 @@ def examine(
         _show(examined)
 
 
-def _parts(threat: ThreatOptions, seed: int, classes: int, transfer: str | None) -> Iterator[Part]:
+def _widest(norm: str, numbers: int) -> float:
+    """Return a radius within which no network can be right: every image can become grey.
+
+    numbers: of an image, one a pixel and channel.
+    """
+    return 0.5 if norm == "linf" else 0.5 * math.sqrt(numbers)
+
+
+def _parts(
+    threat: ThreatOptions, seed: int, classes: int, transfer: str | None, widest: float
+) -> Iterator[Part]:
     """Yield what is run, wider and wider balls last."""
     yield Part(["natural", "noise", "fgsm", "pgd-10", _STRONGEST])
     yield Part([_STRONGEST], ", margin", {"loss": "margin"})
@@ -213,7 +225,7 @@ def _parts(threat: ThreatOptions, seed: int, classes: int, transfer: str | None)
     yield Part(["autoattack"])
     if transfer:
         yield Part([transfer])
-    radius, widest = threat.eps, _WIDEST[threat.norm]
+    radius = threat.eps
     while 0 < radius < widest:
         radius = min(2 * radius, widest)
         yield Part(["pgd-20"], f", eps {pixels(radius)}", {"step_size": None}, radius)

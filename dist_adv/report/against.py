@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_adv.report.published import IN_PIXELS, Row, Settings, Source
+from dist_adv.report.published import IN_PIXELS, WITHOUT, Row, Settings, Source
 from dist_adv.report.tables import (
     Cell,
     Column,
@@ -34,6 +34,7 @@ _LABELS = {
 }
 # What runs had when there was no choice.
 _BEFORE_THE_KEY = {
+    **WITHOUT,
     "model.shortcut": "activated",
     "method.guard_rule": "wong",
     "method.attack_mode": "train",
@@ -126,7 +127,8 @@ def _setting(run: Run, key: str) -> Any:
     if key == "train.precision":
         return run.precision
     section, _, name = key.partition(".")
-    value = run.config.get(section, {}).get(name, _BEFORE_THE_KEY.get(key, "unknown"))
+    place = run.config.get(section, {}) if name else run.config
+    value = place.get(name or key, _BEFORE_THE_KEY.get(key, "unknown"))
     return "none" if (key, value) == ("method.guard", "warn") else value  # it only speaks
 
 
@@ -180,6 +182,8 @@ def _differences(
 def _written(key: str, value: Any) -> str:
     if isinstance(value, float) and key.rpartition(".")[2] in IN_PIXELS:
         return pixels(value)
+    if isinstance(value, Mapping):
+        return " ".join(f"{name} {_written(name, each)}" for name, each in value.items())
     return value if isinstance(value, str) else json.dumps(value)
 
 

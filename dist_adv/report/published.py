@@ -13,13 +13,29 @@ from dist_adv.text import nearest
 
 Settings = Mapping[str, Any]
 
+# What no row has unless it says so, and a run may have. Older runs lack some of these keys.
+WITHOUT: Settings = {
+    "average": None,
+    "awp": None,
+    "train.label_smoothing": 0.0,
+    "train.start": None,
+    "data.extra": None,
+    "data.crop_shift": 0,
+    "data.jitter": 0.0,
+    "data.erase": 0.0,
+    "data.mixup": 0.0,
+    "data.cutmix": 0.0,
+    "data.randaugment": None,
+    "optim.clip": None,
+}
+
 # What published.yaml writes as fractions, by the last part of its key.
 IN_PIXELS = ("alpha", "eps", "step_size")
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One experiment: the settings that are known of it, and what it reached."""
+    """One experiment: the settings that are known of it, or left out, and what it reached."""
 
     settings: Settings  # keys of a configuration, such as train.epochs
     percent: Mapping[str, float]  # accuracy by attack
@@ -62,7 +78,7 @@ def load_published(names: Sequence[str]) -> dict[str, Source]:
 def _source(record: dict[str, Any]) -> Source:
     rows = [
         Row(
-            settings=_numbers(record["settings"] | row["settings"]),
+            settings={**WITHOUT, **_numbers(record["settings"] | row["settings"])},
             percent=row["percent"],
             minutes=row.get("minutes"),
             remark=row.get("remark", ""),

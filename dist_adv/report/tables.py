@@ -254,6 +254,9 @@ def _settings_of_runs(runs: Sequence[Run]) -> dict[Column, list[Cell]]:
     }
 
 
+_MIXING = {"mixup": "mixup", "cutmix": "CutMix", "randaugment": "RandAugment"}
+
+
 def _additions(run: Run) -> str:
     """Return what was added to the method, in words; older configurations lack the keys."""
     config, added = run.config, []
@@ -267,6 +270,11 @@ def _additions(run: Run) -> str:
         added.append(f"eps warm-up of {ramp:g} epochs")
     if config.get("optim", {}).get("name") == "adamw":
         added.append("AdamW")
+    if start := config["train"].get("start"):
+        added.append(f"weights of {start}")
+    if extra := config["data"].get("extra"):
+        added.append(f"{extra['fraction']:.0%} generated images")
+    added += [name for key, name in _MIXING.items() if config["data"].get(key)]
     for first, changes in run.env.get("by_epoch", {}).items():
         added.append(f"from epoch {int(first) + 1} on {changes}")
     return ", ".join(added)

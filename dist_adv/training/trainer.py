@@ -22,6 +22,7 @@ from dist_adv.data.extra import with_extra
 from dist_adv.distributed.collectives import check_same_images, main_process_first, on_every
 from dist_adv.distributed.session import Session
 from dist_adv.errors import Preempted
+from dist_adv.evaluation.evaluate import check_fit
 from dist_adv.evaluation.results import Examples
 from dist_adv.runs import checkpoint
 from dist_adv.runs.folder import RunFolder
@@ -77,6 +78,7 @@ class Trainer:
         train, curve_data = train.hold_out(held_out) if held_out else (train, self.test_data)
         self.learner = Learner(config, accelerator, train)
         threat = build_threat(config.threat.norm, config.threat.eps)
+        check_fit(self.learner.copy, self.test_data, config.eval)
         curve = Curve(config.eval, curve_data, bool(held_out), threat, accelerator)
         self.kept = Kept(prints, Guard(config.method), curve, torch.zeros(4, dtype=torch.float64))
         self.writer = checkpoint.Writer()

@@ -13,6 +13,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard, constants
 from torch import Tensor
 
@@ -305,6 +306,20 @@ def test_the_claim(export: Export) -> None:
     ):
         assert f"{line}\n" in claim
     assert claim.startswith("# Paper Information\n")
+
+
+def test_further_data_are_stated(export: Export) -> None:
+    finished(WRN, NATURAL, AUTOATTACK)
+    about = Path("run/config.yaml")
+    tree = yaml.safe_load(about.read_text())
+    tree["data"]["extra"] = {"path": "edm.npz", "fraction": 0.7}
+    tree["train"]["start"] = "elsewhere"
+    about.write_text(yaml.safe_dump(tree))
+    assert export(*ROBUSTBENCH)[0] == 0
+    assert json.loads(Path("new/Me2026Fast.json").read_text())["additional_data"] is True
+    claim = Path("new/claim.md").read_text()
+    assert "- **Additional data**: true\n" in claim
+    assert "It started from elsewhere: additional data, where those weights" in claim
 
 
 def test_what_is_no_claim_yet(export: Export) -> None:

@@ -17,7 +17,7 @@ import fakes
 import forked
 import theirs
 from dist_adv import cli, plugins, rng
-from dist_adv.config import EvalOptions, Judged, Reference, load, parse_config
+from dist_adv.config import EvalOptions, Judged, Reference, ThreatOptions, load, parse_config
 from dist_adv.evaluation.attacks import Noise
 from dist_adv.evaluation.doubts import doubts
 from dist_adv.evaluation.images import subset
@@ -386,6 +386,64 @@ def test_an_examination_goes_on_where_it_was_cut(monkeypatch: pytest.MonkeyPatch
     assert not list(Path("cut").glob("unfinished-*"))
 
 
+def stopped(monkeypatch: pytest.MonkeyPatch, *command: str) -> None:
+    """Interrupt a command when everything is measured and nothing is written."""
+
+    def stop(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(thorough, "_alignment", stop)
+        patch.setattr(measurement, "write_results", stop)
+        assert cli._run(["eval", *command]) == 130
+
+
+def test_another_second_network_is_tried_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(*given: Any) -> list[thorough.Part]:
+        return [part for part in parts(*given) if set(part.attacks) <= set(QUICK)]
+
+    parts = thorough._parts
+    monkeypatch.setattr(thorough, "_parts", chosen)
+    mirrored = theirs.Red()
+    mirrored.centres.data = mirrored.centres.data.flip(0)  # whose images are less of a danger
+    monkeypatch.setattr(theirs, "READY", mirrored)
+    plugins._FOUND.pop((GROUP, "theirs:READY"), None)
+    shared = ["--model", "theirs:Red", *DATA, "threat.eps=0.2", "--thorough", "--limit", "40"]
+    stopped(monkeypatch, *shared, "--out", "out", "--second", "theirs:READY")
+    left = []
+    for out in ("out", "fresh"):
+        assert cli._run(["eval", *shared, "--out", out, "--second", "theirs:Red"]) == 0
+        figures = json.loads(Path(out, "thorough.json").read_text())["figures"]
+        left.append(figures["transfer"]["correct"])
+    assert left[0] == left[1]
+
+
+def test_an_attack_with_other_options_is_tried_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    attack = ["--attacks", "theirs:Darker"]
+    strong = 'eval.attack_options={"theirs:Darker": {strong: true}}'
+    stopped(monkeypatch, "--model", "theirs:Red", "--out", "out", *DATA, *attack)
+    found = judged("theirs:Red", *attack, strong)
+    assert found["theirs:Darker"]["correct"] < found["natural"]["correct"]
+    assert found["theirs:Darker"]["options"] == {"strong": True}
+
+
+def test_pictures_are_of_the_folders_own_ball() -> None:
+    judged("theirs:Red", "--attacks", "pgd-3", "--limit", "20")
+    pictures = Path("out", "examples.safetensors")
+    before = pictures.read_bytes()
+    assert cli._run(["eval", "out", "--attacks", "pgd-3", "threat.eps=0.3"]) == 0
+    assert pictures.read_bytes() == before
+    assert cli._run(["eval", "out", "--attacks", "fgsm"]) == 0
+    assert pictures.read_bytes() != before
+
+
+def test_the_widest_ball_is_that_in_which_images_become_grey() -> None:
+    for norm, radius in (("linf", 0.5), ("l2", 27.7)):
+        widest = thorough._widest(norm, 3 * 32 * 32)
+        *_, last = thorough._parts(ThreatOptions(norm=norm, eps=0.4), 0, 3, None, widest)
+        assert last.eps == pytest.approx(radius, abs=0.05)
+
+
 def test_what_goes_with_thorough(capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in (["--thorough", "--attacks", "fgsm"], ["--second", "theirs:Red"]):
         assert cli._run(["eval", "--model", "theirs:Red", *wrong]) == 2
@@ -436,14 +494,15 @@ def test_a_claims_commands_measure_it_again(capsys: pytest.CaptureFixture[str]) 
     settings = ["data.images=120", "threat.norm=l2", "threat.eps=1.5"]
     judged("theirs:Red", "--model-args", "strength=10", *settings, "--attacks", "pgd-3")
     others = ["eval.loss=margin", "eval.seed=3", "eval.step_size=0.02", "--limit", "50"]
-    assert cli._run(["eval", "out", "--attacks", "fgsm,pgd-4", *others]) == 0
+    others.append('eval.attack_options={"theirs:Darker": {strong: true}}')
+    assert cli._run(["eval", "out", "--attacks", "fgsm,pgd-4,theirs:Darker", *others]) == 0
     assert cli._run(["claim", "out"]) == 0
     assert cli._run(["claim", "--check", "out/claim.json"]) == 0
     stated = json.loads(Path("out", "claim.json").read_text())
     for command in stated["commands"]:
         assert cli._run([*shlex.split(command)[1:], "--out", "again"]) == 0
     again = results("again")
-    assert len(again) == len(stated["figures"]) == 4
+    assert len(again) == len(stated["figures"]) == 5
     for figure in stated["figures"]:
         for key in figure.keys() - {"seconds", "time"}:
             assert (key, again[figure["attack"]][key]) == (key, figure[key])
@@ -492,6 +551,7 @@ def test_what_is_no_claim(capsys: pytest.CaptureFixture[str]) -> None:
         return capsys.readouterr().err
 
     judged("theirs:Red", "--attacks", "natural")
+    assert "threat.eps: 0.1 -> 0.2 is none of a claim's" in no("out", "threat.eps=0.2")
     assert "no attack was run" in no("out")
     Path("empty").mkdir()
     assert "is no run folder" in no("empty")

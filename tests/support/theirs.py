@@ -55,6 +55,19 @@ class Around(nn.Module):
         return self.after(logits) if self.after else logits
 
 
+class Darker:
+    """An attack that takes from red what the ball allows, where it is told to."""
+
+    class Options(dist_adv.AttackOptions):
+        strong: bool = False
+
+    def __init__(self, options: Options, threat: dist_adv.Threat) -> None:
+        self.step = threat.eps * options.strong
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+        return (x - self.step).clamp(0, 1)
+
+
 class Stubborn(nn.Module):
     """Trains whatever it is told."""
 

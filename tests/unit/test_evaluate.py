@@ -1,6 +1,7 @@
 """Reported accuracies: exact counts, the same however they are computed, and marked if doubtful."""
 
 import json
+import multiprocessing
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from dist_adv.data import Dataset
 from dist_adv.errors import UserError
 from dist_adv.evaluation.evaluate import Supervision, _flag_contradictions, evaluate
 from dist_adv.evaluation.results import Result, wilson
-from dist_adv.evaluation.unfinished import Unfinished
+from dist_adv.evaluation.unfinished import Entry, Unfinished
 from dist_adv.models import PreActResNet18Options, build_model
 
 THREAT = Linf(0.2)
@@ -386,8 +387,9 @@ def test_labels_of_other_classes_are_refused(names, measure):
 def test_dlr_needs_three_classes(measure):
     data = made_up(torch.tensor([0, 1, 1]), classes=2)
     model = build_model(PreActResNet18Options(width=2), [0.5], [0.3], data.classes, 0)
-    with pytest.raises(UserError, match="dlr needs three classes"):
-        measure(model, data, ["pgd-2"], loss="dlr")
+    for network in (model, nn.Sequential(model)):  # of ours, and of anybody
+        with pytest.raises(UserError, match="dlr needs three classes"):
+            measure(network, data, ["pgd-2"], loss="dlr")
     assert measure(model, data, ["pgd-2"], loss="margin")["pgd-2"].n == 3
 
 
@@ -400,6 +402,25 @@ def test_progress_counts_images(accelerator, digits, digits_net):
     options = EvalOptions(attacks=["pgd-2"], batch_size=200)
     evaluate(digits_net, digits, THREAT, options, accelerator, Supervision(progress))
     assert said == [("pgd-2", 200, 359), ("pgd-2", 359, 359)]
+
+
+def test_the_same_evaluation_may_be_started_twice(accelerator, tmp_path):
+    """Each process writes the file of both whole, and finds nothing of the other's half done."""
+    about, entry = {"weights": "a"}, Entry(sums=[1.0] * 50)
+
+    def write():
+        unfinished = Unfinished(tmp_path, about, accelerator)
+        for _ in range(100):
+            unfinished.keep("pgd-10", entry)
+
+    processes = [multiprocessing.get_context("fork").Process(target=write) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert Unfinished(tmp_path, about, accelerator).entries == {"pgd-10": entry}
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 class Interrupted(Exception):

@@ -265,7 +265,11 @@ def test_a_record_gives_the_case_that_is_planned(tmp_path: Path):
         "Free m=4, fp32, batch 128, compile none",
         "Fast, bf16, batch 128, compile none",
         "Fast 512 max",
+        "A method of two words, bf16, batch 64, compile none",
     )
+    other = {"name": "natural"}
+    with pytest.raises(UserError, match="it has A method of two words bf16 none, Fast bf16 none"):
+        read_step_times(path, config(other), CIFAR)
     free = {"name": "free", "replays": 8}  # of whose replays each is a step
     points, about = read_step_times(path, config(free), CIFAR)
     assert points == {128: 0.010, 512: 0.011}

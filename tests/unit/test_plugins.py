@@ -286,6 +286,32 @@ def test_an_attack_that_leaves_the_ball_is_held_in_it(
     assert own.flags == ["its images left the ball or [0, 1] and were projected"]
 
 
+def test_images_that_are_not_finite_count_as_they_were(
+    write: Write, digits: Dataset, digits_net: torch.nn.Module
+) -> None:
+    """As of an attack that divides by the norm of a gradient, which is 0 at times."""
+    name = f"{write(ATTACK.format(attack='return x / (y > 4).view(-1, 1, 1, 1)'))}:Attack"
+    options = EvalOptions(attacks=["natural", name], limit=50)
+    (natural, own), _ = evaluate(digits_net, digits, Linf(0.1), options, Accelerator(cpu=True))
+    assert own.correct == natural.correct
+    assert own.flags == ["some of its images were not finite; they count as they were"]
+
+
+def test_any_name_and_options_of_any_names(
+    write: Write, digits: Dataset, digits_net: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of which are taken for PGD's, or for the figure's own."""
+    attack = ATTACK.replace("tries: int", "n: int").format(attack="return x")
+    point = EntryPoint("pgdmine", f"{write(attack)}:Attack", "dist_adv.attacks")
+    monkeypatch.setattr(plugins, "installed", lambda group: {"pgdmine": point})
+    options = EvalOptions(
+        attacks=["fgsm", "pgd-2", "pgdmine"], attack_options={"pgdmine": {"n": 3}}, limit=50
+    )
+    (*_, own), _ = evaluate(digits_net, digits, Linf(0.1), options, Accelerator(cpu=True))
+    assert own.record()["n"] == 50
+    assert own.record()["options"] == {"n": 3}
+
+
 def test_options_of_attacks(write: Write) -> None:
     name = f"{write(ATTACK.format(attack='return x'))}:Attack"
     chosen = {"attacks": [name], "attack_options": {name: {"tries": 3}}}

@@ -241,6 +241,9 @@ def test_lines_from_the_end(tmp_path: Path) -> None:
     assert list(files.backwards(path)) == content.splitlines(keepends=True)[::-1]
     files.drop_torn_line(path)
     assert path.read_bytes() == content.removesuffix(b"torn")
+    path.write_bytes(b'{"a": 1}\n{"b": 2}')  # as an editor may leave it
+    files.drop_torn_line(path)
+    assert path.read_bytes() == b'{"a": 1}\n{"b": 2}\n'
 
 
 @pytest.fixture(scope="module")

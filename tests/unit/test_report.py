@@ -150,7 +150,15 @@ def test_what_is_added_to_a_method_is_said(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name) for name in ("alone", "with", "also")]
     for run, added in (
         (runs[1], {"average": {"epochs": 4.0}, "awp": {"gamma": 0.01, "start": 0.0}}),
-        (runs[2], {"optim": {"name": "adamw"}, "threat": {"warmup": 5.0}}),
+        (
+            runs[2],
+            {
+                "optim": {"name": "adamw"},
+                "threat": {"warmup": 5.0},
+                "data": {"extra": {"path": "edm.npz", "fraction": 0.7}, "cutmix": 1.0},
+                "train": {"start": "natural"},
+            },
+        ),
     ):
         config = yaml.safe_load((run / "config.yaml").read_text())
         for section, keys in added.items():
@@ -161,7 +169,8 @@ def test_what_is_added_to_a_method_is_said(tmp_path: Path) -> None:
     assert {row[0]: row[header.index("With")] for row in rows} == {
         "alone": "-",
         "with": "average of 4 epochs, AWP 0.01, label smoothing 0.1",
-        "also": "label smoothing 0.1, eps warm-up of 5 epochs, AdamW",
+        "also": "label smoothing 0.1, eps warm-up of 5 epochs, AdamW, weights of natural, "
+        "70% generated images, CutMix",
     }
     same = report_on([shutil.copytree(runs[1], tmp_path / "same"), runs[1]], tmp_path / "b")
     assert "Alike in all runs: with average of 4 epochs, AWP 0.01, label" in same.markdown

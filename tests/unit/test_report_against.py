@@ -63,6 +63,7 @@ def full_run(
     for section, options in PAPER.items():
         config[section] = options | changes.get(section, {})
     config["threat"] |= changes.get("threat", {})
+    config |= {key: changes[key] for key in ("awp", "average") if key in changes}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     home = {"dataset": config["data"]["name"]}
     write_lines(folder / "results.jsonl", [line | home for line in results or []])
@@ -231,17 +232,22 @@ def test_every_difference_is_said(tmp_path: Path) -> None:
         model={"width": 16},
         data={"name": "imagefolder", "root": "/elsewhere", "augment": False, "crop_padding": 0},
         optim={"lr": 0.1, "schedule": "multistep", "cycle_momentum": False},
-        train={"epochs": 4, "batch_size": 200, "precision": "bf16"},
+        train={"epochs": 4, "batch_size": 200, "precision": "bf16", "label_smoothing": 0.3},
+        awp={"gamma": 0.005, "start": 0},
+        average={"epochs": 0.5},
     )
     (pair,) = pairs_of(run)
     assert sorted(pair.differences) == [
         "augment false instead of true",
+        "average epochs 0.5 instead of null",
+        "awp gamma 0.005 start 0 instead of null",
         "batch 200 instead of 256",
         "crop padding 0 instead of null",
         "cycle momentum false instead of true",
         "data imagefolder instead of cifar10",
         "epochs 4 instead of 45",
         "guard stop instead of none",
+        "label smoothing 0.3 instead of 0.0",
         "lr 0.1 instead of 0.2",
         "precision bf16 instead of fp16",
         "ranks 2 instead of 1",
@@ -251,6 +257,26 @@ def test_every_difference_is_said(tmp_path: Path) -> None:
         "width 16 instead of 64",
     ]
     assert pair.verdict == "not the same experiment"
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        {"awp": {"gamma": 0.005, "start": 0}},
+        {"average": {"epochs": 2}},
+        {"train": {"label_smoothing": 0.1}},
+        {"train": {"start": "runs/natural"}},
+        {"data": {"extra": {"path": "edm.npz", "fraction": 0.7}}},
+        {"data": {"cutmix": 1.0}},
+    ],
+)
+def test_what_no_publication_has_makes_another_experiment(
+    added: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    run = full_run(tmp_path / "run", FREE, free(0.475), **{"optim": {"lr": 0.04}} | added)
+    (pair,) = pairs_of(run)
+    assert pair.verdict == "not the same experiment"
+    assert len(pair.differences) == 1
 
 
 def test_a_run_that_has_not_finished_or_was_kept_short(tmp_path: Path) -> None:

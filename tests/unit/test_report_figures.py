@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -15,7 +16,7 @@ from PIL import Image
 
 from dist_adv.config import parse_config
 from dist_adv.report import write_report
-from dist_adv.report.figures import album
+from dist_adv.report.figures import album, replays
 from dist_adv.report.figures.colours import COLOURS, give_looks
 from dist_adv.runs.run import read_runs
 from dist_adv.training.run import train_run
@@ -139,6 +140,22 @@ def test_replays(digits_report):
     for axes in times:
         assert axes.lines[0].get_xdata().tolist() == [2, 4]
     assert legend(figure) == ["Natural", "FGSM", "PGD-3"]
+
+
+@pytest.mark.parametrize(
+    "other", [{"awp": {"gamma": 0.01}}, {"average": {"epochs": 1}}, {"label_smoothing": 0.1}, {}]
+)
+def test_replays_of_other_experiments_are_no_series(other, tmp_path):
+    settings = []
+    for m, more in ((2, {}), (4, other)):
+        folder = run(tmp_path, f"m{m}", "free", 0.4)
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config["method"]["replays"] = m
+        (config["train"] if "label_smoothing" in more else config).update(more)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        (read,) = read_runs([folder])
+        settings.append(replays._settings(read))
+    assert (settings[0] == settings[1]) == (not other)
 
 
 def run(root: Path, name: str, method: str, robust: float, **more: Any) -> Path:

@@ -40,10 +40,13 @@ def draw(album: Album, runs: Sequence[Run]) -> None:
 
 def _settings(run: Run) -> str:
     """Everything but m and the length of training that an accuracy depends on."""
-    config = {key: dict(run.config.get(key, {})) for key in ("threat", "model", "data", "optim")}
+    keys = ("threat", "model", "data", "optim", "average", "awp")
+    config = {key: dict(run.config.get(key) or {}) for key in keys}
     config["data"].pop("root", None)  # the same images on another machine
     method = {key: value for key, value in run.config["method"].items() if key != "replays"}
-    train = {key: run.config["train"][key] for key in ("batch_size", "seed")}
+    # Of older runs those lack that came later, which were none of these then.
+    of_train = ("batch_size", "seed", "label_smoothing", "start")
+    train = [run.config["train"].get(key) or None for key in of_train]
     return json.dumps([config, method, train], sort_keys=True)
 
 
