@@ -79,8 +79,7 @@ def train(
     (run,) = read_runs([Path(run_dir)])
     if model is not None:
         weights = load_file(run.folder / "model.safetensors")
-        own = {key.removeprefix("net."): each for key, each in weights.items()}
-        model.load_state_dict({key: own[key] for key in model.state_dict()})
+        model.load_state_dict({key: weights[f"net.{key}"] for key in model.state_dict()})
     return run
 
 
@@ -110,7 +109,7 @@ def evaluate(
     """
     tree = {"method": {"name": "natural"}, "eval": {"attacks": list(attacks), **options}}
     chosen: EvalOptions = parse_config(tree, "evaluate").eval
-    known = getattr(model, "architecture", {}).get("classes")  # what a network of ours calls them
+    known = model.architecture["classes"] if isinstance(model, models.Classifier) else None
     images = datasets.of_tensors("given:images", *_tensors(data), known)
     first = next(iter([*model.parameters(), *model.buffers()]), torch.zeros(0))
     training = {module: module.training for module in model.modules()}
@@ -157,16 +156,15 @@ class _Pair:
     Options = DataOptions
 
     def __init__(self, train: Images, test: Images) -> None:
-        self.splits = {"train": train, "test": test}
+        self.splits = {"train": _tensors(train), "test": _tensors(test)}
 
     def __call__(self, options: DataOptions) -> "_Pair":
         return self
 
     def load(self, split: str) -> tuple[Tensor, Tensor, list[str]]:
         """Return images, labels and the names of classes, which are those of both splits."""
-        both = {name: _tensors(given) for name, given in self.splits.items()}
-        classes = 1 + max(int(labels.max()) for _, labels in both.values())
-        images, labels = both[split]
+        classes = 1 + max(int(labels.max()) for _, labels in self.splits.values())
+        images, labels = self.splits[split]
         return images, labels, [str(label) for label in range(classes)]
 
 
@@ -181,8 +179,9 @@ def _tensors(given: Images) -> tuple[Tensor, Tensor]:
 
 
 def _image(image: Any) -> Tensor:
-    """Return (C, H, W) of a tensor, or of a picture whose channels are last or left out."""
-    if isinstance(image, Tensor):
-        return image
-    pixels = torch.from_numpy(np.array(image))
+    """Return (C, H, W) of numbers that are so, or of a picture of Pillow's."""
+    if isinstance(image, Tensor | np.ndarray):
+        return torch.as_tensor(image)
+    palette = image.mode == "P"
+    pixels = torch.from_numpy(np.array(image.convert("RGB") if palette else image))
     return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)

@@ -49,8 +49,13 @@ class How:
 def run_pack(source: Path, out: Path, how: How) -> dict[str, int]:
     """Pack `source`/train and `source`/test into `out`; return how many images each has.
 
-    Raises as `pack` does.
+    Raises as `pack` does, before anything is packed where either folder is missing.
     """
+    for split in ("train", "test"):
+        if not (source / split).is_dir():
+            raise UserError(
+                f"{source / split}: is no folder; a source has train/<class>/ and test/<class>/"
+            )
     counts = {}
     with bar(True) as progress:
         for split in ("train", "test"):
@@ -91,7 +96,8 @@ def pack(
         raise RunFailure(f"{out}: could not be written ({error.strerror})") from error
     count = len(listing.paths)
     index = PackIndex(images=count, classes=listing.classes, files=found, **told)
-    on_disk.replace(out / INDEX_FILE, index.model_dump_json(indent=1).encode())
+    # Not pydantic's JSON, which knows no names that are no UTF-8.
+    on_disk.replace(out / INDEX_FILE, json.dumps(index.model_dump(), indent=1).encode())
     (out / BEGUN).unlink(missing_ok=True)
     for part in out.glob("*.part.npy"):
         part.unlink()

@@ -49,7 +49,9 @@ class ExtraOptions(Options):
 
 
 class DataOptions(Options):
-    """Which images. `augment`: the set's usual random crop, and flip where that means the same."""
+    """Which images. `augment`: the set's usual random crop, and flip where that means the same.
+
+    false: nothing of what is below that changes training images at random either."""
 
     name: str = "cifar10"
     root: str | None = None
@@ -95,6 +97,10 @@ class DataOptions(Options):
                     raise ValueError(
                         f"{key}: the images of {self.name} are not resized; leave it out"
                     )
+        elif self.name not in FOLDERS:  # whose class may read `size` itself
+            for key in ("shorter", "crop_scale"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key}: is of pictures in folders and packs; leave it out")
         for key in ("shorter", "crop_scale"):
             if getattr(self, key) is not None and self.size is None:
                 raise ValueError(f"{key}: needs data.size, the size that images have afterwards")
@@ -466,7 +472,7 @@ def _somebodys(options: DataOptions, split: str) -> Dataset:
     kind = plugins.find(name, GROUP, {})
     try:
         images, labels, classes = kind(options).load(split)
-        images, labels = torch.as_tensor(images), torch.as_tensor(labels).long()
+        images, labels = torch.as_tensor(images), torch.as_tensor(labels)
     except UserError:
         raise
     except Exception as error:

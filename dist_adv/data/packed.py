@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from torch import Tensor
 
 from dist_adv import files as on_disk
@@ -125,7 +125,7 @@ def read_index(folder: Place) -> PackIndex:
     """Return the index of a split. Raises UserError."""
     path = folder / INDEX_FILE
     try:
-        return PackIndex.model_validate_json(path.read_bytes())
+        return PackIndex.model_validate(json.loads(path.read_bytes()))
     except FileNotFoundError:
         begun = (folder / BEGUN).exists()
         problem = "its packing has not ended" if begun else "no split of a pack"
@@ -133,7 +133,7 @@ def read_index(folder: Place) -> PackIndex:
         raise UserError(f"data.root: {shown(folder)}: {problem}; {remedy}") from None
     except OSError as error:
         raise _refused(path, error) from None
-    except ValidationError:
+    except (ValueError, RecursionError):  # pydantic's errors are ValueErrors
         raise UserError(f"data.root: {shown(path)}: is no index of a pack; restore it") from None
 
 

@@ -24,6 +24,7 @@ from dist_adv.text import said
 # The data give the first two. The others read files, which the metadata of a weights file may not.
 _OURS = {"in_chans", "num_classes", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
 _OURS |= {"checkpoint_path", "weights", "weights_backbone"}
+_TWO_HEADS = ("googlenet", "inception_v3")
 
 
 class _LibraryOptions(ModelOptions):
@@ -96,6 +97,11 @@ def torchvision_network(
             f"model.name: torchvision's networks take 3 channels, and these images have "
             f"{in_channels}; use model.name=timm"
         )
+    if pretrained and arch in (*_TWO_HEADS, "squeezenet1_0", "squeezenet1_1"):
+        raise UserError(
+            f"model.pretrained: the published weights of {arch} do not fit what is trained here; "
+            f"use false, or model.name=timm"
+        )
     with _complaints("torchvision", arch, models.list_models):
         if not pretrained:
             return models.get_model(arch, num_classes=num_classes, **args)
@@ -115,7 +121,7 @@ def describe(options: TimmOptions | TorchvisionOptions, size: Sequence[int]) -> 
     if isinstance(options, TorchvisionOptions):
         if arch.startswith("vit_"):
             args.setdefault("image_size", size[0])
-        if arch in ("googlenet", "inception_v3"):  # they would answer with a tuple in training
+        if arch in _TWO_HEADS:  # they would answer with a tuple in training
             args |= {"aux_logits": False, "init_weights": True}
         return options.model_dump() | {"args": args}
     timm = _timm()

@@ -1,6 +1,7 @@
 """Turn run folders into a report: one HTML page, the same in Markdown, a CSV file and PNG files."""
 
 import base64
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from dist_adv.report.text import headline, notices
 from dist_adv.runs.run import read_runs
 
 __all__ = ["write_report"]
+
+log = logging.getLogger("dist_adv")
 
 _TITLE = "# Adversarial training report"
 _FILES = ("report.md", "report.html", "results.csv", "against.csv")
@@ -42,7 +45,9 @@ def write_report(runs: Sequence[Path], out: Path, against: Sequence[str] = ()) -
     read = read_runs(runs)
     pairs = {name: set_beside(read, source) for name, source in sources.items()}
     _check_out(out)
-    comparison = compare(read)
+    comparison, uncompared = compare(read)
+    if uncompared:
+        log.warning("%s", uncompared)
     try:
         out.mkdir(parents=True, exist_ok=True)
         # First of all, so that the rest is known for a report's by whoever writes it again.
@@ -51,7 +56,7 @@ def write_report(runs: Sequence[Path], out: Path, against: Sequence[str] = ()) -
             "headline": headline(read),
             "explanation": explanation(read),
             "methods": methods(read),
-            "notices": notices(read),
+            "notices": [*notices(read), *([uncompared] if uncompared else [])],
             "tables": [
                 results(read),
                 *seed_tables(read),

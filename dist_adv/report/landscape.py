@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from dist_adv import rng
 from dist_adv.attacks import ascend, frozen
 from dist_adv.attacks.threat import Threat, build
+from dist_adv.config import load_config
 from dist_adv.errors import UserError
-from dist_adv.models import load_model
+from dist_adv.models import is_somebodys, load_model
 from dist_adv.runs.run import Examples, Run
 from dist_adv.terminal import bar
 
@@ -105,6 +106,8 @@ def survey_runs(runs: Sequence[Run], examples: Examples) -> Landscape:
 
 
 def _load(run: Run, examples: Examples) -> nn.Module:
+    if is_somebodys(run.config["model"]["name"]):
+        load_config(run.folder / "config.yaml")  # which imports it
     model = load_model(run.folder)
     architecture = model.architecture
     fits = architecture["classes"] == list(examples.classes)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dist_adv.errors import UserError
 from dist_adv.report.tables import Cell, Column, Table, method_options, method_title
 from dist_adv.runs.run import Examples, Run, best_of_each_method
 from dist_adv.text import percent, pixels
@@ -23,19 +24,23 @@ class Comparison:
     landscape: "Landscape"
 
 
-def compare(runs: Sequence[Run]) -> Comparison | None:
+def compare(runs: Sequence[Run]) -> tuple[Comparison | None, str]:
     """Look at the networks of the runs that compare; None where there are not two.
 
-    Raises UserError where a network cannot be read or does not fit the example images.
+    The tables and curves need no network: where one cannot be had, or does not fit the example
+    images, there is no comparison either, and why is the second.
     """
     chosen = comparable(runs)
     if len(chosen) < 2:
-        return None
+        return None, ""
     from dist_adv.report.landscape import survey_runs  # a report without networks needs no torch
 
     examples = chosen[0].examples
     assert examples is not None
-    return Comparison(chosen, examples, survey_runs(chosen, examples))
+    try:
+        return Comparison(chosen, examples, survey_runs(chosen, examples)), ""
+    except UserError as error:
+        return None, f"networks are not compared: {error}"
 
 
 def comparable(runs: Sequence[Run]) -> list[Run]:

@@ -274,7 +274,8 @@ def _additions(run: Run) -> str:
         added.append(f"weights of {start}")
     if extra := config["data"].get("extra"):
         added.append(f"{extra['fraction']:.0%} generated images")
-    added += [name for key, name in _MIXING.items() if config["data"].get(key)]
+    if config["data"].get("augment", True):
+        added += [name for key, name in _MIXING.items() if config["data"].get(key)]
     for first, changes in run.env.get("by_epoch", {}).items():
         added.append(f"from epoch {int(first) + 1} on {changes}")
     return ", ".join(added)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import dist_adv
 from cases import make_images
+from dist_adv.api import _tensors
 from dist_adv.distributed.start import as_it_was
 from dist_adv.errors import UserError
 from dist_adv.training import checks
@@ -124,6 +125,7 @@ class Tuned(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.normalize = dist_adv.models.layers.Normalize([0.4], [0.2])
         self.first, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
         self.first.requires_grad_(False)
         block = nn.Conv2d(6, 6, 3, padding=1)
@@ -135,7 +137,7 @@ class Tuned(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.first(x))
+        x = self.norm(self.first(self.normalize(x)))
         for block in self.blocks:
             x = block(x).relu()
         return self.last(x.mean((2, 3)))
@@ -150,7 +152,7 @@ def test_a_network_is_trained_as_it_says(method: str, awp: Any, tmp_path: Path) 
     dist_adv.train(tree, tmp_path, model=theirs, data=(data, data))
     after = theirs.state_dict()
     assert {name for name in before if after[name].equal(before[name])} == {
-        *("first.weight", "first.bias"),
+        *("first.weight", "first.bias", "normalize.mean", "normalize.std"),
         *("norm.running_mean", "norm.running_var", "norm.num_batches_tracked"),
     }
     assert after["blocks.0.weight"].equal(after["blocks.1.weight"])
@@ -201,6 +203,37 @@ def test_evaluation_of_any_network(tmp_path: Path) -> None:
     more = nn.Sequential(net, nn.ConstantPad1d((0, 5), -99.0))  # classes that no label has
     assert dist_adv.evaluate(more, (x, y), **asked)["natural"].correct == right
     assert results[0]["pgd-3"].settings["eps"] == 0.05
+
+
+class Numbers(Pictures):
+    """Map-style, of arrays as NumPy has them, channels first as in the pairs."""
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        return self.x[i].numpy(), int(self.y[i])
+
+
+class Palettes(Pictures):
+    """Map-style, of pictures that hold the places of their colours in a table."""
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        picture, label = super().__getitem__(i)
+        return picture.convert("P", palette=Image.Palette.ADAPTIVE), label
+
+
+def test_what_pictures_and_arrays_are() -> None:
+    x, y = images(6)
+    x[:, :, :, 3:] = x[:, :, :, :3]  # few colours
+    for kind in (Pictures, Numbers, Palettes):
+        found, labels = _tensors(kind((x, y)))
+        assert found.equal(x), kind
+        assert labels.equal(y)
+
+
+def test_a_networks_own_attributes_are_its_own() -> None:
+    net = network()
+    net.architecture = "three layers"
+    found = dist_adv.evaluate(net, images(9), threat=dist_adv.Linf(0.05), attacks=["natural"])
+    assert found["natural"].n == 9
 
 
 def test_evaluation_of_a_network_that_was_trained_here(tmp_path: Path) -> None:

@@ -187,6 +187,11 @@ def test_what_there_is_none_of():
         (TimmOptions(arch="resnet10t", stem="conv"), "stem: resnet10t is no ConvNeXt and no"),
         (TimmOptions(arch="vit_small_patch14_dinov2", stem="conv"), "which no halvings make"),
         (TimmOptions(arch="local-dir:/nowhere"), "cannot be had .*config.json"),
+        (
+            TorchvisionOptions(arch="googlenet", pretrained=True),
+            "the published weights of googlenet do not fit",
+        ),
+        (TorchvisionOptions(arch="squeezenet1_1", pretrained=True), "of squeezenet1_1 do not fit"),
         (TorchvisionOptions(arch="resnet8"), "is not known to torchvision; did you mean"),
     ):
         with pytest.raises(UserError, match=f"^model.*{says}"):

@@ -307,10 +307,29 @@ def test_pictures_that_cannot_be_packed(folder, tmp_path, capsys):
     assert "00001.jpg: not a readable image; repair or remove it" in capsys.readouterr().err
     assert cli._run(["pack", str(folder), str(tmp_path / "raw"), "--raw"]) == 2
     assert "give --size" in capsys.readouterr().err
+    (broken / "test").rename(broken / "val")
+    assert cli._run(["pack", str(broken), str(tmp_path / "none")]) == 2
+    said = capsys.readouterr().err
+    assert "images/test: is no folder; a source has train/<class>/ and test/<class>/" in said
+    assert not (tmp_path / "none").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "train").write_text("a file")
     assert cli._run(["pack", str(folder), str(tmp_path / "mine")]) == 2
     assert "name another folder" in capsys.readouterr().err
+
+
+def test_a_class_whose_name_is_no_utf_8(tmp_path):
+    source = tmp_path / "images"
+    make_images(source, classes=2, train=2, test=2)
+    name = os.fsdecode(b"caf\xe9")
+    for split in ("train", "test"):
+        try:
+            (source / split / "class_000").rename(source / split / name)
+        except OSError:
+            pytest.skip("this file system takes UTF-8 alone")
+    run_pack(source, tmp_path / "out", How(size=8, raw=True))
+    options = DataOptions(name="packed", root=str(tmp_path / "out"))
+    assert name in load_dataset(options, "train").classes
 
 
 def test_keys_that_do_not_fit():
@@ -319,6 +338,7 @@ def test_keys_that_do_not_fit():
         ({"name": "packed", "crop_scale": (0.1, 1.0)}, "needs data.size"),
         ({"name": "packed", "size": 9, "crop_scale": (0.5, 0.1)}, "the least and the largest"),
         ({"name": "packed", "size": 9, "shorter": 8}, "is less than data.size=9"),
+        ({"name": "theirs:Reds", "size": 8, "shorter": 9}, "shorter: is of pictures in folders"),
     ):
         with pytest.raises(ValueError, match=says):
             DataOptions.model_validate(keys)

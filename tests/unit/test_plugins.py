@@ -244,6 +244,7 @@ def test_memory_is_no_fault_of_a_network(write: Write, images: Path, tmp_path: P
         ("return torch.full((2, 1, 4, 4), 7.0), [0, 1], 'ab'", r"must be in \[0, 1\]"),
         ("return torch.zeros(2, 1, 4, 4), [0, 2], 'ab'", "labels go from 0 to 2 and there are 2"),
         ("return torch.zeros(2, 1, 4, 4), [0], 'ab'", r"labels are torch.int64 \(1,\)"),
+        ("return torch.zeros(2, 1, 4, 4), [0.9, 0.1], 'ab'", r"labels are torch.float32 \(2,\)"),
         ("return 3", "cannot be loaded: "),
     ],
 )

@@ -348,6 +348,13 @@ def test_examples_say_what_is_shown(tmp_path):
     assert change.std() > 0.3  # from nearly black to nearly white
 
 
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
+def test_examples_of_any_number_of_channels(channels, tmp_path):
+    folder = run(tmp_path, "a", "fast", 0.4)
+    add_examples(folder, channels=channels, size=8)
+    assert "examples-a" in report_on([folder], tmp_path / "out")
+
+
 @pytest.mark.parametrize("natural", [False, True])
 def test_looks_of_many_methods(natural: bool, tmp_path: Path) -> None:
     """Seven have a colour each, and of more no two runs look the same."""

@@ -55,8 +55,10 @@ def draw(album: Album, run: Run, who: str) -> None:
 
 
 def show(axes: Axes, image: np.ndarray) -> None:
-    """Show the image (C, H, W) in [0, 1]."""
+    """Show the image (C, H, W) in [0, 1]; the mean of channels that are neither grey nor RGB."""
     pixels = np.moveaxis(image, 0, -1)
+    if pixels.shape[-1] not in (1, 3):
+        pixels = pixels.mean(-1)
     axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
     axes.grid(False)
