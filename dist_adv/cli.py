@@ -292,6 +292,10 @@ def sweep(
     """
     if limit and not slurm:
         raise click.UsageError("--limit goes with --slurm; here it is --jobs.")
+    if slurm and jobs > 1:
+        raise click.UsageError("--jobs is of this machine; with --slurm it is --limit.")
+    if only is not None and (slurm or wandb):
+        raise click.UsageError("--only takes one run here; leave --slurm and --wandb out.")
     if dry_run or wandb or slurm:
         _announce()
     else:

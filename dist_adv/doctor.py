@@ -425,7 +425,8 @@ def _steps(config: Config) -> Finding:
     try:
         count = images.n - config.data.validation
         network, mixes = blank_network(config, images), config.data.augmentation().mixes
-        for part in parts_of(config):
+        whole = config.model_copy(update={"train": train.model_copy(update={"max_steps": None})})
+        for part in parts_of(whole):
             size, drop_last = part.train.batch_size, part.data.drop_last
             check_divides(size, part.train.accumulate, ranks=1)
             batches, smallest = split(count, size, drop_last, 1, mixes)

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -19,10 +18,6 @@ from rich.progress import (
 )
 
 from dist_adv.errors import RunFailure
-
-if TYPE_CHECKING:
-    pass
-
 
 log = logging.getLogger("dist_adv")
 

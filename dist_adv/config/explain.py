@@ -32,12 +32,6 @@ def explain(
             return f"{key}: missing; set it"
         case "missing":
             return f"{key}: missing; a {key} is needed: {kind.NEEDS!r}"
-        case "union_tag_invalid":
-            kinds = re.findall("'(.*?)'", context["expected_tags"])
-            found = context["tag"]
-            return f"{key}.name: {found!r} is not known{nearest(found, kinds)}"
-        case "union_tag_not_found":
-            return f"{key}.name: missing{nearest('', _kinds(place[0]))}"
         case "name":
             return f"{key}.name: {error['msg']}"
         case "literal_error":
@@ -100,8 +94,3 @@ def _elsewhere(place: list[str], tree: Mapping[str, Any], kind: type[Config | Ju
 def _names_a_key(reason: str) -> bool:
     """Tell whether a message names its key, as those of checks of a whole section do."""
     return reason.split(":")[0].isidentifier() and ":" in reason
-
-
-def _kinds(section: str) -> list[str]:
-    """Return the names that a section of several kinds can have."""
-    return list(Config.model_json_schema()["properties"][section]["discriminator"]["mapping"])

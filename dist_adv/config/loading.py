@@ -83,7 +83,9 @@ def _overrides(assignments: Sequence[str]) -> dict[str, Any]:
         node = tree
         *parents, leaf = key.split(".")
         for parent in parents:
-            node = node.setdefault(parent, {})
+            if node.get(parent) is None:
+                node[parent] = {}  # what is said later wins
+            node = node[parent]
             if not isinstance(node, dict):
                 raise UserError(f"{key}: {parent} is set to a single value by another override")
         node[leaf] = parse_yaml(text, key)

@@ -14,8 +14,9 @@ _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 class Loader(yaml.SafeLoader):
     """YAML in which a key given twice is an error, and a number is what people take it for.
 
-    To YAML 1.1, and so to PyYAML, 010 is 8 and 1:30 is 90. Here leading zeros mean nothing, as in
-    YAML 1.2, and 1:30 is text.
+    To YAML 1.1, and so to PyYAML, 010 is 8, 1:30 is 90 and 1e-6 is text. Here leading zeros mean
+    nothing and 1e-6 is a number, as in YAML 1.2, and 1:30 is text. JSON is read as it is meant:
+    its two escapes of one character are one.
     """
 
     yaml_implicit_resolvers = {
@@ -41,12 +42,17 @@ class Loader(yaml.SafeLoader):
         base = {"0x": 16, "0b": 2}.get(digits.lstrip("+-")[:2], 10)
         return int(digits, base)
 
+    def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
+        text = str(self.construct_scalar(node))
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
 
 class Dumper(yaml.SafeDumper):
     """YAML that both `Loader` and YAML 1.1 read back to the same: the text 08 is in quotes."""
 
 
 Loader.add_constructor(_INT, Loader.construct_yaml_int)
+Loader.add_constructor("tag:yaml.org,2002:str", Loader.construct_yaml_str)
 for _class in (Loader, Dumper):
     _class.add_implicit_resolver(
         _INT, re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)$"), list("-+0123456789")
@@ -54,7 +60,8 @@ for _class in (Loader, Dumper):
     _class.add_implicit_resolver(
         _FLOAT,
         re.compile(
-            r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+][0-9]+)?$"
+            r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?$"
+            r"|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"
             r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
         ),
         list("-+.0123456789"),

@@ -42,6 +42,7 @@ def start_deepspeed(cpu: bool, precision: str) -> Accelerator:
         raise UserError(f"DeepSpeed's configuration: {error}") from None
     check_deepspeed(plugin.deepspeed_config)
     plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # or it asks for a DataLoader
+    plugin.deepspeed_config["train_batch_size"] = "auto"  # train.batch_size is
     if not cpu:
         return EngineAccelerator(precision, deepspeed_plugin=plugin)
     # A collective of its own for CPUs, of which a C++ compiler would have to make a library first.
@@ -77,6 +78,11 @@ def check_deepspeed(config: Mapping[str, Any]) -> None:
             not config.keys().isdisjoint({"optimizer", "scheduler"}),
             "optimizer, scheduler: are the experiment's 'optim'",
         ),
+        (
+            config.get("communication_data_type") not in (None, "fp32", "auto"),
+            "communication_data_type: would round the gradients that are sent; use fp32",
+        ),
+        ("compression_training" in config, "compression_training: trains another network"),
     )
     for applies, reason in refusals:
         if applies:

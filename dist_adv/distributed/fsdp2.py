@@ -17,7 +17,12 @@ from dist_adv.errors import UserError
 
 
 def start_fsdp2(cpu: bool, precision: str) -> Accelerator:
-    plugin = FullyShardedDataParallelPlugin()
+    try:
+        plugin = FullyShardedDataParallelPlugin()
+    except (ValueError, OSError) as error:
+        raise UserError(f"FSDP's configuration: {error}") from None
+    if plugin.ignored_modules is not None:
+        raise UserError("FSDP's configuration: fsdp_ignored_modules: leave it out; all are sharded")
     if plugin.fsdp_version != 2:
         raise UserError("FSDP's configuration: fsdp_version: 1 is not supported; use 2")
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy) or plugin.activation_checkpointing:

@@ -23,7 +23,7 @@ def _label(config: Config) -> str:
     return title if steps is None else f"{title}-{steps}"
 
 
-_CASE = re.compile(r"([^,]+?)(?: m=\d+)?, (\w+), batch (\d+), compile (\w+)")
+_CASE = re.compile(r"([^,]+?)(?: step| replay| m=\d+)?, (\w+), batch (\d+), compile (\w+)")
 
 
 def _cases(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str, int, float]]:

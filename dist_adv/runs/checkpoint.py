@@ -173,8 +173,9 @@ def _discard(path: Path) -> None:
 
 
 def _all(folder: Path) -> list[Path]:
-    """Newest first."""
-    return sorted(folder.glob("step-*"), reverse=True)
+    """Newest first; a copy that somebody has made beside them, step-...-good, is none."""
+    found = (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
+    return sorted(found, reverse=True)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -32,7 +32,9 @@ def take(run: RunFolder, config: Config, resume: bool) -> Lock | None:
 def holds(run: RunFolder, config: Config, resume: bool = True) -> bool:
     """Tell whether there is a run of this experiment. Raises UserError as `take` does."""
     try:
-        content = list(run.path.iterdir()) if run.path.exists() else []
+        # A lock and half a file are left of a start that the disk, or a kill, ended.
+        inside = run.path.iterdir() if run.path.exists() else []
+        content = [path for path in inside if not path.name.startswith(".")]
         is_run = run.config.is_file()
     except OSError as error:
         raise unusable(run.path, error) from None

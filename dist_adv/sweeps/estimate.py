@@ -131,7 +131,8 @@ def _images(options: DataOptions) -> Images:
 def _time(jobs: list[_Job], precision: str, threads: int | None) -> tuple[StepTime, str]:
     """Return a natural step of these runs' network, uncompiled, and the machine that took it."""
     accelerator = start_accelerator(precision, threads)
-    config, images = jobs[0].config, jobs[0].images
+    *_, config = jobs[0].config.stages.values()  # as its last epochs are
+    images = jobs[0].images
     train = config.train.model_copy(update={"compile": "none"})
     natural = config.model_copy(update={"method": NaturalOptions(), "train": train})
     points: dict[int, float] = {}

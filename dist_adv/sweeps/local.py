@@ -23,7 +23,7 @@ from dist_adv.report import write_report
 from dist_adv.runs import status
 from dist_adv.runs.folder import RunFolder
 from dist_adv.runs.lock import Lock, held
-from dist_adv.sweeps.sweep import REPORT, SAVED, Sweep, SweepRun, claim
+from dist_adv.sweeps.sweep import REPORT, SAVED, Sweep, SweepRun, claim, make_folder
 from dist_adv.terminal import console, interactive, start_logging
 from dist_adv.training.run import train_run
 
@@ -51,9 +51,10 @@ def run_sweep(sweep: Sweep, out: Path, jobs: int) -> None:
         raise UserError("a sweep starts processes itself: use no launcher, or --only RUN under it")
     packages.need("matplotlib", "the sweep's report", "matplotlib")
     start_logging(True)
-    claim(sweep, out)
+    make_folder(out)
     lock = Lock(out, "--out")
     try:
+        claim(sweep, out)  # the runs still to start are of what it writes
         runs = _Runs(sweep, out, jobs)
         runs.run()
         done = [out / name for name, run in runs.known.items() if run.state == "done"]

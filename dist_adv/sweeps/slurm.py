@@ -13,7 +13,7 @@ from dist_adv import files, packages
 from dist_adv.errors import RunFailure, UserError
 from dist_adv.runs.lock import Lock
 from dist_adv.runs.status import SLURM_JOB, log_of
-from dist_adv.sweeps.sweep import REPORT, Sweep, claim
+from dist_adv.sweeps.sweep import REPORT, Sweep, claim, make_folder
 
 
 def plan(sweep: Sweep, out: Path, limit: int | None) -> list[str]:
@@ -30,10 +30,11 @@ def submit(sweep: Sweep, out: Path, limit: int | None) -> list[str]:
     """
     if not shutil.which("sbatch"):
         raise UserError("--slurm: no sbatch on this machine; run this on a node of the cluster")
-    claim(sweep, out)
+    make_folder(out)
     lock = Lock(out, "--out")
     try:
         _check_not_queued(out)
+        claim(sweep, out)  # what is queued reads what it writes
         log_of(out, sweep.name).parent.mkdir(exist_ok=True)
         array = _number(_submit(*_array(sweep, out, limit)))
         files.replace(out / SLURM_JOB, array.encode())

@@ -179,19 +179,29 @@ def claim(sweep: Sweep, out: Path) -> None:
             files.replace(saved, text.encode())
 
 
-@contextmanager
-def _one_at_a_time(out: Path) -> Iterator[None]:
-    """Lock the folder of a sweep, which is made where there is none."""
+def make_folder(out: Path) -> None:
+    """Make the folder of a sweep. Raises UserError where there is something else."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         content = [name for name in os.listdir(out) if not name.startswith(".")]
-        if content and SAVED not in content:
-            raise UserError(f"{out}: is not empty and no sweep's folder; choose another --out")
+    except OSError as error:
+        raise _unusable(out, error) from None
+    if content and SAVED not in content:
+        raise UserError(f"{out}: is not empty and no sweep's folder; choose another --out")
+
+
+def _unusable(out: Path, error: OSError) -> UserError:
+    return UserError(f"{out}: cannot be a sweep's folder ({error.strerror}); choose another --out")
+
+
+@contextmanager
+def _one_at_a_time(out: Path) -> Iterator[None]:
+    """Lock the folder of a sweep, which is made where there is none."""
+    make_folder(out)
+    try:
         file = (out / ".claim").open("w")
     except OSError as error:
-        raise UserError(
-            f"{out}: cannot be a sweep's folder ({error.strerror}); choose another --out"
-        ) from None
+        raise _unusable(out, error) from None
     with file:
         with suppress(OSError):  # a file system without locks: all would write the same
             fcntl.flock(file, fcntl.LOCK_EX)

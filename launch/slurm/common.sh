@@ -83,6 +83,7 @@ run_dir_of() {
   [ -f "$config" ] || die "${config:-no configuration}: name one, such as configs/cifar10/fast.yaml"
   local name
   name=$(basename "$(dirname "$(realpath "$config")")")-$(basename "${config%.*}")
+  folder=${folder/#\~\//$HOME/}  # as dist-adv reads it; bash leaves it alone behind a `=`
   echo "${folder:-runs/$name}"
 }
 

@@ -95,6 +95,13 @@ def test_a_job_that_cannot_run(cluster, tmp_path, gpus, arguments, says):
     assert words[0].startswith(f"dist-adv: {says}")
 
 
+def test_a_run_folder_at_home(cluster, tmp_path):
+    """bash leaves the ~ alone behind a `=`, and dist-adv does not."""
+    script = f"source {SCRIPTS}/common.sh && run_dir_of configs/digits/fast.yaml --run-dir=~/x"
+    done = cluster.run("bash", "-c", script, at=tmp_path)
+    assert done.stdout == f"{Path.home()}/x\n"
+
+
 def test_ports_in_use(cluster, tmp_path):
     """The rendezvous takes the next free port; where there is none it says so."""
 

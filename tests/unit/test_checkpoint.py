@@ -96,6 +96,14 @@ def test_newest_are_kept(keep, tmp_path):
     assert newest.state["clock"]["step"] == 20_000
 
 
+def test_a_copy_beside_them_is_somebodys(tmp_path):
+    save(tmp_path, 1, made_up(1), 1)
+    (tmp_path / "step-000000001").rename(tmp_path / "step-000000001-good")
+    for step in (2, 3):
+        save(tmp_path, step, made_up(step), 1)
+    assert names(tmp_path) == ["step-000000001-good", "step-000000003"]
+
+
 def test_no_thread_lives_on_after_writing(tmp_path):
     """OpenMP would count its workers with those of training, and let none wait busily."""
     writer = Writer()

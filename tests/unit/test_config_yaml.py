@@ -1,5 +1,6 @@
 """What YAML makes of a configuration: merge keys, numbers, text that looks like something else."""
 
+import json
 import math
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import yaml
 
 from dist_adv.config import load_config
 from dist_adv.config.loading import read_mapping
-from dist_adv.config.yaml_text import to_yaml
+from dist_adv.config.yaml_text import parse_yaml, to_yaml
 from dist_adv.errors import UserError
 from dist_adv.sweeps.sweep import load_sweep
 
@@ -89,13 +90,31 @@ def test_what_cannot_be_merged_is_one_line(text: str, tmp_path: Path) -> None:
         *[("1_000", 1000), ("0x10", 16), ("0b11", 3), ("-0x10", -16)],
         *[("0o10", "0o10"), ("1:30", "1:30"), ("190:20:30", "190:20:30"), ("1:30.5", "1:30.5")],
         *[(".5", 0.5), ("5.", 5.0), ("08.5", 8.5), ("1.5e+3", 1500.0), ("-.inf", -math.inf)],
-        *[("~", None), ("null", None), ("yes", True), ("off", False), ("1e3", "1e3")],
+        *[("~", None), ("null", None), ("yes", True), ("off", False), ("1e3", 1000.0)],
+        *[("1e-06", 1e-6), ("1.5e3", 1500.0), ("-2E+2", -200.0), ("1e", "1e"), ("e3", "e3")],
+        *[
+            ('"\\ud83d\\ude42"', "\U0001f642"),
+            ('"\\udce9"', "\udce9"),
+            ("\U0001f642", "\U0001f642"),
+        ],
     ],
 )
 def test_numbers_are_what_people_take_them_for(text: str, value: object, tmp_path: Path) -> None:
     found = read(tmp_path, f"a: {text}\nb: [{text}]")
     assert found == {"a": value, "b": [value]}
     assert type(found["a"]) is type(value)
+
+
+@pytest.mark.parametrize("value", [1e-6, 1e16, -2.5e-9, 0.1, "\U0001f642", "caf\udce9", "1e-6"])
+def test_json_is_read_as_it_was_meant(value: object) -> None:
+    """A sweep hands its runs their values so."""
+    assert parse_yaml(json.dumps({"a": value}), "test") == {"a": value}
+
+
+def test_a_section_that_was_left_out_may_be_wanted_after_all() -> None:
+    """What is said later wins."""
+    assert load_config(DIGITS, ["average=null", "average.epochs=4"]).average.epochs == 4
+    assert load_config(DIGITS, ["average.epochs=4", "average=null"]).average is None
 
 
 def test_a_seed_with_leading_zeros() -> None:

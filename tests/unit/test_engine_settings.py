@@ -43,6 +43,8 @@ def test_fp16_is_refused(variable, monkeypatch):
         ({"fp16": {"enabled": True}}, "fp16, bf16"),
         ({"optimizer": {"type": "Adam"}}, "optimizer"),
         ({"scheduler": {"type": "WarmupLR"}}, "optimizer, scheduler"),
+        ({"communication_data_type": "bf16"}, "communication_data_type"),
+        ({"compression_training": {}}, "compression_training"),
     ],
 )
 def test_deepspeed_settings_that_make_another_experiment_are_refused(settings, key):
@@ -66,6 +68,7 @@ def test_deepspeed_settings_of_accelerate_are_accepted():
         ("FSDP_VERSION", "1", "fsdp_version: 1"),
         ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params"),
         ("FSDP_ACTIVATION_CHECKPOINTING", "true", "fsdp_activation_checkpointing"),
+        ("FSDP_AUTO_WRAP_POLICY", "SIZE", "Invalid auto wrap policy"),
     ],
 )
 def test_fsdp_settings_that_are_not_tried_are_refused(variable, value, key, monkeypatch):

@@ -120,6 +120,16 @@ def test_folder_in_use_is_refused_before_it_is_touched(images, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "config.yaml"]
 
 
+def test_what_an_unfinished_start_leaves_is_no_obstacle(images, tmp_path):
+    """A disk was full, or the process was killed, before there was a config.yaml."""
+    settings = case("natural", "group", images, small=True)
+    (tmp_path / "run").mkdir()
+    for name in (".lock", ".partial-config.yaml"):
+        (tmp_path / "run" / name).write_text("half")
+    train_run(parse_config(settings, "test"), tmp_path / "run", "auto")
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
 def test_lock_is_held_while_training_and_let_go_after(images, tmp_path, monkeypatch):
     """Also where training fails."""
     held = []

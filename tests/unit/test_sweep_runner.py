@@ -9,8 +9,9 @@ from dist_adv import cli
 from dist_adv.distributed.stopping import STARTED_BY_SWEEP
 from dist_adv.errors import RunFailure
 from dist_adv.runs.folder import RunFolder
+from dist_adv.runs.lock import Lock
 from dist_adv.sweeps import local
-from dist_adv.sweeps.sweep import SweepRun, load_sweep
+from dist_adv.sweeps.sweep import SweepRun, claim, load_sweep
 
 DIGITS = Path(__file__).parents[2] / "configs" / "sweeps" / "digits.yaml"
 
@@ -76,6 +77,33 @@ def test_cores_are_for_the_runs_that_there_are(
     monkeypatch.setattr(local, "_gpus", lambda: [])
     runs = local._Runs(load_sweep(DIGITS), tmp_path, jobs=6)
     assert [share["OMP_NUM_THREADS"] for share in runs.shares] == ["3"] * 4
+
+
+def test_a_sweep_that_is_refused_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the runs of one that is running read."""
+    out = tmp_path / "out"
+    claim(load_sweep(DIGITS), out)
+    before = (out / "sweep.yaml").read_text()
+    lock = Lock(out, "--out")
+    assert cli._run(["sweep", str(DIGITS), "--out", str(out), "train.epochs=30"]) == 2
+    lock.release()
+    assert "is in use by process" in capsys.readouterr().err
+    assert (out / "sweep.yaml").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--slurm", "--jobs", "4"), "--jobs is of this machine"),
+        (("--slurm", "--only", "fast"), "--only takes one run here"),
+        (("--wandb", "--only", "fast"), "--only takes one run here"),
+    ],
+)
+def test_options_that_do_not_go_together(options: tuple[str, ...], said: str, capsys) -> None:
+    assert cli._run(["sweep", str(DIGITS), *options]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_under_a_launcher_a_sweep_needs_only(
