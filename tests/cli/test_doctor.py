@@ -251,6 +251,12 @@ def test_steps_are_those_of_training(overrides: list[str], monkeypatch: pytest.M
     assert look("steps", FREE, *overrides).found.startswith(f"{steps}: ")
 
 
+def test_steps_that_end_a_run_whose_values_change() -> None:
+    found = look("steps", FREE, "train.max_steps=20", "threat.eps={0: 0.1, 1: 0.2}")
+    assert found.level != "problem"
+    assert found.found.endswith("train.max_steps ends it at 20")
+
+
 def test_torch_and_torchvision_of_different_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     """A torchvision that cannot be imported, for another reason than in real life."""
     monkeypatch.setitem(sys.modules, "torchvision", None)

@@ -79,6 +79,23 @@ def test_times_follow_from_passes_batches_and_steps(tmp_path: Path) -> None:
     }
 
 
+def test_what_is_timed_is_natural_also_where_values_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = []
+
+    def measure(config, images, sizes, *rest):
+        timed.append([stage.method.name for stage in config.stages.values()][-1])
+        return dict.fromkeys(sizes, 0.01)
+
+    monkeypatch.setattr(estimate, "measure_steps", measure)
+    changing = (
+        f"- {{name: changing, base: {DIGITS}/pgd.yaml, set: {{threat.eps: {{0: 0.1, 1: 0.2}}}}}}"
+    )
+    estimate.estimate(sweep(tmp_path, changing))
+    assert set(timed) == {"natural"}
+
+
 def test_what_cannot_be_timed_is_said_and_breaks_nothing(
     tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
