@@ -133,6 +133,8 @@ class ZeroNet(TrainNet):
         with self._gathered(modifier_rank=0):
             self.bare.load_state_dict(state)
         for name, parameter in self.parameters.items():
+            if not parameter.requires_grad:
+                continue  # DeepSpeed keeps nothing of it besides
             if self.shared_out:
                 safe_set_local_fp32_param(parameter, self._part(parameter, state[name]))
             else:
@@ -141,12 +143,19 @@ class ZeroNet(TrainNet):
     def _whole_state(self, key: str) -> list[Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        return [safe_get_full_optimizer_state(each, key) for each in self.parameters.values()]
+        return [
+            safe_get_full_optimizer_state(each, key)
+            if each.requires_grad
+            else torch.zeros(getattr(each, "ds_shape", each.shape), device=each.device)
+            for each in self.parameters.values()
+        ]
 
     def _load_whole_state(self, key: str, whole: Sequence[Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         for parameter, each in zip(self.parameters.values(), whole, strict=True):
+            if not parameter.requires_grad:
+                continue
             if self.shared_out:
                 safe_set_local_optimizer_state(parameter, self._part(parameter, each), key)
             else:
