@@ -23,7 +23,7 @@ from dist_adv.report import write_report
 from dist_adv.runs import status
 from dist_adv.runs.folder import RunFolder
 from dist_adv.runs.lock import Lock, held
-from dist_adv.sweeps.sweep import REPORT, SAVED, Sweep, SweepRun, claim, make_folder
+from dist_adv.sweeps.sweep import REPORT, SAVED, Sweep, SweepRun, check, claim
 from dist_adv.terminal import console, interactive, start_logging
 from dist_adv.training.run import train_run
 
@@ -51,7 +51,7 @@ def run_sweep(sweep: Sweep, out: Path, jobs: int) -> None:
         raise UserError("a sweep starts processes itself: use no launcher, or --only RUN under it")
     packages.need("matplotlib", "the sweep's report", "matplotlib")
     start_logging(True)
-    make_folder(out)
+    check(sweep, out)
     lock = Lock(out, "--out")
     try:
         claim(sweep, out)  # the runs still to start are of what it writes

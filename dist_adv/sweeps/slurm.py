@@ -13,7 +13,7 @@ from dist_adv import files, packages
 from dist_adv.errors import RunFailure, UserError
 from dist_adv.runs.lock import Lock
 from dist_adv.runs.status import SLURM_JOB, log_of
-from dist_adv.sweeps.sweep import REPORT, Sweep, claim, make_folder
+from dist_adv.sweeps.sweep import REPORT, Sweep, check, claim
 
 
 def plan(sweep: Sweep, out: Path, limit: int | None) -> list[str]:
@@ -30,7 +30,7 @@ def submit(sweep: Sweep, out: Path, limit: int | None) -> list[str]:
     """
     if not shutil.which("sbatch"):
         raise UserError("--slurm: no sbatch on this machine; run this on a node of the cluster")
-    make_folder(out)
+    check(sweep, out)
     lock = Lock(out, "--out")
     try:
         _check_not_queued(out)

@@ -179,8 +179,14 @@ def claim(sweep: Sweep, out: Path) -> None:
             files.replace(saved, text.encode())
 
 
-def make_folder(out: Path) -> None:
-    """Make the folder of a sweep. Raises UserError where there is something else."""
+def check(sweep: Sweep, out: Path) -> None:
+    """Make `out` where there is nothing. Raises UserError as `claim` does, which also writes."""
+    _make(out)
+    if (out / SAVED).exists():
+        _check_same(load_sweep(out / SAVED), sweep, out)
+
+
+def _make(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         content = [name for name in os.listdir(out) if not name.startswith(".")]
@@ -197,7 +203,7 @@ def _unusable(out: Path, error: OSError) -> UserError:
 @contextmanager
 def _one_at_a_time(out: Path) -> Iterator[None]:
     """Lock the folder of a sweep, which is made where there is none."""
-    make_folder(out)
+    _make(out)
     try:
         file = (out / ".claim").open("w")
     except OSError as error:

@@ -408,7 +408,7 @@ IN_PROCESS = [
     ),
     Row("batch-zero", TRAIN + "train.batch_size=0", ("train.batch_size", "equal to 1")),
     Row("epochs-half", TRAIN + "train.epochs=3.5", ("train.epochs", "integer", "3.5")),
-    Row("epochs-exponent", TRAIN + "train.epochs=1e3", ("train.epochs", "integer", "'1e3'")),
+    Row("epochs-exponent", TRAIN + "train.epochs=1e3", ("train.epochs", "integer", "1000.0")),
     Row("seed-boolean", TRAIN + "train.seed=true", ("train.seed", "integer", "True")),
     Row("momentum-one", TRAIN + "optim.momentum=1", ("optim.momentum", "less than 1")),
     Row(

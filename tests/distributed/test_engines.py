@@ -51,6 +51,7 @@ RUNS: list[dict[str, Any]] = [
     {"name": "skips", "case": "adamw", "norm": "batch", "train": {"on_nan": "skip"}},
     {"name": "shard", "case": "natural", "train": {"on_nan": "skip"}, "fault": "channel:1:3:5"},
     {"name": "stops", "case": "natural", "train": {"log_every": 1}},
+    {"name": "frozen", "case": "natural", "frozen": True},
     {"name": "parts", "case": "pgd-random", "train": {"accumulate": 3, "batch_size": 36}},
 ]
 for run in RUNS:
@@ -115,12 +116,14 @@ def engine(
     ]:
         again = {"name": name, "case": case, "norm": NORMS.get(case, "group")}
         runs.append(again | {"start": str(checkpoint(begun / case, case, 3))})
+    at = str(checkpoint(found.out / "frozen", "natural", 3))
+    runs.append({"name": "frozen-again", "case": "natural", "frozen": True, "start": at})
     train_under(found.out, images, runs, found.file)
     return found
 
 
 @pytest.mark.parametrize(
-    "name", [*METHODS, "skips", "shard", "parts", "started", "awp", "gradalign"]
+    "name", [*METHODS, "frozen", "skips", "shard", "parts", "started", "awp", "gradalign"]
 )
 def test_weights_are_those_of_ddp_or_refused(name, engine, ddp):
     """`skips`: two updates of eight were NaN on one rank and were taken on none.
@@ -162,6 +165,7 @@ def test_a_run_goes_on_bit_for_bit(engine):
     for case in GO_ON:
         if not engine.refuses(case):
             assert difference(engine.out / case, engine.out / f"{case}-again") == 0, case
+    assert difference(engine.out / "frozen", engine.out / "frozen-again") == 0
 
 
 def test_a_run_changes_engines(engine, ddp, images, tmp_path):

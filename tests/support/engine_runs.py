@@ -1,9 +1,9 @@
 """Train what a JSON list asks for, one after the other, under whatever launcher started this.
 
 Arguments: out, images, the list. A run has a name and a case of `cases.py`; perhaps `norm`,
-`numbers` (fp64, fp32 or bf16), `train` (keys of that section), `start` (a checkpoint), `fault`
-(see `faulty.py`), `count` (NAME.json then has how often torch did what). What fails leaves
-NAME.failed.
+`numbers` (fp64, fp32 or bf16), `train` (keys of that section), `start` (a checkpoint), `frozen`
+(the first layer is not trained), `fault` (see `faulty.py`), `count` (NAME.json then has how often
+torch did what). What fails leaves NAME.failed.
 """
 
 import json
@@ -34,6 +34,12 @@ check = deepspeed.check_deepspeed
 def channels_not_last(*arguments: object, **options: object) -> torch.nn.Module:
     """As the other engines have it, whose sums are in another order than with channels last."""
     return build_model(*arguments, **options).to(memory_format=torch.contiguous_format)
+
+
+def first_layer_stays(*arguments: object, **options: object) -> torch.nn.Module:
+    model = channels_not_last(*arguments, **options)
+    next(model.parameters()).requires_grad_(False)
+    return model
 
 
 def share_out_everything(settings: dict) -> None:
@@ -82,6 +88,7 @@ def once(run: dict, out: Path, images: Path) -> None:
     numbers = run.get("numbers", "fp64")
     torch.set_default_dtype(torch.float64 if numbers == "fp64" else torch.float32)
     learner.build_method = build_method
+    learner.build_model = first_layer_stays if "frozen" in run else channels_not_last
     if "fault" in run:
         os.environ["FAULT"] = run["fault"]
         learner.build_method = Faulty
@@ -102,7 +109,7 @@ def once(run: dict, out: Path, images: Path) -> None:
 
 
 if __name__ == "__main__":
-    learner.build_model, deepspeed.check_deepspeed = channels_not_last, share_out_everything
+    deepspeed.check_deepspeed = share_out_everything
     trainer.Learner = Checked
     for run in json.loads(sys.argv[3]):
         once(run, Path(sys.argv[1]), Path(sys.argv[2]))
