@@ -276,26 +276,32 @@ def test_an_attack_that_is_none(
         evaluate(digits_net, digits, Linf(0.1), options, Accelerator(cpu=True))
 
 
-def test_an_attack_that_leaves_the_ball_is_held_in_it(
-    write: Write, digits: Dataset, digits_net: torch.nn.Module
+@pytest.mark.parametrize(
+    ("attack", "eps", "flag"),
+    [
+        # As FGSM of the same images would be: what it found outside does not count.
+        ("return 1 - x", 0.0, "its images left the ball or [0, 1] and were projected"),
+        # As of an attack that divides by the norm of a gradient, which is 0 at times.
+        (
+            "return x / (y > 4).view(-1, 1, 1, 1)",
+            0.1,
+            "some of its images were not finite; they count as they were",
+        ),
+    ],
+)
+def test_images_that_do_not_count(
+    attack: str,
+    eps: float,
+    flag: str,
+    write: Write,
+    digits: Dataset,
+    digits_net: torch.nn.Module,
 ) -> None:
-    """As FGSM of the same images would be: what it found outside does not count."""
-    name = f"{write(ATTACK.format(attack='return 1 - x'))}:Attack"
+    name = f"{write(ATTACK.format(attack=attack))}:Attack"
     options = EvalOptions(attacks=["natural", name], limit=50)
-    (natural, own), _ = evaluate(digits_net, digits, Linf(0.0), options, Accelerator(cpu=True))
+    (natural, own), _ = evaluate(digits_net, digits, Linf(eps), options, Accelerator(cpu=True))
     assert own.correct == natural.correct
-    assert own.flags == ["its images left the ball or [0, 1] and were projected"]
-
-
-def test_images_that_are_not_finite_count_as_they_were(
-    write: Write, digits: Dataset, digits_net: torch.nn.Module
-) -> None:
-    """As of an attack that divides by the norm of a gradient, which is 0 at times."""
-    name = f"{write(ATTACK.format(attack='return x / (y > 4).view(-1, 1, 1, 1)'))}:Attack"
-    options = EvalOptions(attacks=["natural", name], limit=50)
-    (natural, own), _ = evaluate(digits_net, digits, Linf(0.1), options, Accelerator(cpu=True))
-    assert own.correct == natural.correct
-    assert own.flags == ["some of its images were not finite; they count as they were"]
+    assert own.flags == [flag]
 
 
 def test_any_name_and_options_of_any_names(
