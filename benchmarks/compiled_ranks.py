@@ -33,7 +33,7 @@ from dist_adv.terminal import console
 
 RANKS = 2
 ORDER = ("none", "cut", "whole")
-IMAGES = Images(50_000, 3, 32, 10)
+IMAGES = Images(50_000, 3, (32, 32), 10)
 
 
 def rank(options: argparse.Namespace) -> None:

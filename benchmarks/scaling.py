@@ -39,7 +39,7 @@ from dist_adv.plan.model import Cluster, Link, StepTime, Work, predict
 from dist_adv.terminal import console
 
 RANKS = (1, 2, 4)
-IMAGES = Images(50_000, 3, 32, 10)
+IMAGES = Images(50_000, 3, (32, 32), 10)
 
 
 def configuration(method: dict[str, Any], options: argparse.Namespace) -> Config:

@@ -20,18 +20,26 @@ from dist_adv.distributed.start import native_bf16
 from dist_adv.report.tables import variant
 
 
-def noise(n: int, size: int = 32, classes: int = 10, channels: int = 3) -> Dataset:
-    """Random images like CIFAR-10's: what they show costs nothing."""
+def noise(
+    n: int, size: tuple[int, int] = (32, 32), classes: int = 10, channels: int = 3
+) -> Dataset:
+    """Random images like CIFAR-10's, of size (H, W): what they show costs nothing."""
     draw = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8, generator=draw)
+    images = torch.randint(0, 256, (n, channels, *size), dtype=torch.uint8, generator=draw)
     labels = torch.randint(0, classes, (n,), generator=draw)
     return Dataset("noise", images, labels, [str(k) for k in range(classes)], 4, True)
 
 
-def network(options: BaseModel, size: int = 32) -> str:
-    """Return what a step time is of, as records say it: preact_resnet18, 64, batch, 32x32."""
+def network(options: BaseModel, size: tuple[int, int] = (32, 32)) -> str:
+    """Return what a step time is of, as records say it: preact_resnet18, 64, batch, 32x32.
+
+    size: (H, W) of the images, which are written as width x height.
+    """
+    height, width = size
     model = options.model_dump(exclude={"shortcut", "final_norm"})
-    return ", ".join([*map(str, model.values()), *variant(options.model_dump()), f"{size}x{size}"])
+    return ", ".join(
+        [*map(str, model.values()), *variant(options.model_dump()), f"{width}x{height}"]
+    )
 
 
 class Timings:

@@ -178,7 +178,7 @@ def _images(config: Config, asked: Asked) -> Images:
             f"say how many and how large they are: --images 1281167 --classes 1000 data.size=224"
         )
     else:
-        images = Images(asked.images, 3, data.size, asked.classes)
+        images = Images(asked.images, 3, (data.size, data.size), asked.classes)
     return without_validation(data, images)
 
 

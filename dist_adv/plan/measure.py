@@ -1,5 +1,6 @@
 """What goes into a plan, measured or counted here: step times, passes, the link."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,27 +27,27 @@ from dist_adv.training.meter import Meter
 
 @dataclass(frozen=True)
 class Images:
-    """The training split, as far as a plan needs it."""
+    """The training split, as far as a plan needs it; size: (H, W)."""
 
     n: int
     channels: int
-    size: int
+    size: tuple[int, int]
     classes: int
 
 
 SETS = {
-    "cifar10": Images(50_000, 3, 32, 10),
-    "cifar100": Images(50_000, 3, 32, 100),
-    "svhn": Images(73_257, 3, 32, 10),
-    "digits": Images(1438, 1, 8, 10),
+    "cifar10": Images(50_000, 3, (32, 32), 10),
+    "cifar100": Images(50_000, 3, (32, 32), 100),
+    "svhn": Images(73_257, 3, (32, 32), 10),
+    "digits": Images(1438, 1, (8, 8), 10),
 }
 
 
 def count_images(data: DataOptions) -> Images:
     """Return the training split of somebody's own data set, which is loaded for it."""
     split = load_dataset(data, "train")
-    channels, _, size = split.images.shape[1:]
-    return Images(len(split), channels, size, len(split.classes))
+    channels, *size = split.images.shape[1:]
+    return Images(len(split), channels, (size[0], size[1]), len(split.classes))
 
 
 def without_validation(data: DataOptions, images: Images) -> Images:
@@ -81,9 +82,10 @@ def works_of(config: Config, images: Images, weak: bool = False) -> list[Work]:
     """
     works = []
     for part in parts_of(config):
-        size = part.data.size or images.size
+        side = part.data.size
+        size = (side, side) if side else images.size
         work = _work_of(part, replace(images, size=size), weak)
-        works.append(replace(work, area=(size / images.size) ** 2))
+        works.append(replace(work, area=math.prod(size) / math.prod(images.size)))
     return works
 
 
@@ -121,9 +123,8 @@ def _work_of(config: Config, images: Images, weak: bool) -> Work:
 def blank_network(config: Config, images: Images) -> nn.Module:
     """Return the network without weights, which take no memory."""
     grey, classes = [0.5] * images.channels, ["?"] * images.classes
-    size = (images.size, images.size)
     with torch.device("meta"):
-        return build_model(config.model, grey, grey, classes, 0, size, pretrained=False)
+        return build_model(config.model, grey, grey, classes, 0, images.size, pretrained=False)
 
 
 def gradient_buckets(network: nn.Module) -> list[int]:

@@ -124,8 +124,8 @@ def _images(options: DataOptions) -> Images:
     if options.name not in NAMES:
         return count_images(options)
     found = stored(options, "train")
-    n, channels, size, _ = found.files.shape
-    return Images(n, channels, size, len(found.classes))
+    n, channels, height, width = found.files.shape
+    return Images(n, channels, (height, width), len(found.classes))
 
 
 def _time(jobs: list[_Job], precision: str, threads: int | None) -> tuple[StepTime, str]:

@@ -37,7 +37,7 @@ def test_every_case_leaves_rows(tmp_path):
     assert len(steps) == 4
     model = {"name": "preact_resnet18", "width": 4}
     fast = parse_config({"method": {"name": "fast"}, "model": model}, "test")
-    points, _ = read_step_times(tmp_path / "bench.json", fast, Images(50_000, 3, 32, 10))
+    points, _ = read_step_times(tmp_path / "bench.json", fast, Images(50_000, 3, (32, 32), 10))
     assert list(points) == [8]
     assert all(row["details"]["ratio"][0] > 0 and row["met"] is None for row in steps)
     (reduced,) = [row for row in found["rows"] if "all-reduces" in row["what"]]

@@ -146,7 +146,7 @@ from dist_adv.plan.measure import Images, blank_network, gradient_buckets
 from dist_adv.training.meter import Meter
 from dist_adv.training.trainer import Trainer
 
-NOISE = Images(120, 3, 8, 3)
+NOISE = Images(120, 3, (8, 8), 3)
 TWO = "trades vit gradalign gat nuat mart liet cuap uap prior random noise".split()
 FORWARDS = dict.fromkeys(TWO, 2) | {"awp-trades": 4, "accumulate": 12}
 # Of a step, else one. AWP probes first; three parts of a batch have their own.

@@ -116,7 +116,7 @@ def test_a_plan_counts_the_floor_of_a_step_for_each_part(images):
     """And refuses what a run would refuse."""
     tree = config("natural", "batch", images, small=True)
     tree["train"] |= {"batch_size": 36, "accumulate": 3}
-    settings, few = parse_config(tree, "natural"), Images(120, 3, 8, 3)
+    settings, few = parse_config(tree, "natural"), Images(120, 3, (8, 8), 3)
     (work,) = (work.timed(StepTime(0.1, 0.01, cost(settings))) for work in works_of(settings, few))
     row = predict(work, Cluster(Link(math.inf)), 2)
     assert row.compute_s == pytest.approx(3 * 0.1 + 18 * 0.01)

@@ -215,7 +215,7 @@ def test_images_of_a_stage_are_those_of_its_size(images):
 
 def test_a_plan_adds_up_the_stages():
     """Steps of as many passes, on images of as much area, as each stage has."""
-    config, images = parsed(), Images(1000, 3, 32, 10)
+    config, images = parsed(), Images(1000, 3, (32, 32), 10)
     step = StepTime(0.001, 0.002, cost(config))  # PGD-3 at 32 pixels, nine passes
     works = [work.timed(step) for work in works_of(config, images)]
     rows = [predict(work, Cluster(Link(math.inf)), 1) for work in works]
@@ -248,13 +248,13 @@ def test_steps_are_timed_as_they_are_in_the_last_epochs(images, accelerator, mon
         data={"size": {0: 4, 1: 8}, "drop_last": True},
         train={"batch_size": {0: 40, 1: 6}},
     )
-    measure_steps(config, Images(120, 3, 8, 3), [2, 6], accelerator, rounds=1)
+    measure_steps(config, Images(120, 3, (8, 8), 3), [2, 6], accelerator, rounds=1)
     assert seen.keys() == {(2, 3, 8, 8), (6, 3, 8, 8)}
     # Of sizes that could be neither parted nor mixed.
     seen.clear()
     train = {"batch_size": 36, "accumulate": 6}
     config = config_of(images, method={"name": "pgd"}, data={"mixup": 0.8}, train=train)
-    measure_steps(config, Images(120, 3, 8, 3), [3, 6], accelerator, rounds=1)
+    measure_steps(config, Images(120, 3, (8, 8), 3), [3, 6], accelerator, rounds=1)
     assert seen.keys() == {(3, 3, 8, 8), (6, 3, 8, 8)}
 
 

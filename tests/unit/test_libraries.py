@@ -146,7 +146,7 @@ def test_published_weights_come_with_their_normalisation(tmp_path):
     x = torch.rand(2, 3, 32, 32)
     assert load_model(tmp_path / "m.safetensors")(x).allclose(model.eval()(x), atol=1e-6)
     tree = {"method": {"name": "fast"}, "model": options.model_dump()}
-    blank_network(parse_config(tree, "plan"), Images(10, 3, 32, 3))
+    blank_network(parse_config(tree, "plan"), Images(10, 3, (32, 32), 3))
     with pytest.raises(UserError, match=r"model\.arch: local-dir:.*No suitable checkpoints"):
         build(options)
 

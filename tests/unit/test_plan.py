@@ -17,7 +17,7 @@ from dist_adv.plan.model import Cluster, Link, StepTime, Work, buckets, exposed,
 from dist_adv.plan.record import read_step_times
 
 MB = 10**6
-CIFAR = Images(50_000, 3, 32, 10)
+CIFAR = Images(50_000, 3, (32, 32), 10)
 
 
 def config(method: dict, model: dict | None = None, **train: object) -> Config:
@@ -241,7 +241,7 @@ def test_gradients_of_1000_classes():
     """ResNet50 of ImageNet has 25,557,032 parameters (torchvision's resnet50)."""
     tree = {"method": {"name": "fast"}, "model": {"name": "resnet50", "stem": "imagenet"}}
     settings = parse_config(tree, "test")
-    network = blank_network(settings, Images(1_281_167, 3, 224, 1000))
+    network = blank_network(settings, Images(1_281_167, 3, (224, 224), 1000))
     assert sum(gradient_buckets(network)) == 4 * 25_557_032
 
 
@@ -290,7 +290,11 @@ def test_a_record_is_of_one_kind_of_network(tmp_path: Path):
     ("method", "images", "says"),
     [
         ({"name": "pgd", "steps": 7}, CIFAR, "has no PGD-7 .* it has Fast bf16 none"),
-        ({"name": "fast"}, replace(CIFAR, size=64), "was measured with .*32x32, not with .*64x64"),
+        (
+            {"name": "fast"},
+            replace(CIFAR, size=(64, 64)),
+            "was measured with .*32x32, not with .*64x64",
+        ),
     ],
 )
 def test_a_record_of_something_else(method: dict, images: Images, says: str, tmp_path: Path):

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from cases import config as case
 from dist_adv import plugins
 from dist_adv.attacks.threat import Linf
+from dist_adv.bench.timing import network
 from dist_adv.config import Config, parse_config
 from dist_adv.config.schema import EvalOptions
 from dist_adv.data import Dataset, load_dataset
@@ -19,6 +20,7 @@ from dist_adv.errors import RankFailure, UserError
 from dist_adv.evaluation.evaluate import evaluate
 from dist_adv.methods.cost import cost_of
 from dist_adv.methods.registry import find_method
+from dist_adv.plan.measure import count_images, measure_steps
 from dist_adv.runs.folder import RunFolder
 from dist_adv.training.learner import Learner
 from dist_adv.training.run import train_run
@@ -258,6 +260,24 @@ def test_names_of_classes_may_be_numbers(write: Write) -> None:
     load = "return torch.zeros(2, 1, 4, 4), [0, 1], range(2)"
     options = config(data={"name": f"{write(DATA.format(load=load))}:Data"}).data
     assert load_dataset(options, "train").classes == ["0", "1"]
+
+
+def test_images_that_are_no_squares_are_planned_as_they_are(
+    write: Write, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps are timed, and a network is made, for images of that height and width."""
+    load = "return torch.zeros(8, 1, 12, 20), [0, 1] * 4, 'ab'"
+    asked = config(
+        data={"name": f"{write(DATA.format(load=load))}:Data"},
+        model={"name": "preact_resnet18", "width": 4},
+    )
+    images, seen, learn = count_images(asked.data), set(), Learner.learn
+    monkeypatch.setattr(
+        Learner, "learn", lambda self, b, meter: seen.add(b.x.shape[1:]) or learn(self, b, meter)
+    )
+    measure_steps(asked, images, [2, 4], accelerator, rounds=1)
+    assert seen == {(1, 12, 20)}
+    assert network(asked.model, images.size) == "preact_resnet18, 4, batch, 20x12"
 
 
 @pytest.mark.parametrize(
