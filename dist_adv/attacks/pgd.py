@@ -27,29 +27,25 @@ LOSS_SCALE = 512.0
 
 
 @contextmanager
-def frozen(model: nn.Module, mode: Literal["train", "eval"] | None = None) -> Iterator[nn.Module]:
+def frozen(model: nn.Module, eval_mode: bool = False) -> Iterator[nn.Module]:
     """Yield the model with the gradients of its parameters off, and restore them in the end.
 
-    mode: of its layers meanwhile (None: as it is); in eval mode BatchNorm uses its running
-    statistics and moves none.
+    eval_mode: meanwhile all its layers are in eval mode, in which BatchNorm uses its running
+    statistics and moves none; otherwise each stays in the mode that it has.
     """
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    switched = [] if mode is None else _others_than(model, mode == "train")
+    switched = [module for module in model.modules() if eval_mode and module.training]
     for parameter in wanted:
         parameter.requires_grad_(False)
     for module in switched:
-        module.training = not module.training
+        module.training = False
     try:
         yield model
     finally:
         for module in switched:
-            module.training = not module.training
+            module.training = True
         for parameter in wanted:
             parameter.requires_grad_(True)
-
-
-def _others_than(model: nn.Module, training: bool) -> list[nn.Module]:
-    return [module for module in model.modules() if module.training != training]
 
 
 def correct(logits: Tensor, y: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class TrainNet:
 
     def frozen(self, mode: Literal["train", "eval"] = "train") -> AbstractContextManager[nn.Module]:
         # In training it is as its own train() left it: somebody's may keep BatchNorm in eval mode.
-        return frozen(self.bare, None if mode == "train" else mode)
+        return frozen(self.bare, eval_mode=mode == "eval")
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         return sum_over_ranks(self.accelerator, value.detach())

@@ -111,7 +111,7 @@ class _ToyNet:
         return logits
 
     def frozen(self, mode: Literal["train", "eval"] = "train") -> AbstractContextManager[nn.Module]:
-        return frozen(self.model, mode)
+        return frozen(self.model, eval_mode=mode == "eval")
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         self.sums = True

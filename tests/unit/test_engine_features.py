@@ -189,7 +189,7 @@ def test_the_meter_counts_steps_as_one_by_one(
 def test_frozen_layers_get_their_own_modes_back() -> None:
     model = nn.Sequential(nn.BatchNorm2d(1), nn.Sequential(nn.BatchNorm2d(1).eval()))
     before = [each.training for each in model.modules()]
-    with frozen(model, "eval"):
+    with frozen(model, eval_mode=True):
         assert not any(each.training for each in model.modules())
     assert [each.training for each in model.modules()] == before
     with frozen(model):

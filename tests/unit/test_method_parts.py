@@ -56,7 +56,7 @@ class Net:
         return self.model(x)
 
     def frozen(self, mode: Literal["train", "eval"] = "train") -> Any:
-        return frozen(self.model, mode)
+        return frozen(self.model, eval_mode=mode == "eval")
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         return value.detach()
