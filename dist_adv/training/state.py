@@ -25,6 +25,9 @@ from dist_adv.training.learner import Learner
 
 log = logging.getLogger("dist_adv")
 
+# Of a checkpoint, by what a method carries; rows by position are in "method".
+_GROUPS: dict[type[BySample | Everywhere], str] = {BySample: "tables", Everywhere: "everywhere"}
+
 
 @dataclass
 class Kept:
@@ -83,10 +86,10 @@ def collect(
     if average:
         groups["raw"] = _copied(raw)
         groups["ranks_average"] = _by_rank(ranks, "average")
-    for kind, of_kind in (("tables", BySample), ("everywhere", Everywhere)):
-        chosen = {name: each for name, each in carried.items() if isinstance(each, of_kind)}
+    for kind, group in _GROUPS.items():
+        chosen = {name: each for name, each in carried.items() if isinstance(each, kind)}
         if chosen:
-            groups[kind] = _copied({name: _whole(each) for name, each in chosen.items()})
+            groups[group] = _copied({name: _whole(each) for name, each in chosen.items()})
     state = _numbers(learner, kept, wandb_id)
     return Checkpoint(groups, state, {"architecture": json.dumps(learner.copy.architecture)})
 
@@ -216,13 +219,12 @@ def _restore_carried(learner: Learner, saved: Checkpoint, path: Path) -> None:
     """
     accelerator, device = learner.accelerator, learner.accelerator.device
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    kinds = {BySample: "tables", Everywhere: "everywhere"}
     for name, each in learner.method.carried().items():
         if isinstance(each, ByPosition):  # none before the first batch that asked for it
             rows = saved.groups["method"].get(name)
             each.rows = None if rows is None else _on_device(rows[rank::ranks], device)
             continue
-        whole = saved.groups.get(kinds[type(each)], {}).get(name)
+        whole = saved.groups.get(_GROUPS[type(each)], {}).get(name)
         now = _whole(each)
         if whole is None or whole.shape != now.shape or whole.dtype != now.dtype:
             raise UserError(
