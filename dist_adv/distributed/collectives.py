@@ -124,6 +124,8 @@ def share_evenly(accelerator: Accelerator, rows: Sequence[Tensor]) -> Sequence[T
         return rows
     mine = torch.tensor([len(rows[0])], device=accelerator.device)
     counts = accelerator.gather(mine).tolist()
+    if not max(counts):
+        return rows  # Accelerate's gather over NCCL cannot reshape tensors without elements
     shared = []
     for each in rows:
         padded = each.new_zeros(max(counts), *each.shape[1:])

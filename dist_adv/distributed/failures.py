@@ -50,6 +50,11 @@ def _plain(error: Exception, rank: str, key: str, batch_size: int) -> RunFailure
                 f"{rank} may not start another thread; raise ulimit -u, or lower "
                 f"data.workers and train.threads"
             )
+        if "Duplicate GPU" in text:  # NCCL's words
+            return RankFailure(
+                f"{rank} has the GPU of another rank: there are {torch.cuda.device_count()} here; "
+                f"start no more ranks (NPROC, --nproc-per-node), or see CUDA_VISIBLE_DEVICES"
+            )
         signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
         if isinstance(error, dist.DistError) or any(sign in text for sign in signs):
             return LostRank(

@@ -162,6 +162,18 @@ def load_newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, Checkpo
     return None
 
 
+def newest_state(folder: Path) -> Mapping[str, Any]:
+    """Return the state of the newest checkpoint with a readable one; its tensors stay unread."""
+    for path in _all(folder):
+        try:
+            state = json.loads((path / _STATE).read_text())
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(state, dict):
+            return state
+    return {}
+
+
 def _path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:09d}"
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from dist_adv import packages
 from dist_adv.config import load_config
 from dist_adv.errors import RunFailure, UserError
+from dist_adv.runs.checkpoint import newest_state
 from dist_adv.runs.folder import RunFolder
 from dist_adv.runs.run import Record, Run, read_runs
 from dist_adv.tracking import wandb_env
@@ -35,8 +36,8 @@ def sync_runs(run_dirs: Sequence[Path], offline: Path | None) -> Iterator[tuple[
     import wandb
 
     runs = read_runs(run_dirs)
-    for run in runs:
-        saved_identity(RunFolder(run.folder))
+    known = [saved_identity(RunFolder(run.folder)) for run in runs]
+    wandb_env.refuse_one_id_for_many(known.count({}))
     if offline is None and not logged_in():
         raise UserError(
             "sync: nobody is logged in to W&B; run `wandb login`, set WANDB_API_KEY, or see what "
@@ -63,7 +64,8 @@ def _push(run: Run, offline: Path | None) -> str:
             ) from None
     source = RunFolder(run.folder)
     config = load_config(source.config)
-    about = identity(source, config, keep=True)
+    saved_id = newest_state(source.checkpoints).get("wandb_id")
+    about = identity(source, config, saved_id, keep=True)
     view = WandbRun(
         source,
         config,

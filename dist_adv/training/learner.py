@@ -80,6 +80,11 @@ class Learner:
         check_statistics(min(stage.smallest_share for stage in self.stages.all), network)
         if train.sync_batchnorm and not has_batchnorm(network):
             raise UserError("train.sync_batchnorm: the network has no BatchNorm; use false")
+        if train.sync_batchnorm and "double backward" in self.method.needs:
+            raise UserError(
+                f"train.sync_batchnorm: {config.method.name} differentiates a gradient, which "
+                f"torch's SyncBatchNorm cannot; use false, or model.norm=group"
+            )
         trained = synchronised(accelerator, network) if train.sync_batchnorm else network
         compile_network(trained, train.compile, "kept graph" in self.method.needs)
         records = train.compile in graphs.RECORDED and not on_cpu

@@ -9,6 +9,7 @@ from dist_adv.distributed.collectives import on_main
 from dist_adv.judging.measurement import Measurement, final_weights
 from dist_adv.models import read_final
 from dist_adv.runs import reading
+from dist_adv.runs.checkpoint import newest_state
 from dist_adv.runs.folder import RunFolder
 from dist_adv.terminal import log_file
 from dist_adv.tracking.tracker import Tracker
@@ -27,7 +28,8 @@ def measure_the_rest(run: RunFolder, config: Config, accelerator: Accelerator) -
             run.mark("done")  # it was killed right before
         return
     main = accelerator.is_main_process
-    tracker = Tracker(run, config) if main else None
+    saved_id = newest_state(run.checkpoints).get("wandb_id")
+    tracker = Tracker(run, config, saved_id) if main else None
     rest = config.model_copy(update={"eval": config.eval.model_copy(update={"attacks": missing})})
 
     def where() -> dict[str, float]:

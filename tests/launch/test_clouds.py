@@ -97,8 +97,9 @@ def test_kubernetes_starts_again_what_was_evicted() -> None:
 def test_kubernetes_trains_on_two_machines(short: Path, tmp_path: Path) -> None:
     """The job's command, with the variables that Trainer sets for torchrun."""
     trainer = TRAINJOB["spec"]["trainer"]
-    assert trainer["command"] == ["torchrun"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    # The image's `python` is of the environment with dist_adv, its torchrun of the one around it.
+    assert trainer["command"] == ["python", "-m", "torch.distributed.run"]
+    torchrun = [sys.executable, *trainer["command"][1:]]
     (config,) = (word for word in trainer["args"] if word.endswith(".yaml"))
     assert (ROOT / config).is_file()
     words = [str(short) if word == config else word for word in trainer["args"]]

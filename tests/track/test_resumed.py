@@ -1,6 +1,7 @@
 """A run of two ranks, killed and stopped again and again, is one run on W&B."""
 
 import json
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,12 @@ import pytest
 from click.testing import CliRunner
 
 from dist_adv import cli
+from dist_adv.errors import UserError
+from dist_adv.runs.folder import RunFolder
 from dist_adv.runs.run import Run, read_runs
 from dist_adv.tracking.wandb_run import named, place
 from launch import SMALL, Job, status, write_config
+from made_up_runs import make_run
 from wandb_file import history, pieces, records, settings, summary
 
 pytestmark = pytest.mark.slow
@@ -153,6 +157,28 @@ def test_sync_writes_one_whole_run(run: Run, tmp_path: Path, undrawn: None):
     check_artifacts(path, run)
     assert summary(path)["final/robust"] == run.evaluations["pgd-2"].accuracy
     assert len([row for row in rows if "epoch/examples/path" in row]) == EPOCHS
+
+
+def test_sync_has_the_id_of_the_newest_checkpoint(run: Run, tmp_path: Path, undrawn: None):
+    """Where `wandb/` is gone."""
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns("wandb"))
+    result = CliRunner().invoke(cli.cli, ["sync", str(folder), "--offline", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    (path,), known = pieces(tmp_path / "out" / "run"), RunFolder(run.folder).identity
+    (written,) = [record.run for record in records(path) if record.HasField("run")]
+    assert written.run_id == json.loads(known.read_text())["id"]
+
+
+def test_one_id_for_many_runs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "one")
+    for name in "ab":
+        make_run(tmp_path / name)
+    command = ["sync", str(tmp_path / "a"), str(tmp_path / "b"), "--offline", str(tmp_path / "out")]
+    result = CliRunner().invoke(cli.cli, command)
+    assert isinstance(result.exception, UserError)
+    assert "WANDB_RUN_ID: is the id of one run, and these are 2" in str(result.exception)
+    assert not list(tmp_path.glob("*/wandb"))
 
 
 def test_dashboard_shows_what_is_logged(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

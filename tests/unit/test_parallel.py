@@ -9,19 +9,26 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import PartialState
+from accelerate.utils.operations import _gpu_gather
 from functorch.compile import make_boxed_func, nop
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
+from cases import config
 from dist_adv.attacks import ascend, frozen
 from dist_adv.attacks.threat import Linf
-from dist_adv.config import OptimOptions
+from dist_adv.config import OptimOptions, parse_config
+from dist_adv.data import load_dataset
 from dist_adv.distributed import network, start
+from dist_adv.distributed.collectives import share_evenly
 from dist_adv.distributed.ddp import TrainNet
+from dist_adv.distributed.failures import plain_failures
 from dist_adv.distributed.start import resolve_precision
-from dist_adv.errors import UserError
+from dist_adv.errors import LostRank, RankFailure, RunFailure, UserError
 from dist_adv.models import layers
+from dist_adv.training.learner import Learner
 from made_up_method import Tiny
 
 TURING, AMPERE, HOPPER = (7, 5), (8, 0), (9, 0)
@@ -213,3 +220,44 @@ def test_variables_that_shorten_fp32_are_refused(name, value, fine, monkeypatch)
     else:
         with pytest.raises(UserError, match=f"{name}: '{value}' in the environment .* unset it"):
             start.check_fp32_variables()
+
+
+def test_ranks_that_have_no_rows_left_share_none(accelerator, monkeypatch):
+    """As after an attack that has fooled every image. Accelerate's gather is as it is over NCCL."""
+    state = PartialState()
+    monkeypatch.setattr(state, "backend", "nccl")
+    monkeypatch.setattr(state, "num_processes", 2)
+
+    def gather_alike(out: torch.Tensor, own: torch.Tensor) -> None:
+        out.copy_(own.flatten().repeat(2))
+
+    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", gather_alike)
+    first = SimpleNamespace(
+        num_processes=2, process_index=0, device=accelerator.device, gather=_gpu_gather
+    )
+    for n, mine in ((3, [0, 2, 1]), (0, [])):
+        x, y = torch.arange(n)[:, None, None, None].expand(n, 3, 2, 2) / 10, torch.arange(n)
+        shared, labels = share_evenly(first, [x, y])
+        assert shared.shape == (n, 3, 2, 2)
+        assert labels.tolist() == mine
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "says"),
+    [
+        ("ncclInvalidUsage\nDuplicate GPU detected : rank 1 and rank 0", RankFailure, "NPROC"),
+        ("NCCL communicator was aborted", LostRank, "lost another rank"),
+    ],
+)
+def test_what_nccl_says(text, kind, says, accelerator):
+    with pytest.raises(RunFailure, match=says) as caught, plain_failures(accelerator, "x.y", 8):
+        raise torch.distributed.DistBackendError(f"NCCL error in: x.cpp:1, {text}")
+    assert type(caught.value) is kind
+
+
+def test_batchnorm_of_all_ranks_is_not_differentiated_twice(images, accelerator):
+    tree = config("gradalign", "batch", images, small=True)
+    tree["train"] |= {"sync_batchnorm": True}
+    settings = parse_config(tree, "test")
+    with pytest.raises(UserError, match="gradalign differentiates a gradient"):
+        Learner(settings, accelerator, load_dataset(settings.data, "train"))
