@@ -74,8 +74,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "Fast": {"name": "fast"},
     "PGD-7": {"name": "pgd"},
     "N-FGSM": {"name": "n-fgsm"},
-    "TRADES": {"name": "trades"},
-    "Consistency from noise": {"name": "consistency", "start": "random"},
+    "TRADES-10": {"name": "trades"},
+    "Consistency": {"name": "consistency", "start": "random"},
     "GAT": {"name": "gat"},
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -120,7 +120,7 @@ def cases(toy: bool) -> list[Case]:
     """The most valuable first. A compiled case takes half a minute, another a second or two."""
     if toy:
         return [
-            *(Case(method, 16) for method in ("Fast", "Free m=4", "TRADES")),
+            *(Case(method, 16) for method in ("Fast", "Free m=4", "TRADES-10")),
             Case("Fast", 16, "default"),
             Case("Fast", 16, at_once=2),
             *(Case(method, 16, precision="fp32") for method in ("Fast", "Free m=4")),

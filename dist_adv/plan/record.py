@@ -17,10 +17,10 @@ from dist_adv.plan.model import Row
 
 
 def _label(config: Config) -> str:
-    """Return the method's name in benchmarks: PGD-7, Fast."""
+    """Return the method's name in benchmarks: PGD-7, Fast; and AWP, which none of them has."""
     steps = getattr(config.method, "steps", None)
-    title = find_method(config.method.name).title
-    return title if steps is None else f"{title}-{steps}"
+    title = find_method(config.method.name).title + (f"-{steps}" if steps else "")
+    return f"{title} with AWP" if config.awp else title
 
 
 _CASE = re.compile(r"([^,]+?)(?: step| replay| m=\d+)?, (\w+), batch (\d+), compile (\w+)")

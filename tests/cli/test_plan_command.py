@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -18,13 +19,13 @@ SMALL = [DIGITS, "model.width=4", "train.batch_size=16"]
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
 
 
-def call(*command: str) -> str:
+def call(*command: str, columns: int = 100) -> str:
     done = forked.run(
         [sys.executable, *command],
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": str(columns)},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -46,6 +47,14 @@ def test_what_is_measured_here_is_read_elsewhere(tmp_path, capsys):
     printed = capsys.readouterr().out
     (cost,) = [line for line in printed.splitlines() if line.startswith("│ cost")]
     assert cost.split("│")[-2].strip() == f"{2 * measured['plan'][2]['gpu_hours']:.2f}"
+
+
+def test_the_page_shows_what_is_printed():
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    command, shown = re.search(
+        r"```bash\ndist-adv (plan .*)\n```\n\n```\n(.*?)```", page, re.S
+    ).groups()
+    assert call("-m", "dist_adv", *command.split(), columns=80) == shown
 
 
 def test_two_ranks_measure_the_link_between_them():

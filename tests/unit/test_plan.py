@@ -14,7 +14,7 @@ from dist_adv.models import build_model
 from dist_adv.plan.command import LINKS
 from dist_adv.plan.measure import Images, blank_network, cost, gradient_buckets
 from dist_adv.plan.model import Cluster, Link, StepTime, Work, buckets, exposed, predict, sent
-from dist_adv.plan.record import read_step_times
+from dist_adv.plan.record import plan_record, read_step_times
 
 MB = 10**6
 CIFAR = Images(50_000, 3, (32, 32), 10)
@@ -276,6 +276,20 @@ def test_a_record_gives_the_case_that_is_planned(tmp_path: Path):
     assert (about["hardware"], about["precision"]) == ("GPU", "bf16")
     assert read_step_times(path, config(free, compile="max"), CIFAR)[0] == {128: 0.012}
     assert read_step_times(path, config(free, precision="fp32"), CIFAR)[0] == {128: 0.013}
+
+
+def test_a_record_is_with_awp_or_without(tmp_path: Path):
+    """A step with it is as much longer as a second pass of training is."""
+    bare = config({"name": "fast"})
+    awp = parse_config({**bare.model_dump(), "awp": {"gamma": 0.01}}, "test")
+    path = record(tmp_path / "b.json", "Fast, bf16, batch 128, compile none")
+    with pytest.raises(UserError, match=r"has no Fast with AWP .* it has Fast bf16 none"):
+        read_step_times(path, awp, CIFAR)
+    kept = plan_record(awp, CIFAR, {128: 0.1}, {"precision": "bf16"}, [])
+    path.write_text(json.dumps(kept))
+    assert read_step_times(path, awp, CIFAR)[0] == {128: 0.1}
+    with pytest.raises(UserError, match="it has Fast with AWP bf16 none"):
+        read_step_times(path, bare, CIFAR)
 
 
 def test_a_record_is_of_one_kind_of_network(tmp_path: Path):
