@@ -23,7 +23,7 @@ from dist_adv import packages, plugins, rng
 from dist_adv.data import fingerprint
 from dist_adv.data.augment import Augmentation
 from dist_adv.data.files import Files, list_images
-from dist_adv.data.fingerprint import Fingerprint
+from dist_adv.data.fingerprint import Fingerprint, in_words
 from dist_adv.data.hf import HfSource, open_rows
 from dist_adv.data.image import Framing
 from dist_adv.data.packed import Stored, open_pack
@@ -214,6 +214,11 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def known_by(self) -> dict[str, Any]:
+        """Return what records tell these images by: a fingerprint, and their height and width."""
+        size = list(self.images.shape[2:])
+        return {"fingerprint": in_words(self.fingerprint), "size": size}
 
     def hold_out(self, n: int) -> tuple["Dataset", "Dataset"]:
         """Return (the rest, n images that depend on nothing but how many images there are).

@@ -260,7 +260,7 @@ class Other(Attack):
 
     def __call__(self, x: Tensor, y: Tensor, keys: Tensor) -> Attacked:
         with self._told(), frozen(self.model):
-            images = self.attack(self.model, x, y, keys)
+            images = self.attack(self.model, *(each.clone() for each in (x, y, keys)))
         if not isinstance(images, Tensor) or images.shape != x.shape:
             found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise UserError(f"eval.attacks: {self.name} returns {found}, not images {x.shape}")

@@ -90,8 +90,9 @@ def evaluate(
         found |= {result.attack: result for result in results}
     last = attacks[-1] if attacks else None
     if last and not fresh:  # the first ones were done before an interruption
-        x, y, keys = images.load(images.order[:8])
-        examples = _examples(last, model, images, last(x, y, keys))
+        samples = images.order[: 8 * images.ranks][images.rank :: images.ranks]
+        if last.together or len(samples):
+            examples = _examples(last, model, images, last(*images.load(samples)))
     results = [found[name] for name in dict.fromkeys(options.attacks)]
     _flag_contradictions(results)
     return results, examples

@@ -145,7 +145,12 @@ def _take(
         raise unwritable(folder, error, "choose another --out") from None
     about = {
         **identity,
-        "dataset": {"name": config.data.name, "test": len(data), "classes": data.classes},
+        "dataset": {
+            "name": config.data.name,
+            "test": len(data),
+            "classes": data.classes,
+            **data.known_by(),
+        },
     }
     text = json.dumps(environment(accelerator) | about, indent=1)
     files.replace(folder.environment, text.encode())

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -13,15 +14,18 @@ from dist_adv import files
 from dist_adv.attacks.threat import build as build_threat
 from dist_adv.config import Config, Judged, Reference, parse
 from dist_adv.data import Dataset, load_dataset
-from dist_adv.data.fingerprint import in_words
 from dist_adv.distributed.collectives import check_same_images, main_process_first, on_every
 from dist_adv.distributed.failures import plain_failures
+from dist_adv.errors import UserError
 from dist_adv.evaluation.display import EvaluationDisplay, results_table
 from dist_adv.evaluation.doubts import doubts
 from dist_adv.evaluation.evaluate import Supervision, evaluate
+from dist_adv.evaluation.results import Examples, Result
 from dist_adv.evaluation.unfinished import Unfinished
 from dist_adv.models import load_model, read_final
+from dist_adv.runs import reading
 from dist_adv.runs.folder import RunFolder
+from dist_adv.runs.run import read_examples
 from dist_adv.terminal import bar
 from dist_adv.tracking.tracker import Tracker, write_results
 
@@ -127,20 +131,33 @@ class Measurement:
             where = {
                 "dataset": config.data.name,
                 "split": "test",
-                "fingerprint": in_words(data.fingerprint),
+                **data.known_by(),
             }
-            pictures = examples if self._at_home() else None
+            pictures = examples if self._shown(examples, results, data) else None
             write_results(self.folder, results, pictures, {**subject.about, **where})
             unfinished.finished()
             if self.tracker:
                 self.tracker.results()
             results_table(results, said=doubtful)
 
-    def _at_home(self) -> bool:
-        """Whether it is of the folder's own images and ball, of which its pictures are."""
+    def _shown(self, examples: Examples | None, results: Sequence[Result], data: Dataset) -> bool:
+        """Whether the folder's pictures are to be these.
+
+        They are of its own images and ball, and of no quicker look than those that are there.
+        """
         own, now = self.own or self.config, self.config
         alike = [(each.data.name, each.threat.norm, each.threat.eps) for each in (own, now)]
-        return alike[0] == alike[1]
+        if examples is None or alike[0] != alike[1]:
+            return False
+        path, name = self.folder.path, own.data.name
+        with suppress(UserError):  # of what is damaged there nothing is to be kept
+            if not reading.same_images(reading.own_images(path, name), data.known_by()):
+                return False
+            before = read_examples(self.folder.examples)
+            figures = reading.read_results(path, own.threat.model_dump(), name).figures
+            if before and before.attack in figures:
+                return max(result.n for result in results) >= figures[before.attack].n
+        return True
 
     def identity(self, subject: Subject, data: Dataset) -> dict[str, Any]:
         """Return everything that the figures depend on, but for the number of ranks."""

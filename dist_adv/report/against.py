@@ -37,7 +37,6 @@ _BEFORE_THE_KEY = {
     **WITHOUT,
     "model.shortcut": "activated",
     "method.guard_rule": "wong",
-    "method.attack_mode": "train",
 }
 _SPACE = "\N{NO-BREAK SPACE}"
 # Differences in these leave the experiment what it is: fewer test images widen our interval.
@@ -109,7 +108,11 @@ def _identity(row: Row) -> list[tuple[str, Any]]:
         (key, value)
         for key, value in row.settings.items()
         if key == "model.name"
-        or (key.startswith(("method.", "threat.")) and not key.startswith("method.guard"))
+        or (
+            key.startswith(("method.", "threat."))
+            and not key.startswith("method.guard")
+            and key not in WITHOUT
+        )
     ]
 
 
@@ -174,6 +177,8 @@ def _differences(
         if others:
             label = _LABELS.get(key, key.rpartition(".")[2].replace("_", " "))
             said[key] = f"{label} {_written(key, others[0])} instead of {_written(key, theirs)}"
+    if changes := run.env.get("by_epoch"):
+        said["by epoch"] = f"other values by epoch: {'; '.join(changes.values())}"
     if not run.finished:
         said["unfinished"] = f"unfinished: {epochs(run)} epochs"
     return said

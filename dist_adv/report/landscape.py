@@ -87,7 +87,8 @@ class Landscape:
 def survey_runs(runs: Sequence[Run], examples: Examples) -> Landscape:
     """Look at the final networks of runs with the same threat around `examples`.
 
-    On a GPU where there is one. Raises UserError where a network cannot be read or does not fit.
+    On a GPU where there is one. Raises UserError where a network cannot be read, does not fit, or
+    has a loss that is not finite.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = [_load(run, examples).to(device) for run in runs]
@@ -102,7 +103,11 @@ def survey_runs(runs: Sequence[Run], examples: Examples) -> Landscape:
         def update(done: int, of: int) -> None:
             progress.update(task, completed=done, total=of)
 
-        return survey(models, x, y, len(examples.classes), build(norm, eps), attack, update)
+        found = survey(models, x, y, len(examples.classes), build(norm, eps), attack, update)
+    for run, surface in zip(runs, found.surfaces, strict=True):
+        if not np.isfinite(surface.loss).all():
+            raise UserError(f"{run.folder}: its loss is not finite around its example images")
+    return found
 
 
 def _load(run: Run, examples: Examples) -> nn.Module:

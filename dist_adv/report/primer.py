@@ -28,9 +28,9 @@ def explanation(runs: Sequence[Run]) -> list[str]:
 
 
 def _autoattack(runs: Sequence[Run]) -> list[str]:
-    named = {attack for run in runs for attack in run.evaluations}
+    records = {name: each.record for run in runs for name, each in run.evaluations.items()}
     said = []
-    if AUTOATTACK in named:
+    if AUTOATTACK in records:
         said.append(
             "AutoAttack tries four attacks, one of them without gradients, and counts an image as "
             "kept where all of them fail; its figure is the one that publications compare. It "
@@ -38,11 +38,17 @@ def _autoattack(runs: Sequence[Run]) -> list[str]:
             "of the loss has misled PGD, whose figure then says little about how robust the model "
             "is."
         )
-    if "apgd-t" in named:
+        if records[AUTOATTACK].get("version") == "custom":
+            said.append(
+                "Here it is not its standard version: with fewer than ten classes it has fewer to "
+                "steer towards, and with fewer than four it is without APGD-T."
+            )
+    if "apgd-t" in records:
+        targets = records["apgd-t"].get("target_classes", 9)
         said.append(
-            "APGD-T is the strongest of AutoAttack's four by itself: it steers towards nine other "
-            "classes, one after another, and halves its steps where it stalls. AutoAttack usually "
-            "finds little more."
+            f"APGD-T is the strongest of AutoAttack's four by itself: it steers towards {targets} "
+            "other classes, one after another, and halves its steps where it stalls. AutoAttack "
+            "usually finds little more."
         )
     return said
 

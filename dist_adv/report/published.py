@@ -17,6 +17,8 @@ Settings = Mapping[str, Any]
 WITHOUT: Settings = {
     "average": None,
     "awp": None,
+    "threat.warmup": 0.0,
+    "method.attack_mode": "train",
     "train.label_smoothing": 0.0,
     "train.start": None,
     "data.extra": None,
@@ -26,6 +28,9 @@ WITHOUT: Settings = {
     "data.mixup": 0.0,
     "data.cutmix": 0.0,
     "data.randaugment": None,
+    "optim.name": "sgd",
+    "optim.nesterov": False,
+    "optim.decay_norms": True,
     "optim.clip": None,
 }
 

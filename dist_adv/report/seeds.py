@@ -11,12 +11,15 @@ from dist_adv.text import duration
 
 
 def seed_tables(runs: Sequence[Run]) -> list[Table]:
-    """Return a table of each set of finished runs that differ in their seeds alone."""
-    groups: dict[str, list[Run]] = {}
+    """Return a table of each set of finished runs that differ in their seeds alone.
+
+    Of a seed that is there more than once the first run counts.
+    """
+    groups: dict[str, dict[int, Run]] = {}
     for run in runs:
-        if run.finished:
-            groups.setdefault(_experiment(run), []).append(run)
-    several = [group for group in groups.values() if len({_seed(run) for run in group}) > 1]
+        group = groups.setdefault(_experiment(run), {}) if run.finished else {}
+        group.setdefault(_seed(run), run)  # the same seed again says nothing new
+    several = [list(group.values()) for group in groups.values() if len(group) > 1]
     return [_table(several)] if several else []
 
 
@@ -29,7 +32,7 @@ def _experiment(run: Run) -> str:
     config: dict[str, Any] = {**run.config, "track": None}
     config["train"] = {**config["train"], "seed": None}
     config["data"] = {**config["data"], "root": None}
-    return json.dumps(config, sort_keys=True)
+    return json.dumps([config, run.env.get("by_epoch")], sort_keys=True)
 
 
 def _table(groups: Sequence[Sequence[Run]]) -> Table:
@@ -55,7 +58,8 @@ def _table(groups: Sequence[Sequence[Run]]) -> Table:
         )
     return Table(
         "Seeds",
-        "Runs whose configurations differ in the seed alone: the mean over the runs, and below it "
+        "Runs whose configurations differ in the seed alone, the first of each seed: the mean over "
+        "the runs, and below it "
         "their standard deviation (of a sample: divided by n - 1). It says how far a figure moves "
         "from run to run, which the interval of one run does not.",
         [

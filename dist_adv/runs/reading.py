@@ -82,6 +82,8 @@ class _DataSet(_Section):
     train: int | None = None
     test: int | None = None
     classes: list[str] = []
+    fingerprint: str | None = None
+    size: list[int] | None = None
 
 
 class _Environment(_Section):
@@ -320,6 +322,8 @@ def last_metrics(run_dir: Path, holding: str) -> Record | None:
 def read_results(run_dir: Path, threat: Mapping[str, Any], dataset: str) -> Results:
     """Return the figures of a run that trained within `threat` (norm, eps) on `dataset`.
 
+    Those on other images than its own test images, or on these at another size, do not count.
+
     Raises UserError naming the first line that is no evaluation.
     """
     path = RunFolder(run_dir).results
@@ -327,6 +331,7 @@ def read_results(run_dir: Path, threat: Mapping[str, Any], dataset: str) -> Resu
     for number, record in files.read(path):
         files.check(record, _LINE, path, number)
         lines.append(record)
+    own = own_images(run_dir, dataset, lines)
     furthest = max((line.get("step", 0) for line in lines), default=0)
     if RunFolder(run_dir).weights_of_shorter_run(furthest).exists():
         return Results({}, 0)  # the run was made longer, and is not evaluated yet
@@ -335,7 +340,7 @@ def read_results(run_dir: Path, threat: Mapping[str, Any], dataset: str) -> Resu
     for line in lines:
         if line.get("step", 0) != furthest:
             continue
-        if not _at_home(line, threat, dataset):
+        if not _at_home(line, threat, dataset, own):
             elsewhere += 1
             continue
         earlier = figures.get(line["attack"])
@@ -350,10 +355,37 @@ def strongest(figures: Mapping[str, Evaluation]) -> Evaluation | None:
     return min(attacked, key=lambda figure: figure.accuracy, default=None)
 
 
-def _at_home(line: Mapping[str, Any], threat: Mapping[str, Any], dataset: str) -> bool:
-    """Tell whether a line is of the run's own threat and data set; natural accuracy has no ball."""
+def own_images(
+    run_dir: Path, dataset: str, lines: Sequence[Record] | None = None
+) -> Mapping[str, Any]:
+    """Return fingerprint and size of a run's own test images, as far as they are known.
+
+    Training writes them down. Where it did not, as in earlier versions, they are those of the first
+    of its evaluations (`lines` of results.jsonl) on `dataset`.
+    """
+    with suppress(UserError):
+        found = read_environment(run_dir).get("dataset", {})
+        if found.get("fingerprint"):
+            return found
+    if lines is None:
+        lines = [record for _, record in files.read(RunFolder(run_dir).results)]
+    named = (line for line in lines if line.get("dataset", dataset) == dataset)
+    return next((line for line in named if line.get("fingerprint")), {})
+
+
+def same_images(own: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Compare fingerprints and sizes, as far as both are known."""
+    pairs = [(own.get(key), others.get(key)) for key in ("fingerprint", "size")]
+    return all(None in pair or pair[0] == pair[1] for pair in pairs)
+
+
+def _at_home(
+    line: Mapping[str, Any], threat: Mapping[str, Any], dataset: str, own: Mapping[str, Any]
+) -> bool:
+    """Tell whether a line is of the run's own threat and images; natural accuracy has no ball."""
     return (
         line.get("dataset", dataset) == dataset
+        and same_images(own, line)
         and line.get("norm", threat["norm"]) == threat["norm"]
         and math.isclose(line.get("eps", threat["eps"]), threat["eps"], rel_tol=1e-9)
     )

@@ -170,6 +170,7 @@ def _about(trainer: Trainer) -> dict[str, Any]:
             "train": len(learner.data),
             "test": len(trainer.test_data),
             "classes": learner.data.classes,
+            **trainer.test_data.known_by(),
         },
     }
 

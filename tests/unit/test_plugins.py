@@ -301,6 +301,7 @@ def test_an_attack_that_is_none(
     [
         # As FGSM of the same images would be: what it found outside does not count.
         ("return 1 - x", 0.0, "its images left the ball or [0, 1] and were projected"),
+        ("return x.neg_().add_(1)", 0.0, "its images left the ball or [0, 1] and were projected"),
         # As of an attack that divides by the norm of a gradient, which is 0 at times.
         (
             "return x / (y > 4).view(-1, 1, 1, 1)",

@@ -141,6 +141,40 @@ def test_most_images_then_the_last(tmp_path: Path) -> None:
     ) == {"pgd-10": (0.4, 1000)}
 
 
+@pytest.mark.parametrize("other", [{"fingerprint": "b"}, {"size": [16, 16]}])
+@pytest.mark.parametrize("told", [True, False], ids=["told by training", "of the first"])
+def test_figures_of_other_images_of_the_same_name_do_not_count(
+    other: dict[str, Any], told: bool, tmp_path: Path
+) -> None:
+    """As of `data.root` elsewhere. Earlier versions have not told what the run's own are."""
+    own = {"fingerprint": "a", "size": [8, 8]}
+    lines = [
+        evaluation("pgd-10", 0.4, **own),
+        evaluation("pgd-10", 0.1, **own | other),
+        evaluation("natural", 0.8),
+    ]
+    run = make_run(
+        tmp_path / "run", results=[evaluation("pgd-2", 0.2, dataset="x", fingerprint="x"), *lines]
+    )
+    if told:
+        env = json.loads((run / "env.json").read_text())
+        env["dataset"] |= own
+        (run / "env.json").write_text(json.dumps(env))
+        write_lines(run / "results.jsonl", [lines[1], *lines])
+    found = reading.read_results(run, {"norm": "linf", "eps": 8 / 255}, "digits")
+    accuracies = {attack: figure.accuracy for attack, figure in found.figures.items()}
+    assert accuracies == {"pgd-10": 0.4, "natural": 0.8}
+    assert found.elsewhere == 2
+
+
+def test_a_quick_look_leaves_the_pictures(run: Path) -> None:
+    before = (run / "examples.safetensors").read_bytes()
+    evaluate_run(run, Asked(["fgsm"], 20))
+    assert (run / "examples.safetensors").read_bytes() == before
+    evaluate_run(run, Asked(["fgsm"]))
+    assert read_runs([run])[0].examples.attack == "fgsm"
+
+
 def test_figures_of_weights_that_were_set_aside_are_none_of_the_longer_run(tmp_path: Path) -> None:
     """A run that was made longer, and has not been evaluated again yet."""
     results = [evaluation("pgd-10", 0.3, step=40)]

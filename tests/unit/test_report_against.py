@@ -268,6 +268,10 @@ def test_every_difference_is_said(tmp_path: Path) -> None:
         {"train": {"start": "runs/natural"}},
         {"data": {"extra": {"path": "edm.npz", "fraction": 0.7}}},
         {"data": {"cutmix": 1.0}},
+        {"threat": {"warmup": 5.0}},
+        {"optim": {"lr": 0.04, "name": "adamw"}},
+        {"optim": {"lr": 0.04, "nesterov": True}},
+        {"optim": {"lr": 0.04, "decay_norms": False}},
     ],
 )
 def test_what_no_publication_has_makes_another_experiment(
@@ -277,6 +281,27 @@ def test_what_no_publication_has_makes_another_experiment(
     (pair,) = pairs_of(run)
     assert pair.verdict == "not the same experiment"
     assert len(pair.differences) == 1
+
+
+def by_epoch(folder: Path, **values: str) -> Run:
+    """Write into env.json what training says of values that change."""
+    env = json.loads((folder / "env.json").read_text()) | {"by_epoch": values}
+    (folder / "env.json").write_text(json.dumps(env))
+    (run,) = read_runs([folder])
+    return run
+
+
+def test_values_by_epoch_make_another_experiment(tmp_path: Path) -> None:
+    """Also where the last of them are the published ones."""
+    full_run(tmp_path / "run", FREE, free(0.475), optim={"lr": 0.04})
+    (pair,) = pairs_of(by_epoch(tmp_path / "run", **{"0": "batch 512", "3": "batch 128"}))
+    assert pair.verdict == "not the same experiment"
+    assert pair.differences == ["other values by epoch: batch 512; batch 128"]
+
+
+def test_an_attack_in_eval_mode_makes_another_experiment(tmp_path: Path) -> None:
+    (pair,) = pairs_of(full_run(tmp_path / "run", FAST | {"attack_mode": "eval"}, free(0.475)))
+    assert "attack mode eval instead of train" in pair.differences
 
 
 def test_a_run_that_has_not_finished_or_was_kept_short(tmp_path: Path) -> None:
@@ -414,3 +439,18 @@ def test_seeds_say_how_many_were_evaluated(tmp_path: Path) -> None:
 def test_one_seed_twice_is_no_spread(tmp_path: Path) -> None:
     folders = [seeded(tmp_path / name, 0, 100, 0.4) for name in ("a", "b")]
     assert seed_tables(read_runs(folders)) == []
+
+
+def test_the_first_run_of_each_seed_counts(tmp_path: Path) -> None:
+    found = (("a", 0, 0.40), ("again", 0, 0.40), ("b", 1, 0.44))
+    folders = [seeded(tmp_path / name, seed, 100, pgd_10) for name, seed, pgd_10 in found]
+    (table,) = seed_tables(read_runs(folders))
+    ((names, _, n, seeds, _, pgd_10, *_),) = table.rows
+    assert (names.text, n.text, seeds.text) == ("a, b", "2", "0, 1")
+    assert pgd_10.detail == "\N{PLUS-MINUS SIGN} 2.83"
+
+
+def test_values_by_epoch_are_no_seed(tmp_path: Path) -> None:
+    runs = [seeded(tmp_path / name, seed, 100, 0.4) for seed, name in enumerate("ab")]
+    by_epoch(runs[1], **{"0": "eps 0", "3": "eps 8/255"})
+    assert seed_tables(read_runs(runs)) == []

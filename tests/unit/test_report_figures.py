@@ -1,5 +1,6 @@
 """The report's figures: of runs on digits that are trained here, and of runs made up."""
 
+import json
 import re
 from collections.abc import Iterator
 from html import unescape
@@ -143,7 +144,14 @@ def test_replays(digits_report):
 
 
 @pytest.mark.parametrize(
-    "other", [{"awp": {"gamma": 0.01}}, {"average": {"epochs": 1}}, {"label_smoothing": 0.1}, {}]
+    "other",
+    [
+        {"awp": {"gamma": 0.01}},
+        {"average": {"epochs": 1}},
+        {"label_smoothing": 0.1},
+        {"precision": "fp32"},
+        {},
+    ],
 )
 def test_replays_of_other_experiments_are_no_series(other, tmp_path):
     settings = []
@@ -153,6 +161,9 @@ def test_replays_of_other_experiments_are_no_series(other, tmp_path):
         config["method"]["replays"] = m
         (config["train"] if "label_smoothing" in more else config).update(more)
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        if "precision" in more:
+            env = json.loads((folder / "env.json").read_text())
+            (folder / "env.json").write_text(json.dumps(env | more))
         (read,) = read_runs([folder])
         settings.append(replays._settings(read))
     assert (settings[0] == settings[1]) == (not other)

@@ -39,15 +39,16 @@ def draw(album: Album, runs: Sequence[Run]) -> None:
 
 
 def _settings(run: Run) -> str:
-    """Everything but m and the length of training that an accuracy depends on."""
+    """Everything but m and the length of training that an accuracy or a time depends on."""
     keys = ("threat", "model", "data", "optim", "average", "awp")
     config = {key: dict(run.config.get(key) or {}) for key in keys}
     config["data"].pop("root", None)  # the same images on another machine
     method = {key: value for key, value in run.config["method"].items() if key != "replays"}
     # Of older runs those lack that came later, which were none of these then.
-    of_train = ("batch_size", "seed", "label_smoothing", "start")
+    of_train = ("batch_size", "seed", "label_smoothing", "start", "max_steps", "sync_batchnorm")
     train = [run.config["train"].get(key) or None for key in of_train]
-    return json.dumps([config, method, train], sort_keys=True)
+    ran = [run.precision, run.env.get("world_size"), run.env.get("by_epoch")]
+    return json.dumps([config, method, train, ran], sort_keys=True)
 
 
 def _series(runs: Sequence[Run]) -> list[_Series]:
@@ -55,8 +56,8 @@ def _series(runs: Sequence[Run]) -> list[_Series]:
     groups: dict[tuple[str, float], dict[int, Run]] = {}
     for run in runs:
         m, epochs = run.config["method"]["replays"], run.config["train"]["epochs"]
-        groups.setdefault(("epochs", epochs), {})[m] = run
-        groups.setdefault(("steps", epochs * m), {})[m] = run
+        groups.setdefault(("epochs", epochs), {}).setdefault(m, run)
+        groups.setdefault(("steps", epochs * m), {}).setdefault(m, run)
     return [
         _Series(
             f"{size:g} epochs each"
