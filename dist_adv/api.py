@@ -73,7 +73,10 @@ def train(
         section = {key: value for key, value in tree.get("data", {}).items() if key in common}
         tree["data"] = section | {"name": name}
     if method is not None:
-        tree["method"] = tree.get("method", {}) | {"name": plugins.refer(method, methods.GROUP)}
+        name, section = plugins.refer(method, methods.GROUP), tree.get("method", {})
+        if not isinstance(config, Mapping):  # a whole one, with all that its own method has
+            section = {key: section[key] for key in method.Options.model_fields if key in section}
+        tree["method"] = section | {"name": name}
     with as_it_was():
         train_run(parse_config(tree, "config"), Path(run_dir), resume)
     (run,) = read_runs([Path(run_dir)])

@@ -157,7 +157,13 @@ def _found(thing: Any, name: str) -> _Found:
     digest = hashlib.sha256()
     module = sys.modules.get(name.partition(".")[0])
     folders = [Path(folder) for folder in getattr(module, "__path__", [])]
-    files = sorted(path for folder in folders for path in folder.rglob("*.py"))
+    # Without the hidden ones, which editors and notebooks leave there.
+    files = sorted(
+        path
+        for folder in folders
+        for path in folder.rglob("*.py")
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
     if not files and getattr(module, "__file__", None):
         files = [Path(module.__file__)]  # type: ignore[union-attr, arg-type]
     for file in files:

@@ -50,11 +50,16 @@ def _read_file(path: Path, needs: str, seen: tuple[Path, ...] = ()) -> dict[str,
     return _merge(_read_file(path.parent / base, needs, (*seen, here)), tree)
 
 
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+# Of sections that may leave it out.
+_USUAL = {"optim": "sgd"}
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any], sections: bool = True) -> dict[str, Any]:
     """`top` over `base`, section by section.
 
-    A section with another `name` (another method or model) replaces the whole section: the keys of
-    a Free method mean nothing to a Fast one. So does whatever takes the place of values by epoch.
+    A section with another `name` (another method, model or optimiser) replaces the whole section:
+    the keys of a Free method mean nothing to a Fast one. So does whatever takes the place of values
+    by epoch. Below sections (`sections` is false) a name is a key like others: track.wandb.name.
     Another data set leaves how its images are used as it is: a recipe for CIFAR-10 is the same
     recipe for a folder.
     """
@@ -63,13 +68,11 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         if key == "data" and isinstance(old, dict) and isinstance(value, dict) and "name" in value:
             old = keys_for_another(old, str(value["name"])) | {"name": value["name"]}
-        same_kind = (
-            isinstance(old, dict)
-            and isinstance(value, dict)
-            and value.get("name", old.get("name")) == old.get("name")
-            and not by_epoch.has_epochs(old)
-        )
-        merged[key] = _merge(old, value) if same_kind else value  # type: ignore[arg-type]
+        merged[key] = value
+        if isinstance(old, dict) and isinstance(value, dict) and not by_epoch.has_epochs(old):
+            name = old.get("name", _USUAL.get(key)) if sections else None
+            if name is None or value.get("name", name) == name:
+                merged[key] = _merge(old, value, sections=False)
     return merged
 
 
@@ -88,7 +91,7 @@ def _overrides(assignments: Sequence[str]) -> dict[str, Any]:
             node = node[parent]
             if not isinstance(node, dict):
                 raise UserError(f"{key}: {parent} is set to a single value by another override")
-        node[leaf] = parse_yaml(text, key)
+        node.update(_merge(node, {leaf: parse_yaml(text, key)}, sections=not parents))
     return tree
 
 

@@ -127,7 +127,11 @@ class Subject:
         for key, value in settings(figures[0]).items():
             words += [f"eval.{key}={json.dumps(value)}"]
         n = figures[0]["n"]
-        return shlex.join([*words, *(["--limit", str(n)] if n < images else [])])
+        if n < images:
+            words += ["--limit", str(n)]
+        elif self.config.eval.limit:  # of the folder's own, which an evaluation went beyond
+            words += ["eval.limit=null"]
+        return shlex.join(words)
 
 
 def settings(figure: Record) -> dict[str, Any]:

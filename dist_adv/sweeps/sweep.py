@@ -156,7 +156,8 @@ def _resolve(path: Path, file: SweepFile, run: NamedRun, overrides: Sequence[str
     base = run.base or file.base
     # JSON is YAML too: a value that was quoted stays text.
     assignments = [
-        f"{key}={json.dumps(value, default=str)}" for key, value in {**file.set, **run.set}.items()
+        f"{key}={json.dumps(value, default=str)}"
+        for key, value in [*file.set.items(), *run.set.items()]
     ]
     try:
         config = load_config(base and path.parent / base, [*assignments, *overrides])

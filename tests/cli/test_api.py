@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
@@ -184,6 +185,16 @@ def test_a_method_and_its_options(tmp_path: Path) -> None:
     )
     assert run.config["method"]["name"] == "made_up_method:Carrying"
     assert run.env["method"]["settings"] == "alpha 0.02"
+
+
+def test_a_method_in_place_of_a_files_own(tmp_path: Path) -> None:
+    """Whose options mean nothing to it."""
+    file = tmp_path / "fast.yaml"
+    tree = TREE | {"method": {"name": "fast", "alpha": 0.03, "init": "zero"}}
+    file.write_text(yaml.safe_dump(tree))
+    data = (images(), images())
+    run = dist_adv.train(file, tmp_path / "run", method=Carrying, model=network(), data=data)
+    assert run.config["method"]["name"] == "made_up_method:Carrying"
 
 
 def test_evaluation_of_any_network(tmp_path: Path) -> None:

@@ -21,9 +21,11 @@ from dist_adv.config import EvalOptions, Judged, Reference, ThreatOptions, load,
 from dist_adv.evaluation.attacks import Noise
 from dist_adv.evaluation.doubts import doubts
 from dist_adv.evaluation.images import subset
+from dist_adv.evaluation.results import Result
 from dist_adv.judging import claims, measurement, thorough
 from dist_adv.judging.network import GROUP, Program, load_network
 from dist_adv.models import build_model, load_model, save_model
+from dist_adv.runs.folder import RunFolder
 
 DATA = ["data.name=theirs:Reds", "threat.eps=0.1"]
 Run = dict[str, dict[str, Any]]
@@ -506,6 +508,28 @@ def test_a_claims_commands_measure_it_again(capsys: pytest.CaptureFixture[str]) 
     for figure in stated["figures"]:
         for key in figure.keys() - {"seconds", "time"}:
             assert (key, again[figure["attack"]][key]) == (key, figure[key])
+
+
+@pytest.mark.parametrize(
+    ("n", "ends"), [(100, "eval.limit=null"), (50, "--limit 50"), (60, "--limit 60")]
+)
+def test_a_claims_command_is_of_as_many_images(n: int, ends: str, tmp_path: Path) -> None:
+    """Whatever the run's own limit is."""
+    tree = {"method": {"name": "fast"}, "eval": {"limit": 50}}
+    subject = claims.Subject(RunFolder(tmp_path), parse_config(tree, "test"))
+    assert subject.command([{"attack": "natural", "n": n}], images=100).endswith(ends)
+
+
+@pytest.mark.parametrize(("right", "believed"), [(4321, True), (2303, False)])
+def test_autoattack_leaves_a_little_less_on_honest_networks(right: int, believed: bool) -> None:
+    """Wong et al. 2020: 46.06 and 43.21 % of 10,000, whose intervals are apart."""
+    counts = {"natural": 8334, "pgd-10": 4700, "pgd-10, another seed": 4700}
+    counts |= {"pgd-50-10": 4606, "autoattack": right}
+    figures = {
+        name: Result(name, correct, 10_000, None, 1.0, name, {}, [])
+        for name, correct in counts.items()
+    }
+    assert (not thorough.Examined(figures, alignment=0.9, doubtful=[]).reasons()) == believed
 
 
 def test_a_claim_states_the_verdict_on_its_own_weights_alone(

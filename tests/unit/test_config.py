@@ -143,6 +143,28 @@ def test_section_of_another_name_is_replaced(write):
     }
 
 
+def test_a_name_that_is_no_kind_is_a_key_like_others(write):
+    write("method: {name: fast}\ntrack: {wandb: {mode: disabled, project: p}}", "base.yaml")
+    for how in (["extends: base.yaml\ntrack: {wandb: {name: x}}"], ["extends: base.yaml"]):
+        wandb = load_config(write(*how), ["track.wandb.name=x"]).track.wandb
+        assert (wandb.name, wandb.mode, wandb.project) == ("x", "disabled", "p")
+
+
+def test_the_usual_optimiser_may_be_named(write):
+    path = write("method: {name: fast}\noptim: {lr: 0.1, schedule: cosine}")
+    assert load_config(path, ["optim.name=sgd"]).optim.lr == 0.1
+    other = load_config(path, ["optim.name=adamw", "optim.lr=0.001"]).optim
+    assert (other.lr, other.schedule) == (0.001, "cyclic")
+
+
+def test_mappings_on_the_command_line_are_merged(write):
+    path = write("method: {name: fast}\ntrain: {epochs: 45, seed: 3}")
+    config = load_config(path, ["train.epochs=3", "train={batch_size: 5}"])
+    assert (config.train.epochs, config.train.batch_size, config.train.seed) == (3, 5, 3)
+    by_epoch = ["train.batch_size={0: 8}", "train.batch_size={0: 16, 2: 32}"]
+    assert load_config(path, by_epoch).train.batch_size == 32
+
+
 def test_recipe_is_the_same_on_other_images(write):
     """Only which images they are changes, and the size where a set has one of its own."""
     recipe = write("""

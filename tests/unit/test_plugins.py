@@ -398,3 +398,19 @@ def test_sources_follow_the_file(write: Write, monkeypatch: pytest.MonkeyPatch) 
     file.write_text(text + "#")
     assert config(name).sources() != before
     assert config("fast").sources() == {}
+
+
+def test_hidden_files_are_no_source(
+    tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An editor's lock, which leads nowhere, and a notebook's copy."""
+    package = tmp_path / "of_mine"
+    (package / ".ipynb_checkpoints").mkdir(parents=True)
+    (package / "__init__.py").write_text(METHOD.format(steps="yield"))
+    monkeypatch.setitem(sys.modules, "of_mine", None)
+    del sys.modules["of_mine"]
+    before = config("of_mine:Mine").sources()
+    monkeypatch.setattr(plugins, "_FOUND", {})
+    (package / ".#m.py").symlink_to("me@host.1:2")
+    (package / ".ipynb_checkpoints" / "m-checkpoint.py").write_text("x = 1")
+    assert config("of_mine:Mine").sources() == before

@@ -71,6 +71,23 @@ def test_named_runs_follow_the_grid_and_have_their_own_base(tmp_path: Path) -> N
     assert found.find("1") is found.find("pgd-7") is found.runs[1]
 
 
+def test_what_a_run_sets_is_over_what_the_file_sets(tmp_path: Path) -> None:
+    """Key by key, however deep they are written."""
+    found = sweep(
+        tmp_path,
+        f"""
+        base: {DIGITS}/fast.yaml
+        set: {{train: {{epochs: 3, seed: 5}}}}
+        runs:
+          - {{name: a, set: {{train: {{batch_size: 64}}}}}}
+          - {{name: b, set: {{train.seed: 6}}}}
+        """,
+    )
+    trains = [run.config.train for run in found.runs]
+    assert [(each.epochs, each.seed) for each in trains] == [(3, 5), (3, 6)]
+    assert trains[0].batch_size == 64
+
+
 def test_keys_with_the_same_last_part_are_told_apart(tmp_path: Path) -> None:
     grid = "grid: {model.norm: [batch], threat.norm: [l2], eval.attacks: [[natural, pgd-10]]}"
     found = sweep(tmp_path, f"base: {DIGITS}/fast.yaml\nset: {{threat.eps: 0.5}}\n{grid}")
