@@ -1,7 +1,8 @@
 """Augmentation of a whole batch on the device: CropShift, jitter, erasing, mixup and CutMix.
 
 All of it is drawn by the images' own keys, mixing by the batch's. Products, roots and sums that are
-exact in any order give a picture the same bits in a batch of any size, on CPU and GPU.
+exact in any order give a picture the same bits in a batch of any size, on CPU and GPU, as far as it
+had the same before: a GPU divides bytes by 255 with another last bit.
 """
 
 import math

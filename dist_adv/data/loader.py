@@ -263,8 +263,10 @@ class Loader:
     def _real(self, images: Tensor | Files, shares: list[Tensor], epoch: int) -> Iterable[_Source]:
         if not isinstance(images, Files):
             assert self.pixels is not None
-            pixels = self.pixels
-            return ((pixels, samples.to(self.device)) for samples in shares)
+            pixels, lengths = self.pixels, [len(samples) for samples in shares]
+            # Of the whole epoch at once: a copy a batch would wait for the step before.
+            rows = torch.cat(shares or [torch.empty(0, dtype=torch.int64)]).to(self.device)
+            return ((pixels, mine) for mine in rows.split(lengths))
         draw = self._draws(images.framing, epoch)
         read = images.ahead(shares, draw, pin=self.device.type == "cuda")
         if images.framing.scale is None:

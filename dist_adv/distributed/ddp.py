@@ -104,10 +104,11 @@ class TrainNet:
     def optimizer_state(self) -> dict[str, list[Tensor]]:
         """Return by name what is kept of each parameter, whole. Every rank calls this.
 
-        AdamW's count of steps is one number for all, `step`.
+        AdamW's count of steps is one number for all, `step`; weights that stay have taken none.
         """
         state = {key: self._whole_state(key) for key in kept(self.plain)}
-        return state | ({"step": self._counts()[:1]} if self._counts() else {})
+        counts = self._counts()
+        return state | ({"step": [torch.stack(counts).amax()]} if counts else {})
 
     def load_optimizer_state(self, state: Mapping[str, Sequence[Tensor]]) -> None:
         """Take what `optimizer_state` gave. Every rank calls this."""

@@ -90,7 +90,7 @@ class _Examples(Start):
             self.signs.value.copy_(self._expected(net, when))
             self.made_for = when.key
         low, high = self.options.hidden
-        key = rng.substream(torch.tensor([when.key], device=x.device), "example")
+        key = rng.substream(torch.full((1,), when.key, device=x.device), "example")
         of_batch = rng.uniform(key, (2,))[0].to(x)
         hidden = rng.uniform(rng.substream(batch.keys, "hidden"), tuple(x.shape[1:])).to(x)
         hidden = hidden < low + (high - low) * of_batch[0]
@@ -108,7 +108,7 @@ class _Examples(Start):
         grey = torch.full_like(self.signs.value, 0.5)
         labels = torch.arange(len(grey), device=grey.device)
         keys = rng.substream(rng.sample_keys(when.key, labels), "label")
-        target = _smoothed(F.one_hot(labels).to(grey), keys, self.options.smoothing)
+        target = _smoothed(F.one_hot(labels, len(grey)).to(grey), keys, self.options.smoothing)
 
         def loss(logits: Tensor) -> Tensor:
             return -(target * logits.log_softmax(1)).sum(1)

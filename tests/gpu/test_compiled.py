@@ -105,13 +105,18 @@ def test_memory_does_not_grow(case, gpu, started, images):
 
 def growth(learner: Learner, gpu: torch.device, steps: int) -> int:
     """Bytes that are in use after so many further batches and were not before."""
-    meter, batches = Meter(gpu), list(learner.loader.epoch(0))
-    learner.learn(batches[0], meter)
-    before = in_use(gpu)
+    batches = list(learner.loader.epoch(0))
+
+    def learnt(number: int) -> int:
+        # What is kept until it is looked at, numbers of each step, is no growth.
+        learner.learn(batches[number % len(batches)], Meter(gpu))
+        learner.check_updates()
+        return in_use(gpu)
+
+    before = learnt(0)
     for step in range(steps):
-        learner.learn(batches[step % len(batches)], meter)
-    learner.learn(batches[0], meter)
-    return in_use(gpu) - before
+        learnt(step)
+    return learnt(0) - before
 
 
 def in_use(gpu: torch.device) -> int:

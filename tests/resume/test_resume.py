@@ -12,6 +12,7 @@ from dist_adv import load_model
 from dist_adv.config import Config, parse_config
 from dist_adv.errors import UserError
 from dist_adv.runs import checkpoint
+from dist_adv.training import learner
 from dist_adv.training.collapse import Measured
 from dist_adv.training.run import train_run
 from dist_adv.training.trainer import Trainer
@@ -198,6 +199,26 @@ def test_checkpoints_of_the_guard_before_this_one(images, tmp_path, monkeypatch)
     checkpoint.save(run_dir / "checkpoints", state["clock"]["step"], older, keep=1)
     train_run(settings("fast-random", images), run_dir, "auto")
     assert not any(each["guard_tripped"] for each in _guards(run_dir).values())
+
+
+def test_adamw_goes_on_where_the_first_weights_stay(images, tmp_path, monkeypatch):
+    """Which take no steps: the count of the others is what is kept."""
+    build = learner.build_model
+
+    def first_layer_stays(*arguments: object, **options: object) -> torch.nn.Module:
+        model = build(*arguments, **options)
+        next(model.parameters()).requires_grad_(False)
+        return model
+
+    monkeypatch.setattr(learner, "build_model", first_layer_stays)
+    tree = config("adamw", "batch", images, small=True)
+    tree["train"] |= {"save_steps": 1, "keep": 100}
+    settings = parse_config(tree, "adamw")
+    train_run(settings, tmp_path / "whole", "none")
+    third = sorted((tmp_path / "whole" / "checkpoints").iterdir())[2]
+    train_run(settings, tmp_path / "again", str(third))
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "again")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_a_run_goes_on_from_images_on_disk(images, tmp_path):
