@@ -51,7 +51,8 @@ def train(
         run_dir: the folder of the run; one that exists goes on.
         model: a network, images (n, C, H, W) in [0, 1] to logits (n, classes). It starts from the
             weights that it has, and has the trained ones in the end.
-        data: images to train on and to test on, in place of `data.name`.
+        data: images to train on and to test on, in place of `data.name`. They are mirrored at
+            random where those are: CIFAR's and folders', not digits; and never without a name.
         method: a class of training methods; its options are those of the section `method`.
         resume: `auto`, `none` for a new folder, or a checkpoint to start from.
 
@@ -68,7 +69,8 @@ def train(
         name = plugins.give(type(model).__name__, models.GROUP, _Network(model))
         tree["model"] = {"name": name}
     if data is not None:
-        name = plugins.give("images", datasets.GROUP, _Pair(*data))
+        mirrored = tree.get("data", {}).get("name") in datasets.MIRRORED
+        name = plugins.give("images", datasets.GROUP, _Pair(*data, flip=mirrored))
         common = DataOptions.model_fields.keys() - {"name", "root", *datasets.RESIZING}
         section = {key: value for key, value in tree.get("data", {}).items() if key in common}
         tree["data"] = section | {"name": name}
@@ -158,7 +160,8 @@ class _Pair:
 
     Options = DataOptions
 
-    def __init__(self, train: Images, test: Images) -> None:
+    def __init__(self, train: Images, test: Images, flip: bool) -> None:
+        self.flip = flip
         self.splits = {"train": _tensors(train), "test": _tensors(test)}
 
     def __call__(self, options: DataOptions) -> "_Pair":

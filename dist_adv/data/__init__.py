@@ -2,6 +2,7 @@
 
 from dist_adv.data.datasets import (
     GROUP,
+    MIRRORED,
     RESIZING,
     DataOptions,
     Dataset,
@@ -15,6 +16,7 @@ from dist_adv.data.loader import Batch, Loader, When
 
 __all__ = [
     "GROUP",
+    "MIRRORED",
     "RESIZING",
     "Batch",
     "DataOptions",

@@ -35,6 +35,8 @@ from dist_adv.options import TUPLE, Open, Options, PositiveInt, Real, Share
 from dist_adv.text import shown
 
 NAMES = ("cifar10", "cifar100", "svhn", "imagefolder", "packed", "hf", "digits")
+MIRRORED = frozenset(NAMES) - {"svhn", "digits"}
+"""Those of which a mirror image is of the same class."""
 FOLDERS = ("imagefolder", "packed", "hf")
 GROUP = "dist_adv.data"
 
@@ -216,9 +218,13 @@ class Dataset:
         return len(self.labels)
 
     def known_by(self) -> dict[str, Any]:
-        """Return what records tell these images by: a fingerprint, and their height and width."""
+        """Return what records tell these images by: a fingerprint, height and width, and the side
+        that the shorter one of a picture had before the centre was cut out.
+        """
         size = list(self.images.shape[2:])
-        return {"fingerprint": in_words(self.fingerprint), "size": size}
+        shorter = self.images.framing.shorter if isinstance(self.images, Files) else None
+        known = {"fingerprint": in_words(self.fingerprint), "size": size}
+        return known | {"shorter": shorter or min(size)}
 
     def hold_out(self, n: int) -> tuple["Dataset", "Dataset"]:
         """Return (the rest, n images that depend on nothing but how many images there are).
@@ -389,7 +395,7 @@ def _torchvision(name: str, root: Path, split: str) -> Dataset:
         torch.as_tensor(np.asarray(labels), dtype=torch.int64),
         classes,
         crop_padding=4,
-        flip=name != "svhn",
+        flip=name in MIRRORED,
     )
 
 

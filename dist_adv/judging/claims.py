@@ -190,7 +190,7 @@ def make_claim(folder: Path, overrides: Sequence[str]) -> Path:
     claim = Claim(
         network=subject.network() | {"sha256": weights},
         data={
-            **config.data.model_dump(include={"name", "size"}, exclude_none=True),
+            **config.data.model_dump(include={"name", "size", "shorter"}, exclude_none=True),
             "split": "test",
             "images": len(data),
             "classes": len(data.classes),

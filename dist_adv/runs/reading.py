@@ -84,6 +84,7 @@ class _DataSet(_Section):
     classes: list[str] = []
     fingerprint: str | None = None
     size: list[int] | None = None
+    shorter: int | None = None
 
 
 class _Environment(_Section):
@@ -375,7 +376,7 @@ def own_images(
 
 def same_images(own: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
     """Compare fingerprints and sizes, as far as both are known."""
-    pairs = [(own.get(key), others.get(key)) for key in ("fingerprint", "size")]
+    pairs = [(own.get(key), others.get(key)) for key in ("fingerprint", "size", "shorter")]
     return all(None in pair or pair[0] == pair[1] for pair in pairs)
 
 

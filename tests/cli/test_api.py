@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import dist_adv
 from cases import make_images
 from dist_adv.api import _tensors
+from dist_adv.data import load_dataset
 from dist_adv.distributed.start import as_it_was
 from dist_adv.errors import UserError
 from dist_adv.training import checks
@@ -195,6 +196,24 @@ def test_a_method_in_place_of_a_files_own(tmp_path: Path) -> None:
     data = (images(), images())
     run = dist_adv.train(file, tmp_path / "run", method=Carrying, model=network(), data=data)
     assert run.config["method"]["name"] == "made_up_method:Carrying"
+
+
+@pytest.mark.parametrize(
+    ("name", "mirrored"),
+    [("cifar10", True), ("imagefolder", True), ("digits", False), (None, False)],
+)
+def test_images_are_mirrored_where_those_of_the_configuration_are(
+    name: str | None, mirrored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(
+        "dist_adv.api.train_run",
+        lambda config, *_: seen.append(load_dataset(config.data, "train").flip),
+    )
+    monkeypatch.setattr("dist_adv.api.read_runs", lambda folders: folders)
+    tree = TREE | {"model": {"name": "preact_resnet18"}, "data": {"name": name} if name else {}}
+    dist_adv.train(tree, tmp_path, data=(images(), images()))
+    assert seen == [mirrored]
 
 
 def test_evaluation_of_any_network(tmp_path: Path) -> None:

@@ -141,13 +141,13 @@ def test_most_images_then_the_last(tmp_path: Path) -> None:
     ) == {"pgd-10": (0.4, 1000)}
 
 
-@pytest.mark.parametrize("other", [{"fingerprint": "b"}, {"size": [16, 16]}])
+@pytest.mark.parametrize("other", [{"fingerprint": "b"}, {"size": [16, 16]}, {"shorter": 9}])
 @pytest.mark.parametrize("told", [True, False], ids=["told by training", "of the first"])
 def test_figures_of_other_images_of_the_same_name_do_not_count(
     other: dict[str, Any], told: bool, tmp_path: Path
 ) -> None:
     """As of `data.root` elsewhere. Earlier versions have not told what the run's own are."""
-    own = {"fingerprint": "a", "size": [8, 8]}
+    own = {"fingerprint": "a", "size": [8, 8], "shorter": 8}
     lines = [
         evaluation("pgd-10", 0.4, **own),
         evaluation("pgd-10", 0.1, **own | other),
