@@ -92,16 +92,19 @@ class Subject:
         return {key: about[key] for key in ("model", "mean", "std", "trained")}
 
     def verdict(self, weights: str) -> str | None:
-        """Return that of an examination of these weights within the folder's threat, else None.
+        """Return that of an examination of these weights within the folder's threat and on its own
+        test images, else None.
 
         weights: their digest, for a network that is no run's, whose file has its own.
         """
         judged = isinstance(self.config, Judged)
         now = weights if judged else files.sha256(self.folder.weights)
-        threat = self.config.threat.model_dump(include={"norm", "eps"})
+        threat, name = self.config.threat.model_dump(include={"norm", "eps"}), self.config.data.name
         try:
             found = json.loads(self.folder.thorough.read_text())
-            if (found["weights"], found["threat"]) == (now, threat):
+            alike = (found["weights"], found["threat"], found["dataset"]) == (now, threat, name)
+            own = reading.own_images(self.folder.path, name)
+            if alike and reading.same_images(own, found.get("images", {})):
                 return "; ".join([found["verdict"], *found["because"]])
         except (OSError, ValueError, KeyError, TypeError):
             pass  # there was none, or it is damaged

@@ -202,7 +202,7 @@ def examine(
         bent = _alignment(measurement, model, data)
     examined = Examined(figures, bent, doubtful)
     if main:
-        _write(measurement, subject, examined)
+        _write(measurement, subject, examined, data)
         for unfinished in kept:
             unfinished.finished()
         _show(examined)
@@ -268,7 +268,7 @@ def _alignment(measurement: Measurement, model: nn.Module, data: Dataset) -> flo
     return tally.totals()[0] / images.n
 
 
-def _write(measurement: Measurement, subject: Subject, examined: Examined) -> None:
+def _write(measurement: Measurement, subject: Subject, examined: Examined, data: Dataset) -> None:
     reasons = examined.reasons()
     content = {
         "verdict": "suspicious" if reasons else "consistent",
@@ -276,6 +276,7 @@ def _write(measurement: Measurement, subject: Subject, examined: Examined) -> No
         "alignment": examined.alignment,
         "figures": {name: result.record() for name, result in examined.figures.items()},
         "dataset": measurement.config.data.name,
+        "images": data.known_by(),
         "threat": measurement.config.threat.model_dump(include={"norm", "eps"}),
         **subject.about,
         **subject.identity,

@@ -532,7 +532,7 @@ def test_autoattack_leaves_a_little_less_on_honest_networks(right: int, believed
     assert (not thorough.Examined(figures, alignment=0.9, doubtful=[]).reasons()) == believed
 
 
-def test_a_claim_states_the_verdict_on_its_own_weights_alone(
+def test_a_claim_states_the_verdict_on_its_own_weights_and_images_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     examined(theirs.Red(), monkeypatch)
@@ -540,11 +540,13 @@ def test_a_claim_states_the_verdict_on_its_own_weights_alone(
     about = Path("out-0", "thorough.json")
     found = json.loads(about.read_text())
     verdicts = []
-    for changes in ({}, {"weights": "f" * 64}, {"threat": {"norm": "linf", "eps": 0.1}}):
+    others = [{"weights": "f" * 64}, {"threat": {"norm": "linf", "eps": 0.1}}]
+    others += [{"dataset": "others"}, {"images": {"size": [99, 99]}}]
+    for changes in ({}, *others):
         about.write_text(json.dumps(found | changes))
         assert cli._run(["claim", "out-0"]) == 0
         verdicts.append(json.loads(Path("out-0", "claim.json").read_text())["examined"])
-    assert verdicts == ["consistent", None, None]
+    assert verdicts == ["consistent", None, None, None, None]
 
 
 def test_a_claim_that_was_tampered_with_falls(
