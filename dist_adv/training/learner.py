@@ -47,6 +47,10 @@ from dist_adv.training.start import Start, read_start
 
 log = logging.getLogger("dist_adv")
 
+# Of fp16's losses. It begins at 2^16 and is halved with every update that is skipped for a gradient
+# that is not finite: a healthy one has come back long before.
+_LEAST_SCALE = 2.0**-14
+
 
 class Learner:
     """A network in training on this process, and what trains it.
@@ -293,6 +297,13 @@ class Learner:
 
     def check_updates(self) -> None:
         """Warn of skipped updates; raise RunFailure, on every rank, where they end the run."""
+        scaler = self.accelerator.scaler
+        if scaler and (scale := scaler.get_scale()) < _LEAST_SCALE:
+            raise RunFailure(
+                f"gradients in fp16 are not finite at any loss scale (it has fallen to {scale:.1g} "
+                f"at optimiser step {self.clock.step}): no update is taken; try "
+                f"train.precision=fp32"
+            )
         trouble = self.nonfinite.trouble(self.accelerator)
         if trouble is None or trouble.count == self.skipped:
             return

@@ -13,10 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_adv.config import OptimOptions
+from cases import config
+from dist_adv.config import OptimOptions, parse_config
+from dist_adv.data import load_dataset
 from dist_adv.distributed.ddp import flag_nonfinite
 from dist_adv.distributed.optimizers import fused_optimizer
+from dist_adv.errors import RunFailure
 from dist_adv.training import nonfinite
+from dist_adv.training.learner import Learner
+from dist_adv.training.meter import Meter
 from dist_adv.training.nonfinite import NonFinite, Trouble
 
 OPTIM = OptimOptions(lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -276,3 +281,21 @@ def test_large_gradients_are_finite(accelerator):
     guarded.model[3].weight.register_hook(lambda gradient: gradient * 1e30)
     guarded.step(*batches(1)[0])
     assert guarded.watch.trouble(accelerator) is None
+
+
+def test_gradients_that_no_loss_scale_helps_end_the_run(images, accelerator, monkeypatch):
+    """As of a root at 0, under a loss that is finite. The scaler is torch's, on the CPU."""
+    monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu"))
+    settings = parse_config(config("natural", "batch", images, small=True), "test")
+    learner = Learner(settings, accelerator, load_dataset(settings.data, "train"))
+    weight = next(learner.net.bare.parameters())
+    weight.register_hook(lambda gradient: gradient * float("nan"))
+    before = weight.detach().clone()
+    meter, batches = Meter(accelerator.device), list(learner.loader.epoch(0))
+    for step in range(40):
+        if step == 20:
+            learner.check_updates()  # so much may be the daily bread of fp16
+        learner.learn(batches[step % len(batches)], meter)
+    assert weight.equal(before)
+    with pytest.raises(RunFailure, match="not finite at any loss scale"):
+        learner.check_updates()
