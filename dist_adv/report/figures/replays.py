@@ -100,7 +100,8 @@ def _draw(album: Album, series: Sequence[_Series]) -> None:
         f"Line charts against m, accuracy above and training time below, of {_names(runs)}: "
         f"{_look(series[0], attacks[-1])}",
         "Runs that differ only in m and in how long they trained, the first of each. "
-        "With equal epochs, a larger m means more optimiser steps and more time; with equal optimiser steps it means that each image is seen in fewer epochs, "
+        "With equal epochs, a larger m means more optimiser steps and more time; "
+        "with equal optimiser steps it means that each image is seen in fewer epochs, "
         "for about the same time. The first shows what m buys, the second what it costs in "
         "diversity of the batches. Bars are 95 % intervals for the finite number of test images; "
         "the points are moved apart a little sideways.",
